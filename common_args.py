@@ -1,0 +1,76 @@
+"""The flags that every method shares. Everything else is the method's TRL config, under TRL's names (rlhf_args/)."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class CommonArgs:
+    _argument_group_name = "the flags that every method shares"
+
+    # ── what to train ────────────────────────────────────────────────────────────────────────────────────────────────
+    rlhf_type: str = field(
+        default="DPO", metadata={"help": "The method, a row of rlhf_args/methods.py, in any letter case."}
+    )
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "The policy to start from: a model folder, a LoRA adapter's folder, or a Hub id. Required."},
+    )
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub model."})
+    train_mode: str = field(
+        default="lora",
+        metadata={
+            "help": "full trains every weight, lora an adapter on all linear layers but the head, "
+            "qlora the same on a base held in 4 bits (NF4).",
+            "choices": ["full", "lora", "qlora"],
+        },
+    )
+    dtype: str = field(
+        default="bfloat16",
+        metadata={
+            "help": "What is computed in, and what frozen weights are held in; float32 is used where the hardware has "
+            "no bfloat16, and said. Fully trained weights stay float32 beside it, as in TRL.",
+            "choices": ["bfloat16", "float16", "float32"],
+        },
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "sdpa, flash_attention_2, eager, ...; unset: what transformers picks."}
+    )
+
+    # ── LoRA ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+    lora_rank: int = field(default=32, metadata={"help": "Rank of the adapter, 1 or more."})
+    lora_alpha: int = field(default=16, metadata={"help": "The adapter's output is scaled by lora_alpha / lora_rank."})
+    lora_dropout: float = field(
+        default=0.05, metadata={"help": "Dropout before the adapter, 0 to 1; TRL's disable_dropout turns it off."}
+    )
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Names of the layers to adapt; unset: all linear layers but the head."}
+    )
+    use_dora: bool = field(default=False, metadata={"help": "DoRA: also trains the weights' magnitude. Not with full."})
+
+    # ── data ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+    train_data_path: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Files (jsonl, json, csv, parquet), folders, globs or Hub dataset ids, one or several. Required."
+        },
+    )
+    eval_data_path: list[str] | None = field(
+        default=None, metadata={"help": "Held-out data, in the same forms. The result is measured on it."}
+    )
+    eval_fraction: float = field(
+        default=0.0, metadata={"help": "Share of the training data to hold out instead, 0 (none) to below 1."}
+    )
+    max_samples: int | None = field(
+        default=None, metadata={"help": "Use the first so many rows of the data only; unset: all."}
+    )
+    max_drop_fraction: float = field(
+        default=0.1, metadata={"help": "Refuse to run when a larger share of the rows cannot be used, 0 to 1."}
+    )
+
+    # ── the run ──────────────────────────────────────────────────────────────────────────────────────────────────────
+    check: bool = field(
+        default=False, metadata={"help": "Check flags, model folder and every data row, print the findings, and stop."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Delete what an earlier run left in output_dir, then start afresh."}
+    )

@@ -1,0 +1,11 @@
+from dataclasses import dataclass, field
+
+from rlhf_args.simpo_config import SimPOConfig
+
+
+@dataclass
+class CPOSimPOConfig(SimPOConfig):
+    """CPO-SimPO: SimPO's loss plus CPO's likelihood of the chosen answer."""
+
+    # Between SimPO (0) and TRL's default (1): half a likelihood term already keeps the chosen answer likely.
+    cpo_alpha: float = field(default=0.5, metadata={"help": "Weight of the likelihood term; 0 is SimPO."})

@@ -1,0 +1,142 @@
+"""The table of methods: every difference between them is a column here, or stands in the method's own config or trainer.
+
+A new method is one row, one config file beside this one, and one sample file if its data columns are new.
+`python -m rlhf_args.methods` prints the table that README.md and README_zh.md hold.
+Standard library only: rows hold dotted paths, so that choosing DPO never imports PPO.
+"""
+
+import importlib
+from dataclasses import dataclass
+
+PAIR = ("prompt", "chosen", "rejected")
+UNPAIRED = ("prompt", "completion", "label")
+RANKED = ("chosen", "rejected")
+DIALOGUE = ("messages",)
+
+
+@dataclass(frozen=True)
+class Method:
+    title: str  # one line, for --help and the table
+    source: str  # where the method is described
+    config: str  # "module:Class", the dataclass with its flags
+    trainer: str  # "module:Class"
+    columns: tuple[str, ...]  # the data columns that it trains on; utils/data.py converts between them
+    sample_data: str  # a file of such rows that ships with the project
+    models: tuple[str, ...] = ()  # frozen models beside the policy, by the trainer's keyword
+    task: str = "CAUSAL_LM"  # or SEQ_CLS: one score a sequence (PEFT's names)
+    train_modes: tuple[str, ...] = ("full", "lora", "qlora")
+    precisions: tuple[str, ...] = ("bfloat16", "float16", "float32")
+    min_batch_size: int = 1  # rows a device and step that the loss needs
+    accuracy: str | None = "rewards/accuracies"  # the logged metric that tells right from wrong, and
+    margin: str | None = "rewards/margins"  # the one that says by how much; None where there is none
+
+
+# float16 makes the summed log-probabilities of the CPO family overflow (trl#878)
+NO_FLOAT16 = ("bfloat16", "float32")
+
+METHODS = {
+    "DPO": Method(
+        title="Direct Preference Optimization",
+        source="arXiv 2305.18290",
+        config="rlhf_args.dpo_config:DPOConfig",
+        trainer="trl:DPOTrainer",
+        columns=PAIR,
+        sample_data="data/preference.jsonl",
+        models=("ref_model",),
+    ),
+    "CPO": Method(
+        title="Contrastive Preference Optimization",
+        source="arXiv 2401.08417",
+        config="rlhf_args.cpo_config:CPOConfig",
+        trainer="trainers.cpo_trainer:CPOTrainer",
+        columns=PAIR,
+        sample_data="data/preference.jsonl",
+        precisions=NO_FLOAT16,
+    ),
+    "SimPO": Method(
+        title="Simple Preference Optimization, length-normalised and without a reference",
+        source="arXiv 2405.14734",
+        config="rlhf_args.simpo_config:SimPOConfig",
+        trainer="trainers.cpo_trainer:CPOTrainer",
+        columns=PAIR,
+        sample_data="data/preference.jsonl",
+        precisions=NO_FLOAT16,
+    ),
+    "CPOSimPO": Method(
+        title="SimPO with CPO's likelihood term on the chosen answer",
+        source="github.com/fe1ixxu/CPO_SIMPO",
+        config="rlhf_args.cposimpo_config:CPOSimPOConfig",
+        trainer="trainers.cpo_trainer:CPOTrainer",
+        columns=PAIR,
+        sample_data="data/preference.jsonl",
+        precisions=NO_FLOAT16,
+    ),
+    "ORPO": Method(
+        title="Odds Ratio Preference Optimization, SFT and preference in one loss",
+        source="arXiv 2403.07691",
+        config="rlhf_args.orpo_config:ORPOConfig",
+        trainer="trainers.orpo_trainer:ORPOTrainer",
+        columns=PAIR,
+        sample_data="data/preference.jsonl",
+        precisions=NO_FLOAT16,
+    ),
+    "KTO": Method(
+        title="Kahneman-Tversky Optimization, from single answers with a thumb up or down",
+        source="arXiv 2402.01306",
+        config="rlhf_args.kto_config:KTOConfig",
+        trainer="trl:KTOTrainer",
+        columns=UNPAIRED,
+        sample_data="data/kto.jsonl",
+        models=("ref_model",),
+        min_batch_size=2,  # its KL term pairs each prompt with another row's answer (trl#2554)
+        accuracy=None,
+    ),
+    "Reward": Method(
+        title="Bradley-Terry reward model",
+        source="arXiv 2203.02155",
+        config="rlhf_args.reward_config:RewardConfig",
+        trainer="trl:RewardTrainer",
+        columns=RANKED,
+        sample_data="data/reward.jsonl",
+        task="SEQ_CLS",
+        accuracy="accuracy",
+        margin="margin",
+    ),
+    "SFT": Method(
+        title="Supervised fine-tuning on the assistant's turns",
+        source="arXiv 2203.02155",
+        config="rlhf_args.sft_config:SFTConfig",
+        trainer="trl:SFTTrainer",
+        columns=DIALOGUE,
+        sample_data="data/sft.jsonl",
+        accuracy="mean_token_accuracy",
+        margin=None,
+    ),
+}
+
+
+def find_method(name):
+    """The table's own spelling of `name`, whatever its letter case; None where there is no such method."""
+    return next((known for known in METHODS if known.lower() == str(name).lower()), None)
+
+
+def load(path):
+    """The object behind "module:name", imported now."""
+    module, name = path.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def method_table():
+    """The table as Markdown, as it stands in README.md and README_zh.md."""
+    lines = ["| `--rlhf_type` | what it is | data columns | sample | `--train_mode` | reference model | source |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for name, method in METHODS.items():
+        reference = "frozen copy (full), adapter off (lora, qlora)" if "ref_model" in method.models else "none"
+        cells = (f"`{name}`", method.title, ", ".join(method.columns), f"`{method.sample_data}`",
+                 ", ".join(method.train_modes), reference, method.source)  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(method_table())

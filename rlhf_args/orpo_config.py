@@ -1,0 +1,8 @@
+from dataclasses import dataclass
+
+from trainers.orpo_trainer import ORPOConfig as TRLORPOConfig
+
+
+@dataclass
+class ORPOConfig(TRLORPOConfig):
+    """ORPO as TRL has it: `--beta` is the paper's lambda, the weight of the odds ratio."""

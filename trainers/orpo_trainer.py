@@ -1,0 +1,11 @@
+"""TRL's experimental ORPO trainer, tokenising as TRL's DPO does. The one file that touches trl.experimental.orpo."""
+
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer as TRLORPOTrainer
+
+from trainers.cpo_trainer import PairRows
+
+__all__ = ["ORPOConfig", "ORPOTrainer"]
+
+
+class ORPOTrainer(PairRows, TRLORPOTrainer):
+    pass

@@ -1,0 +1,148 @@
+"""The command line: flags and --config recipe.yaml, strict, with the method's own flags beside the shared ones."""
+
+import difflib
+import json
+import re
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+from common_args import CommonArgs
+from rlhf_args.methods import METHODS, find_method, load
+from utils.checks import Refused
+
+# What the flag is called elsewhere -> what it is called here.
+RENAMED = {
+    "dataset_name": "train_data_path",
+    "lora_r": "lora_rank",
+    "torch_dtype": "dtype",
+}
+
+
+def expand(argv):
+    """`argv` with --config files put before the other flags (which win), and old flag names translated and said."""
+    argv = [part for word in argv for part in (word.split("=", 1) if re.match(r"--[\w-]+=", word) else [word])]
+    recipe = []
+    while "--config" in argv:
+        at = argv.index("--config")
+        if at + 1 == len(argv):
+            raise Refused(["--config: no file given. Type --config recipes/NAME.yaml"])
+        recipe += read_recipe(argv[at + 1])
+        del argv[at : at + 2]
+    return [translate(word) if word.startswith("--") else word for word in recipe + argv]
+
+
+def read_recipe(path):
+    """A yaml mapping of flags as command-line words. Raises Refused, with the file named."""
+    import yaml
+
+    try:
+        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise Refused([f"--config {path}: {error.strerror.lower()}"]) from None
+    except yaml.YAMLError as error:
+        line = getattr(error, "problem_mark", None)
+        raise Refused([f"{path}:{line.line + 1 if line else 1}: not valid yaml"]) from None
+    if not isinstance(recipe, dict):
+        raise Refused([f"{path}: not a mapping. A recipe has a line `flag: value` for each flag"])
+    words = []
+    for flag, value in recipe.items():
+        if value is None:
+            continue
+        values = value if isinstance(value, list) else [value]
+        words += [f"--{flag}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)]
+    return words
+
+
+def translate(flag):
+    name = flag[2:].replace("-", "_")
+    if name not in RENAMED:
+        return flag
+    print(f"note: {flag} is called --{RENAMED[name]} here, and is read as that", file=sys.stderr)
+    return f"--{RENAMED[name]}"
+
+
+def parse_common(argv):
+    """The shared flags alone, before anything heavy is imported: (CommonArgs, name of the method). Raises Refused."""
+    peek = make_parser([CommonArgs], add_help=False)
+    common, _ = peek.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    name = find_method(common.rlhf_type)
+    if name is None:
+        near = difflib.get_close_matches(common.rlhf_type.lower(), [known.lower() for known in METHODS], 1)
+        guess = f". Did you mean {find_method(near[0])}?" if near else ""
+        raise Refused([f"--rlhf_type {common.rlhf_type}: no such method. There are {', '.join(METHODS)}{guess}"])
+    return common, name
+
+
+def parse(argv, name):
+    """All flags of the method `name`: (CommonArgs, its TRL config). Raises Refused; --help prints and exits."""
+    method = METHODS[name]
+    config_class = load(method.config)
+    config_class._argument_group_name = f"the flags of {name}, under TRL's names"
+    parser = make_parser(
+        [CommonArgs, config_class],
+        prog="train_rlhf.py",
+        description=f"{name}: {method.title}. Other methods: --rlhf_type {', '.join(METHODS)}.",
+        epilog="--config FILE.yaml reads flags from a file; flags on the command line win.",
+    )
+    asked, unknown = parser.parse_known_args(argv)
+    if unknown:
+        known = {field.name for kind in parser.dataclass_types for field in fields(kind)}
+        raise Refused([no_such_flag(word, name, known) for word in unknown if word.startswith("--")]
+                      or [f"{' '.join(unknown)}: not a flag. Every value follows its --flag"])  # fmt: skip
+    # TRL's configs switch bf16 on by themselves and then refuse to exist without the hardware: decide it before.
+    dtype = resolve_dtype(asked.dtype, asked.bf16, asked.fp16, name, method)
+    parser.set_defaults(bf16=dtype == "bfloat16", fp16=dtype == "float16")
+    try:
+        common, config = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    except (ValueError, TypeError) as error:  # TRL's and transformers' own checks of their flags
+        raise Refused([one_line(error)]) from None
+    common.dtype = dtype
+    return common, config
+
+
+def asks_help(words):
+    return "--help" in words or "-h" in words
+
+
+def make_parser(dataclass_types, **kwargs):
+    from trl.scripts.utils import TrlParser  # this module of TRL imports nothing heavy
+
+    class Parser(TrlParser):
+        def error(self, message):
+            raise Refused([one_line(message)])
+
+    # allow_abbrev would read --lora_r as --lora_rank, and any typo that is a prefix as something else
+    return Parser(dataclass_types, allow_abbrev=False, **kwargs)
+
+
+def no_such_flag(flag, name, known):
+    near = difflib.get_close_matches(flag[2:].replace("-", "_"), sorted(known), 1)
+    guess = f"Did you mean --{near[0]}?" if near else f"`python train_rlhf.py --rlhf_type {name} --help` lists them"
+    return f"{flag}: no such flag for {name}. {guess}"
+
+
+def resolve_dtype(dtype, bf16, fp16, name, method):
+    """One answer from --dtype, --bf16 and --fp16: bfloat16, float16 or float32. Raises Refused."""
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    has_bf16 = has_gpu and torch.cuda.is_bf16_supported()
+    if bf16 and fp16:
+        raise Refused(["--bf16 and --fp16 together: choose one. bfloat16 is the default where the hardware has it"])
+    if bf16:
+        return "bfloat16"
+    wanted = "float16" if fp16 else "float32" if bf16 is False else dtype
+    if wanted == "float16" and wanted not in method.precisions:
+        raise Refused([f"float16 with {name}: its log-probabilities overflow to NaN. It takes --dtype "
+                       f"{' or '.join(method.precisions)}"])  # fmt: skip
+    if wanted == "float16" and (has_bf16 or not has_gpu):
+        better = "bfloat16" if has_bf16 else "float32"
+        raise Refused([f"float16: this machine does better with {better}, which does not overflow. Type --dtype {better}"])
+    if wanted == "bfloat16" and not has_bf16:
+        return "float32"
+    return wanted
+
+
+def one_line(message):
+    return " ".join(str(message).split())

@@ -1,0 +1,128 @@
+"""What is refused before anything is loaded. Each check returns its problems, one line each; the caller shows all."""
+
+import json
+import math
+from pathlib import Path
+
+
+class Refused(ValueError):
+    """The run cannot work as asked. `problems`: one line each, what was given, what is accepted, what to type."""
+
+    def __init__(self, problems):
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+def refuse_if(problems):
+    if problems:
+        raise Refused(problems)
+
+
+def check_common(common, name, method):
+    """Problems of the shared flags and the model folder. Needs no library: answers at once."""
+    problems = []
+    if common.train_mode not in method.train_modes:
+        problems.append(f"--train_mode {common.train_mode}: {name} takes {', '.join(method.train_modes)}")
+    if common.use_dora and common.train_mode == "full":
+        problems.append("--use_dora with --train_mode full: DoRA is a kind of adapter. Type --train_mode lora")
+    if common.lora_rank < 1:
+        problems.append(f"--lora_rank {common.lora_rank}: a rank is 1 or more. Type --lora_rank 32")
+    if not 0 <= common.lora_dropout < 1:
+        problems.append(f"--lora_dropout {common.lora_dropout}: a dropout is from 0 to below 1")
+    if not 0 <= common.eval_fraction < 1:
+        problems.append(f"--eval_fraction {common.eval_fraction}: a share from 0 to below 1, 0.1 holds out a tenth")
+    if common.eval_fraction and common.eval_data_path:
+        problems.append("--eval_fraction and --eval_data_path together: held-out rows come from one of them")
+    if not 0 <= common.max_drop_fraction <= 1:
+        problems.append(f"--max_drop_fraction {common.max_drop_fraction}: a share from 0 to 1")
+    if common.max_samples is not None and common.max_samples < 1:
+        problems.append(f"--max_samples {common.max_samples}: 1 or more; leave it out for all rows")
+    if not common.train_data_path:
+        problems.append(f"--train_data_path: missing. Type --train_data_path {method.sample_data} to try")
+    if not common.model_name_or_path:
+        problems.append("--model_name_or_path: missing. A model folder or Hub id; `python -m utils.demo_model` makes one")
+        return problems
+    return problems + check_model(common.model_name_or_path, name, method, common.train_mode)
+
+
+def check_model(path, name, method, train_mode):
+    """Problems of a model or adapter folder; a Hub id is left to the loader."""
+    folder = Path(path)
+    if not folder.exists():
+        if looks_local(path):
+            return [f"--model_name_or_path {path}: no such folder. `python -m utils.demo_model` makes models/SmolLM2-135M-Instruct"]
+        return []
+    adapter, config = folder / "adapter_config.json", folder / "config.json"
+    if not adapter.exists() and not config.exists():
+        return [f"--model_name_or_path {path}: no config.json (nor adapter_config.json) in it, so not a model folder"]
+    problems = []
+    if not any((folder / file).exists() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        problems.append(f"{path}: no tokenizer (tokenizer.json or tokenizer.model) in it. Copy it from the original model")
+    if not list(folder.glob("*.safetensors")):
+        pickled = [file.name for file in sorted([*folder.glob("*.bin"), *folder.glob("*.pt*")]) if file.name != "training_args.bin"]
+        what = f"only pickled weights ({pickled[0]}), which can run code when read" if pickled else "no weights"
+        problems.append(f"{path}: {what}. Needed: *.safetensors (model.save_pretrained writes them)")
+    try:
+        described = json.loads((adapter if adapter.exists() else config).read_text(encoding="utf-8"))
+    except ValueError:
+        return [*problems, f"{adapter if adapter.exists() else config}: not valid JSON"]
+    if adapter.exists():
+        return problems + check_adapter(path, described, name, method, train_mode)
+    if method.task == "CAUSAL_LM" and any("SequenceClassification" in a for a in described.get("architectures") or ()):
+        problems.append(f"{path}: a trained reward model, which scores and cannot answer. {name} starts from a language model")
+    return problems
+
+
+def check_adapter(path, described, name, method, train_mode):
+    problems = []
+    base = described.get("base_model_name_or_path") or ""
+    if looks_local(base) and not Path(base).exists():
+        problems.append(f"{path}: its base model {base or '(unnamed)'} is not there. Set base_model_name_or_path in its adapter_config.json")
+    task = described.get("task_type")
+    if method.task == "CAUSAL_LM" and task == "SEQ_CLS":
+        problems.append(f"{path}: a trained reward model, which scores and cannot answer. {name} starts from a language model")
+    if method.task == "SEQ_CLS" and task != "SEQ_CLS" and train_mode != "full":
+        problems.append(f"{path}: a language model's adapter, and {name} would need a second one on top. "
+                        f"Merge it first: python -m utils.merge_lora {path} MERGED")  # fmt: skip
+    return problems
+
+
+def looks_local(path):
+    """Whether `path` can only be meant as a file or folder here, not as a Hub id (`owner/name`)."""
+    parts = Path(path).parts
+    return len(parts) != 2 or path.startswith((".", "/", "~")) or path.endswith("/") or Path(parts[0]).is_dir()
+
+
+def check_config(common, config, name, method):
+    """Problems of the method's own flags and of the output folder."""
+    problems = []
+    batch = config.per_device_train_batch_size
+    if batch < method.min_batch_size:
+        problems.append(f"--per_device_train_batch_size {batch}: {name} compares rows of a batch and needs "
+                        f"{method.min_batch_size} or more a device")  # fmt: skip
+    if config.eval_strategy != "no" and not (common.eval_data_path or common.eval_fraction):
+        problems.append(f"--eval_strategy {config.eval_strategy.value}: no held-out rows. Add --eval_data_path FILE or --eval_fraction 0.1")
+    length = config.max_length
+    if length is not None and length < 2:
+        problems.append(f"--max_length {length}: too short for a prompt and an answer. TRL's default is 1024")
+    if not math.isfinite(config.learning_rate) or config.learning_rate <= 0:
+        problems.append(f"--learning_rate {config.learning_rate}: a positive number, like 1e-5")
+    return problems + check_output_dir(common, config)
+
+
+def check_output_dir(common, config):
+    folder = Path(config.output_dir)
+    if folder.is_file():
+        return [f"--output_dir {folder}: a file of that name is there"]
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return []
+    if not any((folder / trace).exists() for trace in ("metrics.jsonl", "run_card.json", "dropped.jsonl")):
+        return [f"--output_dir {folder}: holds files that no run of ours made. Name another folder"]
+    if common.overwrite_output_dir:
+        return []
+    if (folder / "run_card.json").exists():
+        return [f"--output_dir {folder}: holds a finished run. Name another folder, or add --overwrite_output_dir"]
+    if not config.resume_from_checkpoint:
+        return [f"--output_dir {folder}: holds an unfinished run. Add --resume_from_checkpoint auto to finish it, "
+                "or --overwrite_output_dir to start afresh"]  # fmt: skip
+    return []

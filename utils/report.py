@@ -1,0 +1,235 @@
+"""What a person sees of a run: the live bar, metrics.jsonl, two answers before and after, report.png, run_card.json."""
+
+import json
+import os
+import resource
+import shlex
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from transformers import TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from utils.data import count_reasons, hash_rows
+from utils.text import render, tokenize
+
+SAMPLES = 2
+SAMPLE_TOKENS = 48
+
+
+class Report(TrainerCallback):
+    """Follows one run of `trainer`. `examples`: (where, values) rows whose answers or scores are shown before and after."""
+
+    def __init__(self, trainer, method, tokenizer, examples):
+        self.trainer, self.method, self.tokenizer = trainer, method, tokenizer
+        self.examples = [render(tokenizer, values)[:2] for _, values in examples[:SAMPLES]]
+        self.folder = Path(trainer.args.output_dir)
+        self.main = trainer.accelerator.is_main_process
+        self.before, self.bar, self.summary = [], None, {}
+        for callback in (ProgressCallback, PrinterCallback):
+            trainer.remove_callback(callback)
+        trainer.add_callback(self)
+
+    # ── while it trains ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.before = self.sample()
+        if self.main:
+            for name in ("metrics.jsonl", "eval.jsonl"):
+                keep_until(self.folder / name, state.global_step)
+            self.open_bar(state)
+
+    def open_bar(self, state):
+        from tqdm import tqdm
+
+        live = sys.stderr.isatty()
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step",
+                        mininterval=0.2 if live else 15, dynamic_ncols=live)  # fmt: skip
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not self.main or not logs:
+            return
+        if "loss" in logs:
+            append_line(self.folder / "metrics.jsonl", {"step": state.global_step, "epoch": state.epoch, **logs})
+            if self.bar:
+                shown = {"loss": logs["loss"], "margin": logs.get(self.method.margin)}
+                self.bar.set_postfix({k: f"{float(v):.3f}" for k, v in shown.items() if v is not None})
+        elif "eval_loss" in logs:
+            append_line(self.folder / "eval.jsonl", {"step": state.global_step, "epoch": state.epoch, **logs})
+        else:
+            self.summary |= logs
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar:
+            self.bar.close()
+
+    def sample(self):
+        """[(prompt, answer)] of a language model, [(text, score)] of a reward model; every process takes part."""
+        import torch
+        from trl.models.utils import unwrap_model_for_generation
+
+        found = []
+        model = self.trainer.model_wrapped
+        was_training = model.training
+        model.eval()
+        with unwrap_model_for_generation(model, self.trainer.accelerator) as unwrapped, torch.no_grad():
+            for prompt, answers in self.examples:
+                if self.method.task == "SEQ_CLS":
+                    for answer in answers:
+                        ids = torch.tensor([tokenize(self.tokenizer, prompt + answer)], device=unwrapped.device)
+                        found.append((prompt + answer, float(unwrapped(input_ids=ids).logits.float().item())))
+                else:
+                    ids = torch.tensor([tokenize(self.tokenizer, prompt)], device=unwrapped.device)
+                    out = unwrapped.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                                             use_cache=True, max_new_tokens=SAMPLE_TOKENS)  # fmt: skip
+                    answer = self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+                    found.append((prompt, answer.strip()))
+        model.train(was_training)
+        return found
+
+    # ── when it is over ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def draw(self):
+        """report.png from what metrics.jsonl and eval.jsonl hold, also of a run that was interrupted."""
+        if self.main:
+            if self.bar:
+                self.bar.close()
+            draw_report(self.folder, self.method)
+
+    def held_out(self):
+        """{"loss", "accuracy", "margin"} at the first and the last evaluation, or None where nothing is held out."""
+        lines = read_lines(self.folder / "eval.jsonl")
+        return [self.read_eval(lines[0]), self.read_eval(lines[-1])] if lines else None
+
+    def read_eval(self, line):
+        found = {"loss": line["eval_loss"]}
+        for name, metric in (("accuracy", self.method.accuracy), ("margin", self.method.margin)):
+            if f"eval_{metric}" in line:
+                found[name] = line[f"eval_{metric}"]
+        # Before the first step the policy is its own reference: every pair ties, which TRL counts as wrong.
+        if found.get("margin") == 0 and found.get("accuracy") == 0:
+            found |= {"accuracy": 0.5, "tied": True}
+        return found
+
+    def speed(self):
+        """Rows and tokens a second while training, evaluation left out of neither; {} where nothing was logged."""
+        lines, seconds = read_lines(self.folder / "metrics.jsonl"), self.summary.get("train_runtime")
+        if not seconds:
+            return {}
+        found = {"train_seconds": seconds, "rows_per_second": self.summary.get("train_samples_per_second")}
+        if lines and "num_tokens" in lines[-1]:
+            found["tokens_per_second"] = round(lines[-1]["num_tokens"] / seconds, 1)
+        return found
+
+    def write_run_card(self, argv, common, config, name, rows, train, held_out):
+        """run_card.json: everything needed to do this run again and to judge it."""
+        held = self.held_out()
+        card = {
+            "method": name,
+            "command": shlex.join([sys.executable, *sys.argv[:1], *argv]),
+            "arguments": {**asdict(common), **config.to_dict()},
+            "versions": versions(),
+            "data_hash": hash_rows(rows.train + rows.held_out),
+            "train_rows": len(train.rows),
+            "eval_rows": len(held_out.rows),
+            "dropped_rows": count_reasons(rows.dropped),
+            "cut_answers": train.cut + held_out.cut,
+            "world_size": config.world_size,
+            "seed": config.seed,
+            "peak_memory_bytes": peak_memory(),
+            "throughput": self.speed(),
+            "held_out": {"before": held[0], "after": held[1]} if held else None,
+        }
+        text = json.dumps(card, indent=2, ensure_ascii=False, default=str)
+        (self.folder / "run_card.json").write_text(text + "\n", encoding="utf-8")
+
+    def print_end(self, say, after):
+        for number, ((prompt, old), (_, new)) in enumerate(zip(self.before, after, strict=True), 1):
+            if self.method.task == "SEQ_CLS":
+                side = ("chosen", "rejected")[(number - 1) % 2]
+                say(f"{side:9} {shorten(prompt, 70)}  score {old:.2f} -> {new:.2f}")
+            else:
+                say(f"prompt    {shorten(prompt, 100)}\n  before  {shorten(old, 240)}\n  after   {shorten(new, 240)}")
+        held = self.held_out()
+        if held:
+            before, after = held
+            say(f"\n{'held out':10}{'before':>10}{'after':>10}")
+            for name in ("loss", "accuracy", "margin"):
+                if name in after:
+                    note = "  (before: policy = reference, every pair ties)" if name == "accuracy" and before.get("tied") else ""
+                    say(f"{name:10}{before[name]:10.4f}{after[name]:10.4f}{note}")
+
+
+def draw_report(folder, method):
+    train, held = read_lines(folder / "metrics.jsonl"), read_lines(folder / "eval.jsonl")
+    if not train:
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = [("loss", "loss"), ("reward margin", method.margin), ("accuracy", method.accuracy), ("learning rate", "learning_rate")]
+    panels = [(title, key) for title, key in panels if key and any(key in line for line in train)]
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 3.2), squeeze=False, layout="constrained")
+    for axis, (title, key) in zip(axes[0], panels, strict=True):
+        lines = [line for line in train if key in line]
+        axis.plot([line["step"] for line in lines], [line[key] for line in lines], label="training")
+        points = [line for line in held if f"eval_{key}" in line]
+        if points:
+            axis.plot([p["step"] for p in points], [p[f"eval_{key}"] for p in points], "o-", label="held out")
+            axis.legend()
+        axis.set_title(title)
+        axis.set_xlabel("step")
+    figure.savefig(folder / "report.png", dpi=120)
+    pyplot.close(figure)
+
+
+def versions():
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": sys.version.split()[0]}
+    for name in ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed", "bitsandbytes"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def peak_memory():
+    """Bytes: the GPU's peak where there is one, otherwise the process's."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# ── jsonl files of one run ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def append_line(path, values):
+    with open(path, "a", encoding="utf-8") as handle:
+        handle.write(json.dumps(values, ensure_ascii=False) + "\n")
+
+
+def read_lines(path):
+    return [json.loads(line) for line in open(path, encoding="utf-8")] if os.path.exists(path) else []
+
+
+def keep_until(path, step):
+    """Cut the lines behind `step`: a resumed run logs them again."""
+    if path.exists():
+        kept = [line for line in read_lines(path) if line["step"] <= step] if step else []
+        path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8")
+
+
+def shorten(text, length):
+    text = " ".join(str(text).split())
+    return text if len(text) <= length else text[: length - 1] + "…"

@@ -1,0 +1,78 @@
+"""Saving the result, and proof that the save is what was trained: reopened from disk, no tensor empty, weights moved."""
+
+import json
+import shutil
+from pathlib import Path
+
+
+def find_checkpoint(folder, asked):
+    """The checkpoint to go on from: a path is itself, auto (or True) the newest in `folder`, None where there is none."""
+    if str(asked).lower() not in ("auto", "true"):
+        return asked
+    from transformers.trainer_utils import get_last_checkpoint
+
+    return get_last_checkpoint(folder) if Path(folder).is_dir() else None
+
+
+def save(trainer, tokenizer):
+    """Model or adapter (safetensors), tokenizer and chat template into output_dir; every process takes part.
+
+    Returns how many tensors the save must hold.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if "ref" in getattr(model, "peft_config", {}):
+        model.delete_adapter("ref")  # TRL's frozen twin of an adapter that was trained on: not part of the result
+    trainer.save_model()
+    if trainer.accelerator.is_main_process:
+        tokenizer.save_pretrained(trainer.args.output_dir)
+    trainer.accelerator.wait_for_everyone()
+    return sum(parameter.requires_grad for parameter in model.parameters())
+
+
+def verify_save(folder, start, expected):
+    """(tensors, bytes) of the safetensors in `folder`. Raises RuntimeError where they are not a trained model.
+
+    `start`: the folder that the training began with, None for a new adapter, whose lora_B begins as zeros.
+    `expected`: how many tensors there must be.
+    """
+    tensors = open_tensors(folder)
+    begun = open_tensors(start) if start else {}
+    wrong = [f"{name} is empty" for name, read in tensors.items() if read().numel() == 0]
+    wrong += [f"{name} is not finite" for name, read in tensors.items() if not read().isfinite().all()]
+    if len(tensors) != expected:
+        wrong.append(f"{len(tensors)} tensors where the model has {expected}")
+    moved = any(differs(name, read(), begun, start) for name, read in tensors.items())
+    if not moved:
+        wrong.append("no weight differs from the start")
+    if wrong:
+        raise RuntimeError(f"{folder} is not a sound save: " + "; ".join(wrong[:5]))
+    return len(tensors), sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+
+
+def differs(name, tensor, begun, start):
+    if start is None:
+        return "lora_B" in name and bool(tensor.any())
+    return name in begun and not tensor.float().equal(begun[name]().float())
+
+
+def open_tensors(folder):
+    """{name: function that reads it} over all safetensors files of a folder; {} for a Hub id."""
+    from safetensors import safe_open
+
+    found = {}
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        handle = safe_open(file, framework="pt")
+        found |= {name: (lambda handle=handle, name=name: handle.get_tensor(name)) for name in handle.keys()}
+    return found
+
+
+def prepare_output_dir(folder, overwrite, dropped):
+    """Makes the folder, empties it if asked, and writes dropped.jsonl: each row that is not trained on, and why."""
+    folder = Path(folder)
+    if overwrite and folder.is_dir():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "dropped.jsonl", "w", encoding="utf-8") as handle:
+        for where, reason, values in dropped:
+            line = {"where": where, "reason": reason, "row": values}
+            handle.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")

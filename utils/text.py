@@ -1,0 +1,206 @@
+"""Rows to the text that is trained on: chat template applied, one BOS where the tokenizer adds one, one end of turn.
+
+TRL's trainers get this as plain text, which each of them tokenises the same way; left to themselves, DPO trains
+`...ok<|im_end|>\\n` where CPO trains `...ok<|im_end|>\\n<|im_end|>`.
+"""
+
+from dataclasses import dataclass, field
+
+from rlhf_args.methods import DIALOGUE, RANKED
+from utils.checks import Refused
+from utils.data import refuse_rows
+
+
+@dataclass
+class Prepared:
+    """`rows`: what the trainer gets. `dropped`: (where, reason, values). `first`: (prompt, answer) as trained."""
+
+    rows: list = field(default_factory=list)
+    dropped: list = field(default_factory=list)
+    cut: int = 0  # rows whose answer max_length cuts short
+    reshaped: int = 0  # rows whose prompt the template writes differently once an answer follows
+    first: tuple = ("", "")
+
+
+def prepare_rows(rows, tokenizer, columns, max_length):
+    """Text rows for the trainer of a method with these columns. Raises Refused where the template rejects a row."""
+    prepared, problems = Prepared(), []
+    for where, values in rows:
+        try:
+            turns = render(tokenizer, values)
+        except Exception as error:  # noqa: BLE001  templates raise what they like (jinja2, TypeError, ...)
+            problems.append(f"{where}: the chat template refuses it ({type(error).__name__}: {' '.join(str(error).split())})")
+            continue
+        prompt, answers, reshaped = turns
+        sides = [tokenize(tokenizer, prompt + answer) for answer in answers]
+        prompt_length = len(tokenize(tokenizer, prompt))
+        longest = max(len(ids) for ids in sides)
+        if max_length is not None and prompt_length >= max_length:
+            prepared.dropped.append((where, "prompt longer than max_length", values))
+        elif max_length is not None and longest > max_length and columns == RANKED:
+            prepared.dropped.append((where, "longer than max_length", values))
+        else:
+            prepared.cut += max_length is not None and longest > max_length
+            prepared.reshaped += reshaped
+            prepared.first = prepared.first if prepared.rows else (prompt, answers[0])
+            prepared.rows.append(trainer_row(tokenizer, values, prompt, answers, columns))
+    refuse_rows(problems)
+    return prepared
+
+
+def trainer_row(tokenizer, values, prompt, answers, columns):
+    if columns == DIALOGUE:
+        return label_turns(tokenizer, values, prompt + answers[0])
+    if columns == RANKED:
+        row = {"chosen": prompt + answers[0], "rejected": prompt + answers[1]}
+    else:
+        names = ("chosen", "rejected") if "chosen" in values else ("completion",)
+        row = {"prompt": prompt, **dict(zip(names, answers, strict=True))}
+    return row | {name: values[name] for name in ("label", "margin") if name in values}
+
+
+# ── one row ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def render(tokenizer, values):
+    """(prompt, [answer, ...], reshaped): texts, each answer with exactly one end of turn behind it."""
+    names = [name for name in ("chosen", "rejected", "completion") if name in values]
+    if "messages" in values:
+        if isinstance(values["messages"], str):
+            return "", [end_turn(tokenizer, values["messages"])], False
+        last = max(i for i, message in enumerate(values["messages"]) if message["role"] == "assistant")
+        messages, names, sides = values["messages"][:last], ["messages"], [values["messages"][last : last + 1]]
+    else:
+        messages, sides = values["prompt"], [values[name] for name in names]
+    if not isinstance(sides[0], list):
+        return messages, [end_turn(tokenizer, side) for side in sides], False
+    prompt = template(tokenizer, messages, add_generation_prompt=True) if messages else ""
+    whole = [end_turn(tokenizer, template(tokenizer, messages + side)) for side in sides]
+    shared = min(shared_length(prompt, text) for text in whole)
+    return whole[0][:shared], [text[shared:] for text in whole], shared < len(prompt)
+
+
+def template(tokenizer, messages, **kwargs):
+    """The chat template's text, without the BOS that the tokenizer will put in front of it again."""
+    text = tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
+    return text.removeprefix(tokenizer.bos_token) if tokenizer.bos_token and adds_bos(tokenizer) else text
+
+
+def adds_bos(tokenizer):
+    return tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
+def end_turn(tokenizer, text):
+    """`text` up to and with its last end of turn (templates add a newline behind it), or with one put there."""
+    eos = tokenizer.eos_token
+    stripped = text.rstrip()
+    return stripped if stripped.endswith(eos) else text + eos
+
+
+def shared_length(a, b):
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def tokenize(tokenizer, text):
+    return tokenizer(text)["input_ids"]
+
+
+def tokenize_pair(tokenizer, prompt, chosen, rejected):
+    """Token ids (prompt, chosen, rejected). A token that spans prompt and answer belongs to the answer, as in DPO.
+
+    Source: trl 1.16.0, trainer/dpo_trainer.py, _prepare_dataset.
+    """
+    alone, *whole = (tokenize(tokenizer, text) for text in (prompt, prompt + chosen, prompt + rejected))
+    start = min(shared_length(alone, ids) for ids in whole)
+    return alone[:start], whole[0][start:], whole[1][start:]
+
+
+def label_turns(tokenizer, values, text):
+    """{input_ids, labels} of a dialogue: every assistant turn is trained with its end of turn, the rest is -100."""
+    ids = tokenize(tokenizer, text)
+    labels = [-100] * len(ids)
+    for start, stop in assistant_spans(tokenizer, values, text):
+        first = shared_length(tokenize(tokenizer, text[:start]), ids)
+        last = len(tokenize(tokenizer, text[:stop]))
+        labels[first:last] = ids[first:last]
+    return {"input_ids": ids, "labels": labels}
+
+
+def assistant_spans(tokenizer, values, text):
+    """(start, stop) in `text` of what the assistant says, each with its end of turn."""
+    if isinstance(values.get("messages"), str):
+        return [(0, len(text))]
+    if "messages" not in values:
+        return [(len(values["prompt"]), len(text))]
+    spans = []
+    for i, message in enumerate(values["messages"]):
+        if message["role"] == "assistant":
+            before = template(tokenizer, values["messages"][:i], add_generation_prompt=True) if i else ""
+            after = end_turn(tokenizer, template(tokenizer, values["messages"][: i + 1]))
+            spans.append((shared_length(before, text), shared_length(after, text)))
+    return spans
+
+
+# ── the tokenizer ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def fit_tokenizer(tokenizer, chat):
+    """Set pad and end of turn on the tokenizer; the notes say what was changed. Raises Refused without a template."""
+    notes = []
+    if chat and not tokenizer.chat_template:
+        raise Refused(["the data are chats, and this model's tokenizer has no chat template. Take the instruct model, "
+                       "save a chat_template.jinja in the model's folder, or write the data as plain text"])  # fmt: skip
+    if chat:
+        end = end_of_turn(tokenizer)
+        if end and end != tokenizer.eos_token:
+            notes.append(f"the chat template ends a turn with {end}: set as eos_token in place of {tokenizer.eos_token}")
+            tokenizer.eos_token = end
+    if tokenizer.eos_token is None:
+        raise Refused(["this model's tokenizer has no eos_token, so no answer could end. Set one in tokenizer_config.json"])
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+        notes.append(f"no pad token: {tokenizer.pad_token} pads, and attention masks tell it from the end of a turn")
+    tokenizer.padding_side = "right"  # the score of a reward model stands on the last token that is not padding
+    return notes
+
+
+def end_of_turn(tokenizer):
+    """The special token that the template puts behind an answer, or None if it puts none."""
+    answer = "ANSWER"
+    text = template(tokenizer, [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": answer}])
+    tail = tokenizer(text[text.rindex(answer) + len(answer) :], add_special_tokens=False)["input_ids"]
+    special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
+    return next((tokenizer.convert_ids_to_tokens(token) for token in tail if token in special), None)
+
+
+# ── what the trainer gets ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def check_first(prepared, tokenizer, columns):
+    """Two BOS never, one end of turn exactly: shown on the first row, as all rows are made in the same way."""
+    ids = prepared.rows[0]["input_ids"] if columns == DIALOGUE else tokenize(tokenizer, "".join(prepared.first))
+    doubled = tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2
+    ends = next((n for n, token in enumerate(reversed(ids)) if token != tokenizer.eos_token_id), len(ids))
+    if doubled or ends != 1:
+        raise Refused([f"the tokenizer gives {'two BOS' if doubled else f'{ends} ends of turn'} instead of one in the "
+                       f"first row: {tokenizer.decode(ids)!r}. Check add_bos_token, add_eos_token and the chat template"])  # fmt: skip
+
+
+def as_dataset(prepared):
+    from datasets import Dataset
+
+    return Dataset.from_list(prepared.rows) if prepared.rows else None
+
+
+def check_none_lost(trainer, train, held_out):
+    """TRL drops over-long rows without a word. They are counted here before it sees them, so it must find none."""
+    for dataset, prepared in ((trainer.train_dataset, train), (trainer.eval_dataset, held_out)):
+        if dataset is not None and len(dataset) != len(prepared.rows) and not getattr(trainer.args, "packing", False):
+            raise RuntimeError(f"the trainer kept {len(dataset)} of {len(prepared.rows)} rows; the difference is not "
+                               "accounted for. Please report the row lengths and --max_length")  # fmt: skip
+
+
+def mark(first, colour):
+    """The first row with its trained part marked: in bold on a terminal, between [[ and ]] elsewhere."""
+    prompt, answer = first
+    return f"{prompt}\033[1m{answer}\033[0m" if colour else f"{prompt}[[{answer}]]"
