@@ -7,21 +7,19 @@
 Exit status: 0 done, 2 refused before a model was loaded (one line a problem, nothing written), 1 failed while running.
 """
 
-import os
 import sys
-from pathlib import Path
 
 from rlhf_args.methods import METHODS, load
-from utils import arguments, checks, data
+from utils import arguments, checks, data, environment
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
-    calm_libraries()
+    environment.calm_libraries()
     try:
         return run(argv)
     except checks.Refused as refusal:
-        if is_main():
+        if environment.is_main():
             print("\n".join(f"refused: {problem}" for problem in refusal.problems), file=sys.stderr)
         return 2
 
@@ -79,7 +77,7 @@ def run(argv):
     # ── train ────────────────────────────────────────────────────────────────────────────────────────────────────────
     from utils import report, saves
 
-    if is_main():
+    if environment.is_main():
         saves.prepare_output_dir(config.output_dir, common.overwrite_output_dir, rows.dropped)
     config.eval_on_start = bool(held_out.rows)
     trainer = load(method.trainer)(
@@ -104,7 +102,7 @@ def run(argv):
     # ── save, and prove the save ─────────────────────────────────────────────────────────────────────────────────────
     after = follow.sample()
     expected = saves.save(trainer, tokenizer)
-    if is_main():
+    if environment.is_main():
         start = None if lora else models.local_folder(common.model_name_or_path, common.model_revision)
         tensors, size = saves.verify_save(config.output_dir, start, expected)
         follow.write_run_card(argv, common, config, name, rows, train, held_out)
@@ -150,19 +148,9 @@ def say_result(common, config, method, tensors, size):
 
 
 def say(line):
-    if is_main():
+    if environment.is_main():
         print(line, flush=True)
 
-
-def is_main():
-    return int(os.environ.get("RANK", 0)) == 0
-
-
-def calm_libraries():
-    """No ping at construction, no upload, no warning about what this project has pinned and tested."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 if __name__ == "__main__":

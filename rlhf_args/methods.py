@@ -1,11 +1,12 @@
 """The table of methods: every difference between them is a column here, or stands in the method's own config or trainer.
 
 A new method is one row, one config file beside this one, and one sample file if its data columns are new.
-`python -m rlhf_args.methods` prints the table that README.md and README_zh.md hold.
+`python -m rlhf_args.methods` prints the table that README.md and README_zh.md hold, with a name its sample data.
 Standard library only: rows hold dotted paths, so that choosing DPO never imports PPO.
 """
 
 import importlib
+import sys
 from dataclasses import dataclass
 
 PAIR = ("prompt", "chosen", "rejected")
@@ -139,4 +140,8 @@ def method_table():
 
 
 if __name__ == "__main__":
-    print(method_table())
+    if len(sys.argv) == 1:
+        print(method_table())
+    else:  # rlhf_run.sh asks for a method's sample data; an unknown name is left for train_rlhf.py to refuse
+        found = find_method(sys.argv[1])
+        print(METHODS[found].sample_data if found else "data/preference.jsonl")

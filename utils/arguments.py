@@ -9,6 +9,7 @@ from pathlib import Path
 
 from common_args import CommonArgs
 from rlhf_args.methods import METHODS, find_method, load
+from utils import environment
 from utils.checks import Refused
 
 # What the flag is called elsewhere -> what it is called here.
@@ -92,7 +93,7 @@ def parse(argv, name):
                       or [f"{' '.join(unknown)}: not a flag. Every value follows its --flag"])  # fmt: skip
     # TRL's configs switch bf16 on by themselves and then refuse to exist without the hardware: decide it before.
     dtype = resolve_dtype(asked.dtype, asked.bf16, asked.fp16, name, method)
-    parser.set_defaults(bf16=dtype == "bfloat16", fp16=dtype == "float16")
+    parser.set_defaults(bf16=dtype == "bfloat16", fp16=dtype == "float16", **environment.device_defaults())
     try:
         common, config = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     except (ValueError, TypeError) as error:  # TRL's and transformers' own checks of their flags
@@ -124,10 +125,7 @@ def no_such_flag(flag, name, known):
 
 def resolve_dtype(dtype, bf16, fp16, name, method):
     """One answer from --dtype, --bf16 and --fp16: bfloat16, float16 or float32. Raises Refused."""
-    import torch
-
-    has_gpu = torch.cuda.is_available()
-    has_bf16 = has_gpu and torch.cuda.is_bf16_supported()
+    has_gpu, has_bf16 = environment.has_gpu(), environment.has_bf16()
     if bf16 and fp16:
         raise Refused(["--bf16 and --fp16 together: choose one. bfloat16 is the default where the hardware has it"])
     if bf16:

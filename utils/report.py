@@ -23,7 +23,7 @@ class Report(TrainerCallback):
 
     def __init__(self, trainer, method, tokenizer, examples):
         self.trainer, self.method, self.tokenizer = trainer, method, tokenizer
-        self.examples = [render(tokenizer, values)[:2] for _, values in examples[:SAMPLES]]
+        self.examples = [(last_words(values), *render(tokenizer, values)[:2]) for _, values in examples[:SAMPLES]]
         self.folder = Path(trainer.args.output_dir)
         self.main = trainer.accelerator.is_main_process
         self.before, self.bar, self.summary = [], None, {}
@@ -69,7 +69,7 @@ class Report(TrainerCallback):
             self.bar.close()
 
     def sample(self):
-        """[(prompt, answer)] of a language model, [(text, score)] of a reward model; every process takes part."""
+        """[(question, answer)] of a language model, [(question, score)] of a reward model; every process takes part."""
         import torch
         from trl.models.utils import unwrap_model_for_generation
 
@@ -78,17 +78,17 @@ class Report(TrainerCallback):
         was_training = model.training
         model.eval()
         with unwrap_model_for_generation(model, self.trainer.accelerator) as unwrapped, torch.no_grad():
-            for prompt, answers in self.examples:
+            for question, prompt, answers in self.examples:
                 if self.method.task == "SEQ_CLS":
                     for answer in answers:
                         ids = torch.tensor([tokenize(self.tokenizer, prompt + answer)], device=unwrapped.device)
-                        found.append((prompt + answer, float(unwrapped(input_ids=ids).logits.float().item())))
+                        found.append((question, float(unwrapped(input_ids=ids).logits.float().item())))
                 else:
                     ids = torch.tensor([tokenize(self.tokenizer, prompt)], device=unwrapped.device)
                     out = unwrapped.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
                                              use_cache=True, max_new_tokens=SAMPLE_TOKENS)  # fmt: skip
                     answer = self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
-                    found.append((prompt, answer.strip()))
+                    found.append((question, answer.strip()))
         model.train(was_training)
         return found
 
@@ -149,12 +149,12 @@ class Report(TrainerCallback):
         (self.folder / "run_card.json").write_text(text + "\n", encoding="utf-8")
 
     def print_end(self, say, after):
-        for number, ((prompt, old), (_, new)) in enumerate(zip(self.before, after, strict=True), 1):
+        for number, ((question, old), (_, new)) in enumerate(zip(self.before, after, strict=True)):
             if self.method.task == "SEQ_CLS":
-                side = ("chosen", "rejected")[(number - 1) % 2]
-                say(f"{side:9} {shorten(prompt, 70)}  score {old:.2f} -> {new:.2f}")
+                side = ("chosen", "rejected")[number % 2]
+                say(f"score     {old:6.2f} -> {new:5.2f}  {side:8} answer to: {shorten(question, 60)}")
             else:
-                say(f"prompt    {shorten(prompt, 100)}\n  before  {shorten(old, 240)}\n  after   {shorten(new, 240)}")
+                say(f"prompt    {shorten(question, 100)}\n  before  {shorten(old, 240)}\n  after   {shorten(new, 240)}")
         held = self.held_out()
         if held:
             before, after = held
@@ -228,6 +228,15 @@ def keep_until(path, step):
     if path.exists():
         kept = [line for line in read_lines(path) if line["step"] <= step] if step else []
         path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8")
+
+
+def last_words(values):
+    """What is asked in a row: the last turn before the answer, or the end of a plain prompt."""
+    asked = values.get("prompt", values.get("messages"))
+    if isinstance(asked, str):
+        return asked[-200:]
+    users = [message["content"] for message in asked if message["role"] != "assistant"]
+    return users[-1] if users else ""
 
 
 def shorten(text, length):

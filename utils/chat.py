@@ -1,0 +1,65 @@
+"""Talk to a result, adapter or whole model, through its own chat template: `python -m utils.chat FOLDER`.
+
+An empty line or Ctrl-D ends it. `echo "Hello" | python -m utils.chat FOLDER` answers once.
+"""
+
+import argparse
+import sys
+
+from utils import environment
+from utils.checks import Refused
+from utils.models import load_model, load_tokenizer, read_adapter
+
+
+def answer(model, tokenizer, messages, max_new_tokens, streamer=None):
+    """The model's reply to `messages` (a list of {"role", "content"}), as text."""
+    import torch
+
+    if tokenizer.chat_template:
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    else:
+        ids = tokenizer(messages[-1]["content"], return_tensors="pt")
+    ids = ids.to(model.device)
+    with torch.no_grad():
+        out = model.generate(**ids, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
+    return tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("model", help="folder of a result, or Hub id")
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="tokens an answer, at most")
+    asked = parser.parse_args(argv)
+    environment.calm_libraries()
+    try:
+        adapter = read_adapter(asked.model)
+        if adapter and adapter.get("task_type") == "SEQ_CLS":
+            raise Refused([f"{asked.model}: a reward model, which scores and cannot talk"])
+        tokenizer = load_tokenizer(asked.model)
+        dtype = "bfloat16" if environment.has_bf16() else "float32"
+        model = load_model(asked.model, "CAUSAL_LM", dtype, tokenizer=tokenizer, seed=0).eval()
+    except Refused as refusal:
+        print("\n".join(f"refused: {problem}" for problem in refusal.problems), file=sys.stderr)
+        return 2
+    talk(model, tokenizer, asked.max_new_tokens)
+    return 0
+
+
+def talk(model, tokenizer, max_new_tokens):
+    from transformers import TextStreamer
+
+    if environment.has_gpu():
+        model.to("cuda")
+    live = sys.stdin.isatty()
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    messages = []
+    while line := (input("> ") if live else sys.stdin.readline()).strip():
+        messages.append({"role": "user", "content": line})
+        messages.append({"role": "assistant", "content": answer(model, tokenizer, messages, max_new_tokens, streamer)})
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (EOFError, KeyboardInterrupt):
+        print()
