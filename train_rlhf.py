@@ -103,9 +103,9 @@ def run(argv):
     after = follow.sample()
     expected = saves.save(trainer, tokenizer)
     if environment.is_main():
-        start = None if lora else models.local_folder(common.model_name_or_path, common.model_revision)
+        start = models.starting_weights(common.model_name_or_path, common.model_revision, common.train_mode)
         tensors, size = saves.verify_save(config.output_dir, start, expected)
-        follow.write_run_card(argv, common, config, name, rows, train, held_out)
+        follow.write_run_card(argv, common, config, name, rows, train, held_out, after)
         follow.print_end(say, after)
         say_result(common, config, method, tensors, size)
     return 0
@@ -117,15 +117,19 @@ def run(argv):
 def say_plan(common, config, name, method, rows, train, held_out):
     from utils import models, text
 
-    mode = common.train_mode
-    if mode != "full":
-        mode += f", {'DoRA' if common.use_dora else 'LoRA'} rank {common.lora_rank}, alpha {common.lora_alpha}"
+    rank, alpha, dora = common.lora_rank, common.lora_alpha, common.use_dora
+    adapter = models.read_adapter(common.model_name_or_path)
+    if adapter and common.train_mode != "full":
+        rank, alpha, dora = adapter["r"], adapter["lora_alpha"], adapter.get("use_dora")
+        if (rank, alpha) != (common.lora_rank, common.lora_alpha):
+            rows.notes.append(f"goes on with the adapter as it is, rank {rank}: --lora_rank and its kin have no effect")
+    lora = f", {'DoRA' if dora else 'LoRA'} rank {rank}, alpha {alpha}" if common.train_mode != "full" else ""
     refused = ", ".join(f"{count} {reason}" for reason, count in data.count_reasons(rows.dropped).items()) or "none"
     held = f"{len(held_out.rows)} held out" if held_out.rows else "nothing held out (--eval_fraction 0.1 measures the result)"
     devices = f"{config.world_size} process{'es' * (config.world_size > 1)} on {config.device.type}"
     say(f"method    {name}: {method.title} ({method.source})")
     say(f"model     {common.model_name_or_path}")
-    say(f"mode      {mode}; {common.dtype}, {devices}")
+    say(f"mode      {common.train_mode}{lora}; {common.dtype}, {devices}")
     say(f"reference {models.describe_reference(method.models, common.model_name_or_path, common.train_mode)}")
     say(f"data      {len(train.rows)} rows to train on, {held}; refused: {refused}")
     if train.cut + held_out.cut:

@@ -81,7 +81,7 @@ def check_adapter(path, described, name, method, train_mode):
     task = described.get("task_type")
     if method.task == "CAUSAL_LM" and task == "SEQ_CLS":
         problems.append(f"{path}: a trained reward model, which scores and cannot answer. {name} starts from a language model")
-    if method.task == "SEQ_CLS" and task != "SEQ_CLS" and train_mode != "full":
+    if method.task == "SEQ_CLS" and task != "SEQ_CLS":
         problems.append(f"{path}: a language model's adapter, and {name} would need a second one on top. "
                         f"Merge it first: python -m utils.merge_lora {path} MERGED")  # fmt: skip
     return problems

@@ -81,13 +81,16 @@ def load_model(path, task, dtype, *, tokenizer, seed, revision=None, attn_implem
     except (OSError, ValueError) as error:
         raise Refused([f"--model_name_or_path {path}: cannot be loaded ({first_line(error)})"]) from None
     fit_config(model, tokenizer)
+    if four_bit:
+        keep_trainable(model)
     if task == "SEQ_CLS":
         cast_before_score(model)
     if adapter:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, path, is_trainable=train_adapter)
-        model = model if train_adapter else model.merge_and_unload()
+        if not train_adapter:
+            model = model.merge_and_unload().requires_grad_(True)  # PEFT froze the base below the adapter
     return model
 
 
@@ -103,6 +106,17 @@ def four_bit_config(dtype):
         bnb_4bit_quant_storage=dtype,
         llm_int8_skip_modules=["lm_head", "score"],
     )
+
+
+def keep_trainable(model):
+    """Stops bitsandbytes from repacking 4-bit weights on a CPU for inference whenever the model is evaluated.
+
+    The repacked kernel has no backward: after an evaluation in mid-training the gradients would silently be lost.
+    Source: bitsandbytes 0.50.2, nn/modules.py, Linear4bit.forward, and autograd/_functions.py, matmul_4bit.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def make_lora(task, rank, alpha, dropout, target_modules, use_dora):
@@ -152,10 +166,14 @@ def count_parameters(model):
     return f"{trained / 1e6:.1f}M of {total / 1e6:.1f}M parameters ({trained / total:.1%})"
 
 
-def local_folder(path, revision=None):
-    """The folder of a model on this disk, of a Hub id its snapshot in the cache."""
+def starting_weights(path, revision, train_mode):
+    """The folder whose tensors bear the names that will be saved, as they were before training; None: a new adapter."""
+    adapter = read_adapter(path)
+    if train_mode != "full":
+        return Path(path) if adapter else None
+    path, revision = (adapter["base_model_name_or_path"], adapter.get("revision")) if adapter else (path, revision)
     if Path(path).is_dir():
         return Path(path)
     from transformers.utils import cached_file
 
-    return Path(cached_file(path, "config.json", revision=revision)).parent
+    return Path(cached_file(path, "config.json", revision=revision)).parent  # the snapshot in the Hub's cache

@@ -126,7 +126,7 @@ class Report(TrainerCallback):
             found["tokens_per_second"] = round(lines[-1]["num_tokens"] / seconds, 1)
         return found
 
-    def write_run_card(self, argv, common, config, name, rows, train, held_out):
+    def write_run_card(self, argv, common, config, name, rows, train, held_out, after):
         """run_card.json: everything needed to do this run again and to judge it."""
         held = self.held_out()
         card = {
@@ -144,6 +144,8 @@ class Report(TrainerCallback):
             "peak_memory_bytes": peak_memory(),
             "throughput": self.speed(),
             "held_out": {"before": held[0], "after": held[1]} if held else None,
+            "samples": [{"question": question, "before": old, "after": new}
+                        for (question, old), (_, new) in zip(self.before, after, strict=True)],
         }
         text = json.dumps(card, indent=2, ensure_ascii=False, default=str)
         (self.folder / "run_card.json").write_text(text + "\n", encoding="utf-8")

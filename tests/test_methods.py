@@ -1,0 +1,113 @@
+"""Every method of the table in every train mode, through the entry script: `pytest tests/test_methods.py`.
+
+A row added to the table is tested here without a line being added. The second part compares each loss trajectory with
+TRL's own trainer, called directly on the same rows.
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from tests.conftest import ROOT, read_rows
+
+import train_rlhf
+from rlhf_args.methods import METHODS, load
+from utils import data, models, text
+from utils.report import SAMPLE_TOKENS
+
+MODES = {
+    "full": ["--train_mode", "full"],
+    "lora": ["--train_mode", "lora"],
+    "dora": ["--train_mode", "lora", "--use_dora"],
+    "qlora": ["--train_mode", "qlora"],
+}
+CELLS = [(name, mode) for name, method in METHODS.items() for mode in MODES if MODES[mode][1] in method.train_modes]
+STEPS = ["--max_samples", "16", "--max_steps", "3", "--logging_steps", "1", "--learning_rate", "2e-2",
+         "--per_device_train_batch_size", "4", "--save_strategy", "no", "--dtype", "float32"]  # fmt: skip
+
+
+def train(name, mode, model, out, *more):
+    words = ["--rlhf_type", name, *MODES[mode], "--model_name_or_path", model, "--train_data_path",
+             METHODS[name].sample_data, "--output_dir", str(out), *STEPS, *more]  # fmt: skip
+    return train_rlhf.main(words)
+
+
+@pytest.fixture(scope="module")
+def reload():
+    """Asks a process that has trained nothing what the model in a folder answers."""
+    process = subprocess.Popen([sys.executable, "-m", "tests.reloader"], cwd=ROOT, text=True, stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)  # fmt: skip
+
+    def ask(folder, method, mode, texts):
+        asked = {"folder": str(folder), "task": method.task, "four_bit": mode == "qlora", "texts": texts,
+                 "max_new_tokens": SAMPLE_TOKENS}  # fmt: skip
+        process.stdin.write(json.dumps(asked) + "\n")
+        process.stdin.flush()
+        line = next((line for line in process.stdout if line.startswith("ANSWER")), None)
+        assert line, "the reloading process died"
+        return json.loads(line.removeprefix("ANSWER"))
+
+    yield ask
+    process.stdin.close()
+    process.wait(timeout=60)
+
+
+@pytest.mark.parametrize(("name", "mode"), CELLS)
+def test_trains_and_reloads_in_a_new_process(name, mode, tiny_model, tmp_path, reload):
+    method, out = METHODS[name], tmp_path / "out"
+    assert train(name, mode, tiny_model, out, "--eval_fraction", "0.25") == 0
+
+    card = json.loads((out / "run_card.json").read_text())
+    assert (card["method"], card["world_size"], card["dropped_rows"]) == (name, 1, {})
+    lines = read_rows(out / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3] and all("loss" in line for line in lines)
+    assert {path.name for path in out.iterdir()} >= {"tokenizer.json", "chat_template.jinja", "report.png"}
+
+    # What the trained model said while it was trained, a new process must hear from the folder; and it is not what
+    # the start said, so a folder that holds the start would be found out.
+    before = [sample["before"] for sample in card["samples"]]
+    after = [sample["after"] for sample in card["samples"]]
+    assert before != after
+    tokenizer = models.load_tokenizer(out)
+    rows = data.load_rows([method.sample_data], None, method.columns, name, max_samples=16)
+    data.hold_out(rows, 0.25, card["seed"])
+    sides = [text.render(tokenizer, values)[:2] for _, values in rows.held_out[:2]]
+    if method.task == "SEQ_CLS":
+        heard = reload(out, method, mode, [prompt + answer for prompt, answers in sides for answer in answers])
+        assert heard == pytest.approx(after, rel=1e-4, abs=1e-5)  # float32 sums in another order once merged
+    else:
+        assert reload(out, method, mode, [prompt for prompt, _ in sides]) == after
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.parametrize("name", METHODS)
+def test_losses_are_those_of_trl_called_directly(name, mode, tiny_model, tmp_path):
+    method = METHODS[name]
+    assert train(name, mode, tiny_model, tmp_path / "ours") == 0
+    ours = [line["loss"] for line in read_rows(tmp_path / "ours" / "metrics.jsonl")]
+
+    tokenizer = models.load_tokenizer(tiny_model)
+    text.fit_tokenizer(tokenizer, chat=True)
+    rows = data.load_rows([method.sample_data], None, method.columns, name, max_samples=16)
+    prepared = text.prepare_rows(rows.train, tokenizer, method.columns, 1024)
+    config = load(method.config)(
+        output_dir=str(tmp_path / "trl"), max_steps=3, logging_steps=1, learning_rate=2e-2, bf16=False, use_cpu=True,
+        per_device_train_batch_size=4, save_strategy="no",
+    )  # fmt: skip
+    lora = models.make_lora(method.task, 32, 16, 0.05, None, False) if mode == "lora" else None
+    trl_trainer = next(kind for kind in load(method.trainer).__mro__ if kind.__module__.startswith("trl."))
+    model = tiny_model
+    if method.task == "SEQ_CLS":  # its new head is drawn from the seed, by TRL and here alike before LoRA is
+        torch.manual_seed(config.seed)
+        model = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1, dtype=torch.float32)
+    trainer = trl_trainer(model=model, args=config, processing_class=tokenizer, peft_config=lora,
+                          train_dataset=text.as_dataset(prepared))  # fmt: skip
+    trainer.train()
+    theirs = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    assert len(ours) == 3
+    assert ours == theirs  # float32, one thread, the same seed: to the last digit
