@@ -45,7 +45,9 @@ class CommonArgs:
     lora_target_modules: list[str] | None = field(
         default=None, metadata={"help": "Names of the layers to adapt; unset: all linear layers but the head."}
     )
-    use_dora: bool = field(default=False, metadata={"help": "DoRA: also trains the weights' magnitude. Not with full."})
+    use_dora: bool = field(
+        default=False, metadata={"help": "DoRA: also trains the weights' magnitude. Not with full."}
+    )
 
     # ── data ─────────────────────────────────────────────────────────────────────────────────────────────────────────
     train_data_path: list[str] | None = field(

@@ -2,7 +2,7 @@
 
     bash rlhf_run.sh                                    the shipped job, through accelerate launch
     python train_rlhf.py --rlhf_type SimPO --help       every flag of a method
-    python train_rlhf.py --rlhf_type DPO --model_name_or_path MODEL --train_data_path data/preference.jsonl --output_dir OUT
+    python train_rlhf.py --model_name_or_path MODEL --train_data_path data/preference.jsonl --output_dir OUT
 
 Exit status: 0 done, 2 refused before a model was loaded (one line a problem, nothing written), 1 failed while running.
 """
@@ -68,11 +68,19 @@ def run(argv):
         "deepspeed": config.deepspeed_plugin is not None,
     }
     policy = models.load_policy(**source)
-    others = {} if getattr(config, "precompute_ref_log_probs", False) else models.load_other_models(method.models, **source)
+    others = (
+        {} if getattr(config, "precompute_ref_log_probs", False) else models.load_other_models(method.models, **source)
+    )
     lora = None
     if common.train_mode != "full" and not models.read_adapter(common.model_name_or_path):
-        lora = models.make_lora(method.task, common.lora_rank, common.lora_alpha, common.lora_dropout,
-                                common.lora_target_modules, common.use_dora)  # fmt: skip
+        lora = models.make_lora(
+            method.task,
+            common.lora_rank,
+            common.lora_alpha,
+            common.lora_dropout,
+            common.lora_target_modules,
+            common.use_dora,
+        )
 
     # ── train ────────────────────────────────────────────────────────────────────────────────────────────────────────
     from utils import report, saves
@@ -122,10 +130,16 @@ def say_plan(common, config, name, method, rows, train, held_out):
     if adapter and common.train_mode != "full":
         rank, alpha, dora = adapter["r"], adapter["lora_alpha"], adapter.get("use_dora")
         if (rank, alpha) != (common.lora_rank, common.lora_alpha):
-            rows.notes.append(f"goes on with the adapter as it is, rank {rank}: --lora_rank and its kin have no effect")
+            rows.notes.append(
+                f"goes on with the adapter as it is, rank {rank}: --lora_rank and its kin have no effect"
+            )
     lora = f", {'DoRA' if dora else 'LoRA'} rank {rank}, alpha {alpha}" if common.train_mode != "full" else ""
     refused = ", ".join(f"{count} {reason}" for reason, count in data.count_reasons(rows.dropped).items()) or "none"
-    held = f"{len(held_out.rows)} held out" if held_out.rows else "nothing held out (--eval_fraction 0.1 measures the result)"
+    held = (
+        f"{len(held_out.rows)} held out"
+        if held_out.rows
+        else "nothing held out (--eval_fraction 0.1 measures the result)"
+    )
     devices = f"{config.world_size} process{'es' * (config.world_size > 1)} on {config.device.type}"
     say(f"method    {name}: {method.title} ({method.source})")
     say(f"model     {common.model_name_or_path}")
@@ -154,7 +168,6 @@ def say_result(common, config, method, tensors, size):
 def say(line):
     if environment.is_main():
         print(line, flush=True)
-
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The table of methods: every difference between them is a column here, or stands in the method's own config or trainer.
+"""The table of methods: what differs between them is a column here, or stands in the method's config or trainer.
 
 A new method is one row, one config file beside this one, and one sample file if its data columns are new.
 `python -m rlhf_args.methods` prints the table that README.md and README_zh.md hold, with a name its sample data.
@@ -133,8 +133,15 @@ def method_table():
     lines.append("|---|---|---|---|---|---|---|")
     for name, method in METHODS.items():
         reference = "frozen copy (full), adapter off (lora, qlora)" if "ref_model" in method.models else "none"
-        cells = (f"`{name}`", method.title, ", ".join(method.columns), f"`{method.sample_data}`",
-                 ", ".join(method.train_modes), reference, method.source)  # fmt: skip
+        cells = (
+            f"`{name}`",
+            method.title,
+            ", ".join(method.columns),
+            f"`{method.sample_data}`",
+            ", ".join(method.train_modes),
+            reference,
+            method.source,
+        )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -31,7 +31,9 @@ def make_tokenizer(template=TEMPLATE, bos=None, pad="<|im_end|>"):
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens(special)
     if bos:
-        core.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, vocabulary[bos])])
+        core.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, vocabulary[bos])]
+        )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token=bos, eos_token="<|im_end|>", pad_token=pad)
     tokenizer.chat_template = template
     return tokenizer
@@ -45,10 +47,17 @@ def make_model(folder, tokenizer=None, seed=0):
     tokenizer = tokenizer or make_tokenizer()
     torch.manual_seed(seed)
     config = Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=2048, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=2048,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
         pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+    )
     Qwen2ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
@@ -62,9 +71,13 @@ def tiny_model(tmp_path_factory):
 def command(*words, env=None, timeout=900):
     """Run `python ...` in the project's folder as a user does; the finished process, output as text."""
     return subprocess.run(
-        [sys.executable, *map(str, words)], cwd=ROOT, env={**os.environ, **(env or {})}, text=True,
-        capture_output=True, timeout=timeout,
-    )  # fmt: skip
+        [sys.executable, *map(str, words)],
+        cwd=ROOT,
+        env={**os.environ, **(env or {})},
+        text=True,
+        capture_output=True,
+        timeout=timeout,
+    )
 
 
 def write_rows(path, rows):

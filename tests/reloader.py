@@ -1,4 +1,4 @@
-"""A process that has trained nothing: reads {"folder", "task", "four_bit", "texts"} a line, answers what the result says."""
+"""A process that has trained nothing: reads {"folder", "task", ...} a line and answers what the result says."""
 
 import json
 import sys
@@ -14,7 +14,9 @@ def reload(folder, task, four_bit, texts, max_new_tokens):
 
     tokenizer = load_tokenizer(folder)
     # an adapter over a 4-bit base stays an adapter: merged into 4 bits it would be rounded away
-    model = load_model(folder, task, "float32", tokenizer=tokenizer, seed=1234, four_bit=four_bit, train_adapter=four_bit)
+    model = load_model(
+        folder, task, "float32", tokenizer=tokenizer, seed=1234, four_bit=four_bit, train_adapter=four_bit
+    )
     model.eval()
     if four_bit:  # as TRL trains it
         for name, parameter in model.named_parameters():
@@ -27,7 +29,9 @@ def reload(folder, task, four_bit, texts, max_new_tokens):
             if task == "SEQ_CLS":
                 answers.append(model(input_ids=ids).logits.item())
             else:
-                out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_new_tokens)
+                out = model.generate(
+                    ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_new_tokens
+                )
                 answers.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip())
     return answers
 

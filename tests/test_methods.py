@@ -12,10 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from tests.conftest import ROOT, read_rows
-
 import train_rlhf
 from rlhf_args.methods import METHODS, load
+from tests.conftest import ROOT, read_rows
 from utils import data, models, text
 from utils.report import SAMPLE_TOKENS
 
@@ -26,25 +25,61 @@ MODES = {
     "qlora": ["--train_mode", "qlora"],
 }
 CELLS = [(name, mode) for name, method in METHODS.items() for mode in MODES if MODES[mode][1] in method.train_modes]
-STEPS = ["--max_samples", "16", "--max_steps", "3", "--logging_steps", "1", "--learning_rate", "2e-2",
-         "--per_device_train_batch_size", "4", "--save_strategy", "no", "--dtype", "float32"]  # fmt: skip
+STEPS = [
+    "--max_samples",
+    "16",
+    "--max_steps",
+    "3",
+    "--logging_steps",
+    "1",
+    "--learning_rate",
+    "2e-2",
+    "--per_device_train_batch_size",
+    "4",
+    "--save_strategy",
+    "no",
+    "--dtype",
+    "float32",
+]
 
 
 def train(name, mode, model, out, *more):
-    words = ["--rlhf_type", name, *MODES[mode], "--model_name_or_path", model, "--train_data_path",
-             METHODS[name].sample_data, "--output_dir", str(out), *STEPS, *more]  # fmt: skip
+    words = [
+        "--rlhf_type",
+        name,
+        *MODES[mode],
+        "--model_name_or_path",
+        model,
+        "--train_data_path",
+        METHODS[name].sample_data,
+        "--output_dir",
+        str(out),
+        *STEPS,
+        *more,
+    ]
     return train_rlhf.main(words)
 
 
 @pytest.fixture(scope="module")
 def reload():
     """Asks a process that has trained nothing what the model in a folder answers."""
-    process = subprocess.Popen([sys.executable, "-m", "tests.reloader"], cwd=ROOT, text=True, stdin=subprocess.PIPE,
-                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.reloader"],
+        cwd=ROOT,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
 
     def ask(folder, method, mode, texts):
-        asked = {"folder": str(folder), "task": method.task, "four_bit": mode == "qlora", "texts": texts,
-                 "max_new_tokens": SAMPLE_TOKENS}  # fmt: skip
+        asked = {
+            "folder": str(folder),
+            "task": method.task,
+            "four_bit": mode == "qlora",
+            "texts": texts,
+            "max_new_tokens": SAMPLE_TOKENS,
+        }
         process.stdin.write(json.dumps(asked) + "\n")
         process.stdin.flush()
         line = next((line for line in process.stdout if line.startswith("ANSWER")), None)
@@ -95,17 +130,24 @@ def test_losses_are_those_of_trl_called_directly(name, mode, tiny_model, tmp_pat
     rows = data.load_rows([method.sample_data], None, method.columns, name, max_samples=16)
     prepared = text.prepare_rows(rows.train, tokenizer, method.columns, 1024)
     config = load(method.config)(
-        output_dir=str(tmp_path / "trl"), max_steps=3, logging_steps=1, learning_rate=2e-2, bf16=False, use_cpu=True,
-        per_device_train_batch_size=4, save_strategy="no",
-    )  # fmt: skip
+        output_dir=str(tmp_path / "trl"),
+        max_steps=3,
+        logging_steps=1,
+        learning_rate=2e-2,
+        bf16=False,
+        use_cpu=True,
+        per_device_train_batch_size=4,
+        save_strategy="no",
+    )
     lora = models.make_lora(method.task, 32, 16, 0.05, None, False) if mode == "lora" else None
     trl_trainer = next(kind for kind in load(method.trainer).__mro__ if kind.__module__.startswith("trl."))
     model = tiny_model
     if method.task == "SEQ_CLS":  # its new head is drawn from the seed, by TRL and here alike before LoRA is
         torch.manual_seed(config.seed)
         model = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1, dtype=torch.float32)
-    trainer = trl_trainer(model=model, args=config, processing_class=tokenizer, peft_config=lora,
-                          train_dataset=text.as_dataset(prepared))  # fmt: skip
+    trainer = trl_trainer(
+        model=model, args=config, processing_class=tokenizer, peft_config=lora, train_dataset=text.as_dataset(prepared)
+    )
     trainer.train()
     theirs = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 

@@ -16,8 +16,9 @@ class PairRows:
     """
 
     def tokenize_row(self, feature, model=None):
-        prompt, chosen, rejected = tokenize_pair(self.processing_class, **{k: feature[k] for k in
-                                                 ("prompt", "chosen", "rejected")})  # fmt: skip
+        prompt, chosen, rejected = tokenize_pair(
+            self.processing_class, **{k: feature[k] for k in ("prompt", "chosen", "rejected")}
+        )
         row = {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
         for side, answer in (("chosen", chosen), ("rejected", rejected)):
             ids = (prompt + answer)[: self.max_length]

@@ -136,7 +136,9 @@ def resolve_dtype(dtype, bf16, fp16, name, method):
                        f"{' or '.join(method.precisions)}"])  # fmt: skip
     if wanted == "float16" and (has_bf16 or not has_gpu):
         better = "bfloat16" if has_bf16 else "float32"
-        raise Refused([f"float16: this machine does better with {better}, which does not overflow. Type --dtype {better}"])
+        raise Refused(
+            [f"float16: this machine does better with {better}, which does not overflow. Type --dtype {better}"]
+        )
     if wanted == "bfloat16" and not has_bf16:
         return "float32"
     return wanted

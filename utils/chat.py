@@ -16,7 +16,9 @@ def answer(model, tokenizer, messages, max_new_tokens, streamer=None):
     import torch
 
     if tokenizer.chat_template:
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        ids = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
     else:
         ids = tokenizer(messages[-1]["content"], return_tensors="pt")
     ids = ids.to(model.device)

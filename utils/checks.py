@@ -40,7 +40,9 @@ def check_common(common, name, method):
     if not common.train_data_path:
         problems.append(f"--train_data_path: missing. Type --train_data_path {method.sample_data} to try")
     if not common.model_name_or_path:
-        problems.append("--model_name_or_path: missing. A model folder or Hub id; `python -m utils.demo_model` makes one")
+        problems.append(
+            "--model_name_or_path: missing. A model folder or Hub id; `python -m utils.demo_model` makes one"
+        )
         return problems
     return problems + check_model(common.model_name_or_path, name, method, common.train_mode)
 
@@ -50,16 +52,24 @@ def check_model(path, name, method, train_mode):
     folder = Path(path)
     if not folder.exists():
         if looks_local(path):
-            return [f"--model_name_or_path {path}: no such folder. `python -m utils.demo_model` makes models/SmolLM2-135M-Instruct"]
+            return [
+                f"--model_name_or_path {path}: no such folder. `python -m utils.demo_model` makes models/SmolLM2-135M-Instruct"
+            ]
         return []
     adapter, config = folder / "adapter_config.json", folder / "config.json"
     if not adapter.exists() and not config.exists():
         return [f"--model_name_or_path {path}: no config.json (nor adapter_config.json) in it, so not a model folder"]
     problems = []
     if not any((folder / file).exists() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        problems.append(f"{path}: no tokenizer (tokenizer.json or tokenizer.model) in it. Copy it from the original model")
+        problems.append(
+            f"{path}: no tokenizer (tokenizer.json or tokenizer.model) in it. Copy it from the original model"
+        )
     if not list(folder.glob("*.safetensors")):
-        pickled = [file.name for file in sorted([*folder.glob("*.bin"), *folder.glob("*.pt*")]) if file.name != "training_args.bin"]
+        pickled = [
+            file.name
+            for file in sorted([*folder.glob("*.bin"), *folder.glob("*.pt*")])
+            if file.name != "training_args.bin"
+        ]
         what = f"only pickled weights ({pickled[0]}), which can run code when read" if pickled else "no weights"
         problems.append(f"{path}: {what}. Needed: *.safetensors (model.save_pretrained writes them)")
     try:
@@ -69,7 +79,9 @@ def check_model(path, name, method, train_mode):
     if adapter.exists():
         return problems + check_adapter(path, described, name, method, train_mode)
     if method.task == "CAUSAL_LM" and any("SequenceClassification" in a for a in described.get("architectures") or ()):
-        problems.append(f"{path}: a trained reward model, which scores and cannot answer. {name} starts from a language model")
+        problems.append(
+            f"{path}: a trained reward model, which scores and cannot answer. {name} starts from a language model"
+        )
     return problems
 
 
@@ -77,10 +89,14 @@ def check_adapter(path, described, name, method, train_mode):
     problems = []
     base = described.get("base_model_name_or_path") or ""
     if looks_local(base) and not Path(base).exists():
-        problems.append(f"{path}: its base model {base or '(unnamed)'} is not there. Set base_model_name_or_path in its adapter_config.json")
+        problems.append(
+            f"{path}: its base model {base or '(unnamed)'} is not there. Set base_model_name_or_path in its adapter_config.json"
+        )
     task = described.get("task_type")
     if method.task == "CAUSAL_LM" and task == "SEQ_CLS":
-        problems.append(f"{path}: a trained reward model, which scores and cannot answer. {name} starts from a language model")
+        problems.append(
+            f"{path}: a trained reward model, which scores and cannot answer. {name} starts from a language model"
+        )
     if method.task == "SEQ_CLS" and task != "SEQ_CLS":
         problems.append(f"{path}: a language model's adapter, and {name} would need a second one on top. "
                         f"Merge it first: python -m utils.merge_lora {path} MERGED")  # fmt: skip
@@ -101,7 +117,9 @@ def check_config(common, config, name, method):
         problems.append(f"--per_device_train_batch_size {batch}: {name} compares rows of a batch and needs "
                         f"{method.min_batch_size} or more a device")  # fmt: skip
     if config.eval_strategy != "no" and not (common.eval_data_path or common.eval_fraction):
-        problems.append(f"--eval_strategy {config.eval_strategy.value}: no held-out rows. Add --eval_data_path FILE or --eval_fraction 0.1")
+        problems.append(
+            f"--eval_strategy {config.eval_strategy.value}: no held-out rows. Add --eval_data_path FILE or --eval_fraction 0.1"
+        )
     length = config.max_length
     if length is not None and length < 2:
         problems.append(f"--max_length {length}: too short for a prompt and an answer. TRL's default is 1024")

@@ -73,7 +73,10 @@ def find_files(paths, flag):
             files = sorted(str(file) for file in here.iterdir() if file.suffix in ENDINGS)
             problem = f"{flag} {path}: no {', '.join(ENDINGS)} file in this folder"
         elif here.is_file():
-            files, problem = ([str(here)] if here.suffix in ENDINGS else []), f"{flag} {path}: not {', '.join(ENDINGS)}"
+            files, problem = (
+                ([str(here)] if here.suffix in ENDINGS else []),
+                f"{flag} {path}: not {', '.join(ENDINGS)}",
+            )
         elif glob.has_magic(path):
             files, problem = sorted(glob.glob(path, recursive=True)), f"{flag} {path}: no file matches"
         else:
@@ -208,6 +211,8 @@ def make_rows(rows, columns, notes):
     if len(spoken) == 2:
         problems.append(f"{spoken[True]} is a chat and {spoken[False]} is plain text. One run takes one of the two")
     refuse_rows(problems)
+    if columns == UNPAIRED and kind != UNPAIRED:
+        made = keep_apart(made)
     extra = sorted({name for _, values in rows for name in values} - {n for k in ACCEPTED[columns] for n in k})
     extra = [name for name in extra if name != "margin"]
     if extra:
@@ -330,9 +335,21 @@ def convert(row, columns):
     """The rows that a method of `columns` makes of one: a pair is two thumbs for KTO."""
     if columns == UNPAIRED and "chosen" in row:
         return [
-            {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"} for side in ("chosen", "rejected")
+            {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+            for side in ("chosen", "rejected")
         ]
     return [row]
+
+
+def keep_apart(rows):
+    """Rows made of pairs, each chosen answer followed by the rejected answer of a prompt half the file away.
+
+    KTO estimates its KL by giving each prompt of a batch its neighbour's answer, and TRL takes the rows in order: two
+    answers to one prompt must not stand together.
+    """
+    chosen, rejected = rows[::2], rows[1::2]
+    half = len(rejected) // 2
+    return [row for two in zip(chosen, rejected[half:] + rejected[:half], strict=True) for row in two]
 
 
 def refuse_rows(problems):
@@ -345,7 +362,9 @@ def check_labels(rows, name):
     """KTO on one label has nothing to compare (trl#1724)."""
     labels = {values["label"] for _, values in rows if "label" in values}
     if len(labels) == 1:
-        raise Refused([f"every label is {str(labels.pop()).lower()}. {name} needs rows of both labels, true and false"])
+        raise Refused(
+            [f"every label is {str(labels.pop()).lower()}. {name} needs rows of both labels, true and false"]
+        )
 
 
 def check_dropped(rows, max_drop_fraction):

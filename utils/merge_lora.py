@@ -57,7 +57,9 @@ def main(argv=None):
         print("\n".join(f"refused: {problem}" for problem in refusal.problems), file=sys.stderr)
         return 2
     if difference > TOLERANCE:
-        print(f"{asked.output}: answers differ from base + adapter by {difference:.2%}: do not use it", file=sys.stderr)
+        print(
+            f"{asked.output}: answers differ from base + adapter by {difference:.2%}: do not use it", file=sys.stderr
+        )
         return 1
     print(f"merged into {asked.output}; its outputs differ from base + adapter by {difference:.3%} of their spread")
     return 0

@@ -1,4 +1,4 @@
-"""Tokenizer, policy, reference and adapter, built right in every train mode. The one place that calls from_pretrained."""
+"""Tokenizer, policy, reference and adapter, built right in every train mode."""
 
 import json
 from pathlib import Path
@@ -30,9 +30,9 @@ def load_policy(path, *, task, train_mode, dtype, **source):
     Fully trained weights are float32, as in TRL (DeepSpeed keeps such a copy by itself: there, and frozen, `dtype`).
     """
     whole = train_mode == "full"
-    own_copy = whole and not source.pop("deepspeed")
-    return load_model(path, task, "float32" if own_copy else dtype, four_bit=train_mode == "qlora", train_adapter=not whole,
-                      **{k: v for k, v in source.items() if k != "deepspeed"})  # fmt: skip
+    if not source.pop("deepspeed") and whole:
+        dtype = "float32"
+    return load_model(path, task, dtype, four_bit=train_mode == "qlora", train_adapter=not whole, **source)
 
 
 def load_other_models(names, path, *, task, train_mode, dtype, **source):
@@ -56,8 +56,19 @@ def describe_reference(names, path, train_mode):
     return "the same model with the adapter off (no second copy)"
 
 
-def load_model(path, task, dtype, *, tokenizer, seed, revision=None, attn_implementation=None, trust_remote_code=False,
-               four_bit=False, train_adapter=False):  # fmt: skip
+def load_model(
+    path,
+    task,
+    dtype,
+    *,
+    tokenizer,
+    seed,
+    revision=None,
+    attn_implementation=None,
+    trust_remote_code=False,
+    four_bit=False,
+    train_adapter=False,
+):
     """A model or adapter folder or Hub id as a causal language model, or as a scorer of one label (task SEQ_CLS)."""
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -156,7 +167,7 @@ def first_line(error):
 
 
 def count_parameters(model):
-    """"4.9M of 139.4M parameters (3.5 %)"; sharded and 4-bit weights count as what they stand for."""
+    """ "4.9M of 139.4M parameters (3.5 %)"; sharded and 4-bit weights count as what they stand for."""
     total = trained = 0
     for parameter in model.parameters():
         count = getattr(parameter, "ds_numel", parameter.numel())
@@ -167,7 +178,7 @@ def count_parameters(model):
 
 
 def starting_weights(path, revision, train_mode):
-    """The folder whose tensors bear the names that will be saved, as they were before training; None: a new adapter."""
+    """The folder with the tensors that will be saved, as they were before training; None for a new adapter."""
     adapter = read_adapter(path)
     if train_mode != "full":
         return Path(path) if adapter else None

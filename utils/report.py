@@ -1,4 +1,4 @@
-"""What a person sees of a run: the live bar, metrics.jsonl, two answers before and after, report.png, run_card.json."""
+"""What a person sees of a run: live bar, metrics.jsonl, two answers before and after, report.png, run_card.json."""
 
 import json
 import os
@@ -19,7 +19,7 @@ SAMPLE_TOKENS = 48
 
 
 class Report(TrainerCallback):
-    """Follows one run of `trainer`. `examples`: (where, values) rows whose answers or scores are shown before and after."""
+    """Follows one run of `trainer`. `examples`: (where, values) rows, answered or scored before and after."""
 
     def __init__(self, trainer, method, tokenizer, examples):
         self.trainer, self.method, self.tokenizer = trainer, method, tokenizer
@@ -44,8 +44,14 @@ class Report(TrainerCallback):
         from tqdm import tqdm
 
         live = sys.stderr.isatty()
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step",
-                        mininterval=0.2 if live else 15, dynamic_ncols=live)  # fmt: skip
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc="training",
+            unit="step",
+            mininterval=0.2 if live else 15,
+            dynamic_ncols=live,
+        )
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.bar:
@@ -69,7 +75,7 @@ class Report(TrainerCallback):
             self.bar.close()
 
     def sample(self):
-        """[(question, answer)] of a language model, [(question, score)] of a reward model; every process takes part."""
+        """[(question, answer)], of a reward model [(question, score)]; every process takes part."""
         import torch
         from trl.models.utils import unwrap_model_for_generation
 
@@ -85,8 +91,13 @@ class Report(TrainerCallback):
                         found.append((question, float(unwrapped(input_ids=ids).logits.float().item())))
                 else:
                     ids = torch.tensor([tokenize(self.tokenizer, prompt)], device=unwrapped.device)
-                    out = unwrapped.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
-                                             use_cache=True, max_new_tokens=SAMPLE_TOKENS)  # fmt: skip
+                    out = unwrapped.generate(
+                        input_ids=ids,
+                        attention_mask=torch.ones_like(ids),
+                        do_sample=False,
+                        use_cache=True,
+                        max_new_tokens=SAMPLE_TOKENS,
+                    )
                     answer = self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
                     found.append((question, answer.strip()))
         model.train(was_training)
@@ -144,8 +155,10 @@ class Report(TrainerCallback):
             "peak_memory_bytes": peak_memory(),
             "throughput": self.speed(),
             "held_out": {"before": held[0], "after": held[1]} if held else None,
-            "samples": [{"question": question, "before": old, "after": new}
-                        for (question, old), (_, new) in zip(self.before, after, strict=True)],
+            "samples": [
+                {"question": question, "before": old, "after": new}
+                for (question, old), (_, new) in zip(self.before, after, strict=True)
+            ],
         }
         text = json.dumps(card, indent=2, ensure_ascii=False, default=str)
         (self.folder / "run_card.json").write_text(text + "\n", encoding="utf-8")
@@ -156,14 +169,20 @@ class Report(TrainerCallback):
                 side = ("chosen", "rejected")[number % 2]
                 say(f"score     {old:6.2f} -> {new:5.2f}  {side:8} answer to: {shorten(question, 60)}")
             else:
-                say(f"prompt    {shorten(question, 100)}\n  before  {shorten(old, 240)}\n  after   {shorten(new, 240)}")
+                say(
+                    f"prompt    {shorten(question, 100)}\n  before  {shorten(old, 240)}\n  after   {shorten(new, 240)}"
+                )
         held = self.held_out()
         if held:
             before, after = held
             say(f"\n{'held out':10}{'before':>10}{'after':>10}")
             for name in ("loss", "accuracy", "margin"):
                 if name in after:
-                    note = "  (before: policy = reference, every pair ties)" if name == "accuracy" and before.get("tied") else ""
+                    note = (
+                        "  (before: policy = reference, every pair ties)"
+                        if name == "accuracy" and before.get("tied")
+                        else ""
+                    )
                     say(f"{name:10}{before[name]:10.4f}{after[name]:10.4f}{note}")
 
 
@@ -176,7 +195,12 @@ def draw_report(folder, method):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = [("loss", "loss"), ("reward margin", method.margin), ("accuracy", method.accuracy), ("learning rate", "learning_rate")]
+    panels = [
+        ("loss", "loss"),
+        ("reward margin", method.margin),
+        ("accuracy", method.accuracy),
+        ("learning rate", "learning_rate"),
+    ]
     panels = [(title, key) for title, key in panels if key and any(key in line for line in train)]
     figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 3.2), squeeze=False, layout="constrained")
     for axis, (title, key) in zip(axes[0], panels, strict=True):

@@ -1,4 +1,4 @@
-"""Saving the result, and proof that the save is what was trained: reopened from disk, no tensor empty, weights moved."""
+"""Saving the result, and proof of the save: reopened from disk, no tensor empty or missing, weights moved."""
 
 import json
 import shutil
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def find_checkpoint(folder, asked):
-    """The checkpoint to go on from: a path is itself, auto (or True) the newest in `folder`, None where there is none."""
+    """The checkpoint to go on from: a path is itself; auto (or True) is the newest in `folder`, None if none is."""
     if str(asked).lower() not in ("auto", "true"):
         return asked
     from transformers.trainer_utils import get_last_checkpoint

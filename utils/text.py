@@ -29,7 +29,9 @@ def prepare_rows(rows, tokenizer, columns, max_length):
         try:
             turns = render(tokenizer, values)
         except Exception as error:  # noqa: BLE001  templates raise what they like (jinja2, TypeError, ...)
-            problems.append(f"{where}: the chat template refuses it ({type(error).__name__}: {' '.join(str(error).split())})")
+            problems.append(
+                f"{where}: the chat template refuses it ({type(error).__name__}: {' '.join(str(error).split())})"
+            )
             continue
         prompt, answers, reshaped = turns
         sides = [tokenize(tokenizer, prompt + answer) for answer in answers]
@@ -153,13 +155,17 @@ def fit_tokenizer(tokenizer, chat):
     if chat:
         end = end_of_turn(tokenizer)
         if end and end != tokenizer.eos_token:
-            notes.append(f"the chat template ends a turn with {end}: set as eos_token in place of {tokenizer.eos_token}")
+            notes.append(
+                f"the chat template ends a turn with {end}: set as eos_token in place of {tokenizer.eos_token}"
+            )
             tokenizer.eos_token = end
     if tokenizer.eos_token is None:
-        raise Refused(["this model's tokenizer has no eos_token, so no answer could end. Set one in tokenizer_config.json"])
+        raise Refused(
+            ["this model's tokenizer has no eos_token, so no answer could end. Set one in tokenizer_config.json"]
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-        notes.append(f"no pad token: {tokenizer.pad_token} pads, and attention masks tell it from the end of a turn")
+        notes.append(f"the tokenizer has no pad token: {tokenizer.pad_token} pads")
     tokenizer.padding_side = "right"  # the score of a reward model stands on the last token that is not padding
     return notes
 

@@ -1,0 +1,102 @@
+"""README, recipes and scripts say what the code does: `pytest tests/test_docs.py`."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from rlhf_args.methods import METHODS, load, method_table
+from tests.conftest import ROOT
+from utils import arguments
+
+SENTENCES = {"README.md": "passes the tests", "README_zh.md": "测试"}
+
+
+@pytest.mark.parametrize("name", ["README.md", "README_zh.md"])
+def test_method_table_is_the_one_the_code_makes(name):
+    found = re.search(r"<!-- methods.*?-->\n(.*?)\n<!-- /methods -->", (ROOT / name).read_text(encoding="utf-8"), re.S)
+    assert found and found[1] == method_table(), "write the output of `python -m rlhf_args.methods` there"
+
+
+@pytest.mark.parametrize("name", ["README.md", "README_zh.md"])
+def test_both_commands_stand_in_the_readme(name):
+    readme = (ROOT / name).read_text(encoding="utf-8")
+    assert "pip install -r requirements.txt && bash rlhf_run.sh" in readme
+    assert "pip install -r requirements-dev.txt && python -m pytest" in readme
+    assert "pip install -q -r requirements-dev.txt && python -m pytest" in (ROOT / ".ci/run").read_text()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_row_of_the_table_names_what_exists(name):
+    method = METHODS[name]
+    assert (ROOT / method.sample_data).exists()
+    assert (ROOT / (method.config.split(":")[0].replace(".", "/") + ".py")).exists()
+    config, trainer = load(method.config), load(method.trainer)
+    assert config.__name__ == f"{name}Config" and trainer.__name__.endswith("Trainer")
+
+
+def recipes():
+    found = sorted((ROOT / "recipes").glob("*.yaml"))
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("path", recipes(), ids=lambda path: path.name)
+def test_every_recipe_is_read_by_the_real_command_line(path):
+    words = arguments.expand(["--config", str(path)])
+    common, name = arguments.parse_common(words)
+    common, config = arguments.parse(words, name)
+    asked = yaml.safe_load(path.read_text())
+    for flag, value in asked.items():
+        found = getattr(common, flag, getattr(config, flag, None))
+        assert found == value or found == [value], flag
+
+
+def test_flags_on_the_command_line_win_over_a_recipe():
+    words = arguments.expand(["--config", str(recipes()[0]), "--lora_rank", "8", "--learning_rate=3e-6"])
+    _, name = arguments.parse_common(words)
+    common, config = arguments.parse(words, name)
+    assert (common.lora_rank, config.learning_rate) == (8, 3e-6)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_help_shows_our_flags_before_trls(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        arguments.parse(["--rlhf_type", name, "--help"], name)
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert (
+        0 < shown.index("--train_data_path TRAIN_DATA_PATH") < shown.index("--per_device_train_batch_size PER_DEVICE")
+    )
+
+
+def test_defaults_are_trls_but_for_those_the_readme_names():
+    changed = {}
+    for name, method in METHODS.items():
+        ours = load(method.config)
+        trl = next(kind for kind in ours.__mro__ if kind.__module__.startswith("trl."))
+        for key, field in ours.__dataclass_fields__.items():
+            if field.default != trl.__dataclass_fields__[key].default:
+                changed.setdefault(name, {})[key] = field.default
+    assert changed == {
+        "SimPO": {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": 2.0},
+        "CPOSimPO": {"loss_type": "simpo", "cpo_alpha": 0.5, "beta": 2.0},
+    }
+
+
+def test_no_method_name_is_branched_on_outside_the_table():
+    names = "|".join(METHODS)
+    branch = re.compile(rf"(==|!=| in) *[\[(]?[\"']({names})[\"']")
+    files = [
+        path for path in ROOT.rglob("*.py") if not {"tests", "bench", ".venv"} & set(path.relative_to(ROOT).parts)
+    ]
+    assert len(files) > 15
+    assert [f"{path}: {line}" for path in files for line in path.read_text().splitlines() if branch.search(line)] == []
+
+
+def test_ruff_finds_nothing():
+    for what in (["check"], ["format", "--check"]):
+        done = subprocess.run([sys.executable, "-m", "ruff", *what, "."], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
