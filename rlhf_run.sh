@@ -10,7 +10,7 @@ MODEL=${MODEL:-}                             # model folder or Hub id; empty: Sm
 TRAIN_DATA=${TRAIN_DATA:-}                   # file, folder or Hub id; empty: the method's sample in data/
 EVAL_FRACTION=${EVAL_FRACTION:-0.07}         # share of the data held out, on which the result is measured
 OUTPUT_DIR=${OUTPUT_DIR:-output/$RLHF_TYPE-$TRAIN_MODE}
-LEARNING_RATE=${LEARNING_RATE:-}             # empty: the method's own for full weights, 2e-4 for adapters
+LEARNING_RATE=${LEARNING_RATE:-}             # empty: the method's own for full weights, 1e-4 for adapters
 BATCH_SIZE=${BATCH_SIZE:-2}                  # rows a device and forward pass; KTO needs 2
 ACCUMULATION=${ACCUMULATION:-2}              # forward passes a step; rows a step = batch x accumulation x devices
 EPOCHS=${EPOCHS:-1}                          # passes over the data
@@ -39,7 +39,7 @@ if [ "$LAUNCH" = cpu ]; then
   export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296 DS_ACCELERATOR=cpu
   extra=(--gradient_checkpointing False)       # it buys GPU memory with time; here there is memory enough
 fi
-[ "$TRAIN_MODE" = full ] || LEARNING_RATE=${LEARNING_RATE:-2e-4}
+[ "$TRAIN_MODE" = full ] || LEARNING_RATE=${LEARNING_RATE:-1e-4}
 
 job=(train_rlhf.py --rlhf_type "$RLHF_TYPE" --train_mode "$TRAIN_MODE" --model_name_or_path "$MODEL"
   --train_data_path "$TRAIN_DATA" --eval_fraction "$EVAL_FRACTION" --output_dir "$OUTPUT_DIR"

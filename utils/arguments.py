@@ -1,5 +1,6 @@
 """The command line: flags and --config recipe.yaml, strict, with the method's own flags beside the shared ones."""
 
+import argparse
 import difflib
 import json
 import re
@@ -10,7 +11,7 @@ from pathlib import Path
 from common_args import CommonArgs
 from rlhf_args.methods import METHODS, find_method, load
 from utils import environment
-from utils.checks import Refused
+from utils.checks import Refused, near_path, refuse_if
 
 # What the flag is called elsewhere -> what it is called here.
 RENAMED = {
@@ -40,7 +41,9 @@ def read_recipe(path):
     try:
         recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise Refused([f"--config {path}: {error.strerror.lower()}"]) from None
+        raise Refused([f"--config {path}: {error.strerror.lower()}{near_path(path)}"]) from None
+    except UnicodeDecodeError as error:
+        raise Refused([f"--config {path}: not UTF-8 (byte {error.start}). Save the file as UTF-8"]) from None
     except yaml.YAMLError as error:
         line = getattr(error, "problem_mark", None)
         raise Refused([f"{path}:{line.line + 1 if line else 1}: not valid yaml"]) from None
@@ -59,7 +62,8 @@ def translate(flag):
     name = flag[2:].replace("-", "_")
     if name not in RENAMED:
         return flag
-    print(f"note: {flag} is called --{RENAMED[name]} here, and is read as that", file=sys.stderr)
+    if environment.is_main():
+        print(f"note: {flag} is called --{RENAMED[name]} here, and is read as that", file=sys.stderr)
     return f"--{RENAMED[name]}"
 
 
@@ -71,7 +75,8 @@ def parse_common(argv):
     if name is None:
         near = difflib.get_close_matches(common.rlhf_type.lower(), [known.lower() for known in METHODS], 1)
         guess = f". Did you mean {find_method(near[0])}?" if near else ""
-        raise Refused([f"--rlhf_type {common.rlhf_type}: no such method. There are {', '.join(METHODS)}{guess}"])
+        peek.problems.append(f"--rlhf_type {common.rlhf_type}: no such method. There are {', '.join(METHODS)}{guess}")
+    refuse_if(peek.problems)
     return common, name
 
 
@@ -87,16 +92,20 @@ def parse(argv, name):
         epilog="--config FILE.yaml reads flags from a file; flags on the command line win.",
     )
     asked, unknown = parser.parse_known_args(argv)
-    if unknown:
-        known = {field.name for kind in parser.dataclass_types for field in fields(kind)}
-        raise Refused([no_such_flag(word, name, known) for word in unknown if word.startswith("--")]
-                      or [f"{' '.join(unknown)}: not a flag. Every value follows its --flag"])  # fmt: skip
+    known = {field.name for kind in parser.dataclass_types for field in fields(kind)}
+    problems = [no_such_flag(word, name, known) for word in unknown if word.startswith("--")]
+    if unknown and not problems:
+        problems = [f"{' '.join(unknown)}: not a flag. Every value follows its --flag"]
     # TRL's configs switch bf16 on by themselves and then refuse to exist without the hardware: decide it before.
-    dtype = resolve_dtype(asked.dtype, asked.bf16, asked.fp16, name, method)
+    try:
+        dtype = resolve_dtype(asked.dtype, asked.bf16, asked.fp16, name, method)
+    except Refused as refusal:
+        problems += refusal.problems
+    refuse_if(parser.problems + problems)
     parser.set_defaults(bf16=dtype == "bfloat16", fp16=dtype == "float16", **environment.device_defaults())
     try:
         common, config = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    except (ValueError, TypeError) as error:  # TRL's and transformers' own checks of their flags
+    except (ValueError, TypeError, OSError, ImportError) as error:  # TRL's and transformers' own checks of their flags
         raise Refused([one_line(error)]) from None
     common.dtype = dtype
     return common, config
@@ -110,17 +119,38 @@ def make_parser(dataclass_types, **kwargs):
     from trl.scripts.utils import TrlParser  # this module of TRL imports nothing heavy
 
     class Parser(TrlParser):
+        """Goes on after a bad value, so that all of them are refused at once; `problems` holds them."""
+
+        problems = []
+
+        def _get_values(self, action, words):
+            try:
+                return super()._get_values(action, words)
+            except argparse.ArgumentError as error:
+                self.problems = [*self.problems, flag_first(error)]
+
         def error(self, message):
-            raise Refused([one_line(message)])
+            raise Refused([*self.problems, flag_first(message)])
 
     # allow_abbrev would read --lora_r as --lora_rank, and any typo that is a prefix as something else
-    return Parser(dataclass_types, allow_abbrev=False, **kwargs)
+    parser = Parser(dataclass_types, allow_abbrev=False, **kwargs)
+    for action in parser._actions:
+        if action.nargs is None and getattr(action.type, "__name__", "") == "string_to_bool":
+            action.nargs, action.const = "?", True  # --bf16 alone, as --use_dora alone
+    return parser
+
+
+def flag_first(message):
+    """argparse's "argument --dtype/--d-type: invalid ..." as "--dtype: invalid ..."."""
+    return re.sub(r"^argument (--\w+)[^:]*: ", r"\1: ", one_line(message))
 
 
 def no_such_flag(flag, name, known):
-    near = difflib.get_close_matches(flag[2:].replace("-", "_"), sorted(known), 1)
+    bare = flag[2:].replace("-", "_")
+    others = [other for other, method in METHODS.items() if bare in {f.name for f in fields(load(method.config))}]
+    near = difflib.get_close_matches(bare, sorted(known), 1)
     guess = f"Did you mean --{near[0]}?" if near else f"`python train_rlhf.py --rlhf_type {name} --help` lists them"
-    return f"{flag}: no such flag for {name}. {guess}"
+    return f"{flag}: no such flag for {name}. " + (f"It is one of {', '.join(others)}" if others else guess)
 
 
 def resolve_dtype(dtype, bf16, fp16, name, method):

@@ -1,7 +1,9 @@
 """What is refused before anything is loaded. Each check returns its problems, one line each; the caller shows all."""
 
+import difflib
 import json
 import math
+import os
 from pathlib import Path
 
 
@@ -52,9 +54,8 @@ def check_model(path, name, method, train_mode):
     folder = Path(path)
     if not folder.exists():
         if looks_local(path):
-            return [
-                f"--model_name_or_path {path}: no such folder. `python -m utils.demo_model` makes models/SmolLM2-135M-Instruct"
-            ]
+            way_out = near_path(path) or ". `python -m utils.demo_model` makes models/SmolLM2-135M-Instruct"
+            return [f"--model_name_or_path {path}: no such folder{way_out}"]
         return []
     adapter, config = folder / "adapter_config.json", folder / "config.json"
     if not adapter.exists() and not config.exists():
@@ -64,7 +65,10 @@ def check_model(path, name, method, train_mode):
         problems.append(
             f"{path}: no tokenizer (tokenizer.json or tokenizer.model) in it. Copy it from the original model"
         )
-    if not list(folder.glob("*.safetensors")):
+    weights = sorted(folder.glob("*.safetensors"))
+    problems += [f"{file}: not a whole safetensors file (a broken download, or a Git LFS pointer: `git lfs pull`)"
+                 for file in weights if not is_safetensors(file)]  # fmt: skip
+    if not weights:
         pickled = [
             file.name
             for file in sorted([*folder.glob("*.bin"), *folder.glob("*.pt*")])
@@ -72,10 +76,13 @@ def check_model(path, name, method, train_mode):
         ]
         what = f"only pickled weights ({pickled[0]}), which can run code when read" if pickled else "no weights"
         problems.append(f"{path}: {what}. Needed: *.safetensors (model.save_pretrained writes them)")
+    file = adapter if adapter.exists() else config
     try:
-        described = json.loads((adapter if adapter.exists() else config).read_text(encoding="utf-8"))
+        described = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
-        return [*problems, f"{adapter if adapter.exists() else config}: not valid JSON"]
+        return [*problems, f"{file}: not valid JSON. Copy it from the original model"]
+    if not isinstance(described, dict):
+        return [*problems, f"{file}: not a JSON object. Copy it from the original model"]
     if adapter.exists():
         return problems + check_adapter(path, described, name, method, train_mode)
     if method.task == "CAUSAL_LM" and any("SequenceClassification" in a for a in described.get("architectures") or ()):
@@ -85,13 +92,20 @@ def check_model(path, name, method, train_mode):
     return problems
 
 
+def is_safetensors(file):
+    """Whether the header that a safetensors file begins with, its length in 8 bytes and JSON, lies in the file."""
+    with open(file, "rb") as handle:
+        return 1 < int.from_bytes(handle.read(8), "little") <= file.stat().st_size - 8
+
+
 def check_adapter(path, described, name, method, train_mode):
     problems = []
-    base = described.get("base_model_name_or_path") or ""
-    if looks_local(base) and not Path(base).exists():
-        problems.append(
-            f"{path}: its base model {base or '(unnamed)'} is not there. Set base_model_name_or_path in its adapter_config.json"
-        )
+    base = described.get("base_model_name_or_path")
+    if not base or (looks_local(base) or Path(base).exists()) and not (Path(base) / "config.json").exists():
+        problems.append(f"{path}: its base model {base or '(unnamed)'} is not there. Set base_model_name_or_path in "
+                        "its adapter_config.json")  # fmt: skip
+    if described.get("peft_type", "LORA") != "LORA":
+        problems.append(f"{path}: an adapter of the kind {described['peft_type']}. Only LoRA adapters are read")
     task = described.get("task_type")
     if method.task == "CAUSAL_LM" and task == "SEQ_CLS":
         problems.append(
@@ -109,29 +123,55 @@ def looks_local(path):
     return len(parts) != 2 or path.startswith((".", "/", "~")) or path.endswith("/") or Path(parts[0]).is_dir()
 
 
+def near_path(path):
+    """ ". Did you mean data/kto.jsonl?" where there is something of nearly that name, "" where there is not."""
+    wanted = Path(path).expanduser()
+    near = difflib.get_close_matches(wanted.name, [other.name for other in wanted.parent.glob("*")], 1)
+    return f". Did you mean {wanted.parent / near[0]}?" if near and not wanted.exists() else ""
+
+
 def check_config(common, config, name, method):
     """Problems of the method's own flags and of the output folder."""
     problems = []
+    for flag in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(config, flag) < 1:
+            problems.append(f"--{flag} {getattr(config, flag)}: 1 or more")
+    if config.max_steps < 1 and config.num_train_epochs <= 0:
+        problems.append(
+            f"--num_train_epochs {config.num_train_epochs:g}: nothing would be trained. More than 0, 0.1 is a tenth"
+        )
     batch = config.per_device_train_batch_size
-    if batch < method.min_batch_size:
+    if 1 <= batch < method.min_batch_size:
         problems.append(f"--per_device_train_batch_size {batch}: {name} compares rows of a batch and needs "
                         f"{method.min_batch_size} or more a device")  # fmt: skip
     if config.eval_strategy != "no" and not (common.eval_data_path or common.eval_fraction):
-        problems.append(
-            f"--eval_strategy {config.eval_strategy.value}: no held-out rows. Add --eval_data_path FILE or --eval_fraction 0.1"
-        )
+        problems.append(f"--eval_strategy {config.eval_strategy.value}: no held-out rows. Add --eval_data_path FILE "
+                        "or --eval_fraction 0.1")  # fmt: skip
     length = config.max_length
     if length is not None and length < 2:
         problems.append(f"--max_length {length}: too short for a prompt and an answer. TRL's default is 1024")
     if not math.isfinite(config.learning_rate) or config.learning_rate <= 0:
         problems.append(f"--learning_rate {config.learning_rate}: a positive number, like 1e-5")
+    from transformers.integrations import get_available_reporting_integrations
+
+    trackers = get_available_reporting_integrations()
+    for tracker in config.report_to:
+        if tracker not in trackers:
+            problems.append(f"--report_to {tracker}: no such tracker installed. It takes none, {', '.join(trackers)}")
+    checkpoint = config.resume_from_checkpoint
+    if checkpoint and str(checkpoint).lower() not in ("auto", "true") and not Path(checkpoint).is_dir():
+        problems.append(f"--resume_from_checkpoint {checkpoint}: no such folder. Type auto for the newest checkpoint "
+                        "in output_dir, or leave the flag out to start afresh")  # fmt: skip
     return problems + check_output_dir(common, config)
 
 
 def check_output_dir(common, config):
     folder = Path(config.output_dir)
     if folder.is_file():
-        return [f"--output_dir {folder}: a file of that name is there"]
+        return [f"--output_dir {folder}: a file of that name is there. Name a folder"]
+    above = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        return [f"--output_dir {folder}: nothing can be written in {above}. Name another folder"]
     if not folder.is_dir() or not any(folder.iterdir()):
         return []
     if not any((folder / trace).exists() for trace in ("metrics.jsonl", "run_card.json", "dropped.jsonl")):

@@ -8,13 +8,16 @@ import csv
 import difflib
 import glob
 import hashlib
+import io
 import json
+import logging
 import random
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from rlhf_args.methods import DIALOGUE, PAIR, RANKED, UNPAIRED
-from utils.checks import Refused, looks_local
+from utils.checks import Refused, looks_local, near_path, refuse_if
 
 ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 SHOWN = 20  # problems printed; the count covers all
@@ -29,6 +32,9 @@ ACCEPTED = {
 SAMPLE = {PAIR: "data/preference.jsonl", UNPAIRED: "data/kto.jsonl", RANKED: "data/reward.jsonl",
           DIALOGUE: "data/sft.jsonl"}  # fmt: skip
 ROLES = ("system", "developer", "user", "assistant", "tool")
+LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+HALVED = "holds half a character (\\ud800 to \\udfff), as of an emoji that was cut in two. Mend it"
+MESSAGES = re.compile(r"\s*\[\s*\{")  # how a list of messages begins where it is written as text
 
 
 @dataclass
@@ -43,20 +49,27 @@ class Rows:
 
 
 def load_rows(train_paths, eval_paths, columns, name, max_samples=None):
-    """Every row of the files, checked and in the method's own columns. Raises Refused with all problems of a file."""
-    rows = Rows([])
-    for flag, paths in (("--train_data_path", train_paths), ("--eval_data_path", eval_paths)):
+    """Every row of the files, checked and in the method's own columns. Raises Refused with all their problems."""
+    rows, refused = Rows([]), []
+    asked = (
+        ("--train_data_path", train_paths, rows.train, max_samples),
+        ("--eval_data_path", eval_paths, rows.held_out, None),
+    )
+    for flag, paths, found, limit in asked:
         if paths:
-            read, notes = read_rows(paths, flag)
-            read = read[:max_samples] if flag == "--train_data_path" else read
-            made, dropped = make_rows(read, columns, notes)
-            if flag == "--train_data_path":
-                rows.train = made
-            else:
-                rows.held_out = made
+            try:
+                read, notes, problems = read_rows(paths, flag)
+                made, dropped = make_rows(read[:limit], columns, notes, problems)
+            except Refused as refusal:
+                refused += refusal.problems
+                continue
+            found += made
             rows.dropped += dropped
-            rows.total += len(read)
+            rows.total += len(read[:limit])
             rows.notes += notes
+            if not made:
+                refused.append(f"{flag}: {say_dropped(dropped, len(read[:limit]))}. Mend them")
+    refuse_if(refused)
     check_labels(rows.train, name)
     return rows
 
@@ -69,20 +82,20 @@ def find_files(paths, flag):
     found, problems = [], []
     for path in paths:
         here = Path(path).expanduser()
-        if here.is_dir():
-            files = sorted(str(file) for file in here.iterdir() if file.suffix in ENDINGS)
+        if not path.strip():
+            files, problem = [], f"{flag}: an empty name. Type {flag} {SAMPLE[PAIR]} to try"
+        elif here.is_dir():
+            files = sorted(str(file) for file in here.iterdir() if is_data(file))
             problem = f"{flag} {path}: no {', '.join(ENDINGS)} file in this folder"
         elif here.is_file():
-            files, problem = (
-                ([str(here)] if here.suffix in ENDINGS else []),
-                f"{flag} {path}: not {', '.join(ENDINGS)}",
-            )
+            files = [str(here)] if is_data(here) else []
+            problem = f"{flag} {path}: not {', '.join(ENDINGS)}. Convert or unpack it first"
         elif glob.has_magic(path):
-            files, problem = sorted(glob.glob(path, recursive=True)), f"{flag} {path}: no file matches"
+            files = sorted(file for file in glob.glob(str(here), recursive=True) if is_data(Path(file)))
+            problem = f"{flag} {path}: no {', '.join(ENDINGS)} file matches"
         else:
-            files = [] if looks_local(path) or here.suffix in ENDINGS else [path]
-            near = difflib.get_close_matches(here.name, [p.name for p in here.parent.glob("*")], 1)
-            problem = f"{flag} {path}: no such file" + (f". Did you mean {here.parent / near[0]}?" if near else "")
+            files = [] if looks_local(path) or is_ending(here) else [path]
+            problem = f"{flag} {path}: no such file or folder{near_path(path)}"
         found += files
         if not files:
             problems.append(problem)
@@ -91,32 +104,47 @@ def find_files(paths, flag):
     return found
 
 
+def is_ending(path):
+    return path.suffix.lower() in ENDINGS
+
+
+def is_data(path):
+    return is_ending(path) and path.is_file()
+
+
 def read_rows(paths, flag="--train_data_path"):
-    """All rows of the files, with where they stand, and notes for the reader: (rows, notes). Raises Refused."""
+    """All rows of the files, with where they stand, notes for the reader, and what cannot be read.
+
+    (rows, notes, problems). Raises Refused where there is no such file.
+    """
     rows, notes, problems = [], [], []
     for file in find_files(paths, flag):
         before = len(rows), len(problems)
         try:
-            read = READERS.get(Path(file).suffix, read_hub)
+            read = READERS.get(Path(file).suffix.lower(), read_hub)
             for line, values in read(file, notes, problems):
                 where = f"{file}:{line}"
                 if isinstance(values, dict):
                     rows.append((where, values))
                 else:
-                    problems.append(f"{where}: a {type(values).__name__}, not an object with columns")
+                    problems.append(f"{where}: {say_type(values)}, not an object with columns")
         except UnicodeDecodeError as error:
-            problems.append(f"{file}: not UTF-8 (byte {error.start}). Save it as UTF-8")
+            line = error.object.count(b"\n", 0, error.start) + 1
+            problems.append(f"{file}:{line}: not UTF-8 (byte {error.start}). Save the file as UTF-8")
         except OSError as error:
             problems.append(f"{file}: {error.strerror or error}")
         if (len(rows), len(problems)) == before:
             problems.append(f"{file}: no rows in it")
-    refuse_rows(problems)
-    return rows, notes
+    return rows, notes, problems
+
+
+def read_text(file):
+    return Path(file).read_text(encoding="utf-8-sig")  # with or without a byte order mark, any line ends
 
 
 def read_jsonl(file, notes, problems):
-    text = Path(file).read_text(encoding="utf-8-sig")
-    if text.lstrip().startswith("["):
+    text = read_text(file)
+    if text.lstrip().startswith("[") and not has_json_line(text):
         notes.append(f"{file} is one JSON array, not a line a row; read as that")
         yield from parse_json(file, text, problems)
         return
@@ -128,8 +156,17 @@ def read_jsonl(file, notes, problems):
                 problems.append(f"{file}:{number}: not valid JSON ({error.msg}, column {error.colno})")
 
 
+def has_json_line(text):
+    """Whether the first of several lines is JSON by itself: not the beginning of one array over all of them."""
+    first, *more = text.strip().split("\n", 1)
+    try:
+        return bool(more) and json.loads(first) is not None
+    except ValueError:
+        return False
+
+
 def read_json(file, notes, problems):
-    text = Path(file).read_text(encoding="utf-8-sig")
+    text = read_text(file)
     if text.count("\n{") and not text.lstrip().startswith("["):
         notes.append(f"{file} has a JSON object a line, not an array; read as that")
         yield from read_jsonl(file, notes, problems)
@@ -147,15 +184,25 @@ def parse_json(file, text, problems):
 
 
 def read_csv(file, notes, problems):
-    with open(file, encoding="utf-8-sig", newline="") as handle:
-        reader = csv.DictReader(handle)
-        for values in reader:
-            yield reader.line_num, {key: from_cell(value) for key, value in values.items() if key}
+    csv.field_size_limit(2**31 - 1)  # Python's own 128 kB is less than a long conversation
+    reader = csv.reader(io.StringIO(read_text(file)), strict=True)
+    try:
+        header = next(reader, [])
+        for cells in reader:
+            if cells and len(cells) != len(header):
+                problems.append(f"{file}:{reader.line_num}: {len(cells)} cells under a header of {len(header)}. Text "
+                                'that holds a comma, a quote or a line end stands in "double quotes"')  # fmt: skip
+            elif cells:
+                yield reader.line_num, dict(zip(header, map(from_cell, cells), strict=True))
+    except csv.Error as error:
+        problems.append(
+            f"{file}:{reader.line_num}: not valid csv ({error}). A quote inside a quoted text is written twice"
+        )
 
 
 def from_cell(cell):
     """A csv cell: messages are written as JSON in it, everything else is text."""
-    if cell and cell.lstrip().startswith(("[{", '["')):
+    if MESSAGES.match(cell):
         try:
             return json.loads(cell)
         except ValueError:
@@ -176,11 +223,12 @@ def read_parquet(file, notes, problems):
 def read_hub(name, notes, problems):
     from datasets import load_dataset
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line a retry; what came of them is said below
     try:
         yield from enumerate(load_dataset(name, split="train"), 1)
     except Exception as error:  # noqa: BLE001  the hub client has no common base class
-        problems.append(f"{name}: neither a file here nor a readable Hub dataset ({type(error).__name__}: "
-                        f"{str(error).splitlines()[0]})")  # fmt: skip
+        problems.append(f"{name}: neither a file or folder here nor a readable Hub dataset ({type(error).__name__}: "
+                        f"{' '.join(str(error).split())}){near_path(name)}")  # fmt: skip
 
 
 READERS = {".jsonl": read_jsonl, ".json": read_json, ".csv": read_csv, ".parquet": read_parquet}
@@ -189,13 +237,14 @@ READERS = {".jsonl": read_jsonl, ".json": read_json, ".csv": read_csv, ".parquet
 # ── checking and converting ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def make_rows(rows, columns, notes):
+def make_rows(rows, columns, notes, problems=()):
     """Checked rows of the method's own kind, and those that cannot be used: (rows, dropped).
 
-    `dropped` is a list of (where, reason, values). Broken rows raise Refused, the first 20 named and all counted.
+    `dropped` is a list of (where, reason, values). Broken rows, and `problems` that reading found, raise Refused, the
+    first 20 named and all counted.
     """
     kind = find_kind(rows, columns)
-    problems, made, dropped, spoken = [], [], [], {}
+    problems, made, dropped, spoken, margins = list(problems), [], [], {}, {}
     for where, values in rows:
         problem = check_row(values, kind, columns)
         if problem:
@@ -203,6 +252,7 @@ def make_rows(rows, columns, notes):
             continue
         row = normalize(values, kind, notes)
         spoken.setdefault(is_chat(row), where)
+        margins.setdefault("margin" in row, where)
         reason = useless(row, columns)
         if reason:
             dropped.append((where, reason, values))
@@ -210,6 +260,8 @@ def make_rows(rows, columns, notes):
             made += [(where, converted) for converted in convert(row, columns)]
     if len(spoken) == 2:
         problems.append(f"{spoken[True]} is a chat and {spoken[False]} is plain text. One run takes one of the two")
+    if len(margins) == 2 and columns == RANKED:
+        problems.append(f'{margins[False]}: no "margin", and {margins[True]} has one. All rows have one, or none has')
     refuse_rows(problems)
     if columns == UNPAIRED and kind != UNPAIRED:
         made = keep_apart(made)
@@ -217,18 +269,24 @@ def make_rows(rows, columns, notes):
     extra = [name for name in extra if name != "margin"]
     if extra:
         notes.append(f"columns not used: {', '.join(extra)}")
+    messages = (
+        message for _, values in rows for name in kind if isinstance(values[name], list) for message in values[name]
+    )
+    parts = sorted({part for message in messages for part in message} - {"role", "content"})
+    if parts:
+        notes.append(f"of the messages only role and content are used, not {', '.join(parts)}")
     return made, dropped
 
 
 def find_kind(rows, columns):
-    """Which accepted set of columns this data has, judged by the first row that has one."""
-    for _, values in rows:
-        for kind in ACCEPTED[columns]:
-            if set(kind) <= set(values):
-                # {"prompt", "chosen", "rejected"} holds {"chosen", "rejected"}: take the fuller one
-                fuller = [k for k in ACCEPTED[columns] if set(kind) < set(k) <= set(values)]
-                return fuller[0] if fuller else kind
-    return ACCEPTED[columns][0]
+    """Which accepted set of columns this data has: the first that some row has, or the fuller one that holds it.
+
+    {"prompt", "chosen", "rejected"} holds {"chosen", "rejected"}: one row with a prompt, and all need one.
+    """
+    filled = {frozenset(name for name, value in values.items() if value is not None) for _, values in rows}
+    found = [kind for kind in ACCEPTED[columns] if any(names.issuperset(kind) for names in filled)]
+    fuller = [kind for kind in found if set(kind) > set(found[0])]
+    return (fuller or found or ACCEPTED[columns])[0]
 
 
 def check_row(values, kind, columns):
@@ -237,70 +295,104 @@ def check_row(values, kind, columns):
     if missing:
         others = [name for name in values if name not in kind]
         near = difflib.get_close_matches(missing[0], others, 1, cutoff=0.7)
-        guess = f' Did you mean that by "{near[0]}"?' if near else ""
+        guess = f'Did you mean that by "{near[0]}"?' if near else f"The row has {', '.join(values) or 'nothing'}."
         accepted = " or ".join(", ".join(k) for k in ACCEPTED[columns])
-        return f'no "{missing[0]}".{guess} Accepted: {accepted}, as in {SAMPLE[columns]}'
+        lacks = f'"{missing[0]}" is null.' if missing[0] in values else f'no "{missing[0]}". {guess}'
+        return f"{lacks} Accepted: {accepted}, as in {SAMPLE[columns]}"
     for name in kind:
         problem = check_label(values[name]) if name == "label" else check_text(values[name], name)
         if problem:
             return problem
+    if columns == RANKED and values.get("margin") not in (None, "") and to_number(values["margin"]) is None:
+        return f'"margin" is {values["margin"]!r}. It is a number: by how much chosen is better'
     texts = [name for name in kind if name != "label"]
     if len({isinstance(values[name], list) for name in texts}) > 1:
         kinds = ", ".join(f'"{n}" is {"a chat" if isinstance(values[n], list) else "plain text"}' for n in texts)
         return f"{kinds}. All of a row are lists of messages, or all are strings"
-    if "prompt" in kind and isinstance(values["prompt"], list) and values["prompt"][-1:]:
-        if values["prompt"][-1]["role"] == "assistant":
+    for name in texts:
+        last = values[name][-1]["role"] if isinstance(values[name], list) and values[name] else None
+        if name == "prompt" and last == "assistant":
             return 'the "prompt" ends with the assistant\'s turn. It ends with the turn to be answered'
+        if name in ("chosen", "rejected", "completion") and last not in ("assistant", None):
+            return f'the "{name}" ends with a turn of the {last}. It ends with the assistant\'s answer'
     return None
 
 
 def check_label(label):
-    if isinstance(label, bool) or label in (0, 1) or str(label).lower() in ("true", "false", "0", "1"):
-        return None
-    return f'"label" is {label!r}. It is true or false (1 or 0)'
+    return None if str(label).lower() in LABELS else f'"label" is {label!r}. It is true or false (1 or 0)'
 
 
 def check_text(value, name):
     if isinstance(value, str):
-        return None
+        if MESSAGES.match(value) and all(re.search(f"['\"]{key}['\"] *:", value) for key in ("role", "content")):
+            return f'"{name}" is a list of messages turned into text. Write it as JSON: with json.dumps in csv'
+        return f'"{name}" {HALVED}' if is_halved(value) else None
     if not isinstance(value, list):
-        return f'"{name}" is a {type(value).__name__}. It is a string or a list of {{"role", "content"}}'
+        return f'"{name}" is {say_type(value)}. It is a string or a list of {{"role", "content"}}'
     for message in value:
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
-            found = ", ".join(message) if isinstance(message, dict) else type(message).__name__
-            return f'"{name}" has a message with {found}. A message has "role" and "content"'
+            found = (
+                f"with {', '.join(message) or 'nothing'}"
+                if isinstance(message, dict)
+                else f"that is {say_type(message)}"
+            )
+            return f'"{name}" has a message {found}. A message has "role" and "content"'
         if message["role"] not in ROLES:
             return f'"{name}" has the role {message["role"]!r}. Accepted: {", ".join(ROLES)}'
         if not isinstance(message["content"], str):
-            return f'"{name}" has a message whose content is a {type(message["content"]).__name__}, not a string'
+            return f'"{name}" has a message whose content is {say_type(message["content"])}, not a string'
+        if is_halved(message["content"]):
+            return f'"{name}" {HALVED}'
     return None
 
 
+def is_halved(text):
+    """Whether a character outside UTF-8 is in it, as JSON's \\ud83d without its other half."""
+    return not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def say_type(value):
+    known = {bool: "a boolean", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
+    return "null" if value is None else known.get(type(value), f"a {type(value).__name__}")
+
+
 def normalize(values, kind, notes):
-    """One row with a prompt, whatever its kind: {prompt, chosen, rejected} and so on, messages cut to role and content."""
+    """One row with a prompt, whatever its kind: {prompt, chosen, rejected} and so on; messages: role and content."""
     row = {name: values[name] for name in kind}
     for name, value in row.items():
         if isinstance(value, list):
             row[name] = [{"role": m["role"], "content": m["content"]} for m in value]
     if "label" in row and not isinstance(row["label"], bool):
         note = "labels written as 1 and 0 are read as true and false"
+        notes += [] if note in notes or str(row["label"]).lower() in ("true", "false") else [note]
+        row["label"] = LABELS[str(row["label"]).lower()]
+    sides = [name for name in ("chosen", "rejected", "completion") if name in row]
+    if isinstance(row.get("prompt"), list) and all(row[s][: len(row["prompt"])] == row["prompt"] != [] for s in sides):
+        note = "answers that repeat their prompt are read without it"
         notes += [] if note in notes else [note]
-        row["label"] = str(row["label"]).lower() in ("true", "1")
+        row |= {side: row[side][len(row["prompt"]) :] for side in sides}
     if kind == RANKED:
         row = {"prompt": common_start(row["chosen"], row["rejected"]), **row}
         for side in RANKED:
             row[side] = row[side][len(row["prompt"]) :]
     if kind == ("prompt", "completion") and isinstance(row["prompt"], list):
         row = {"messages": row["prompt"] + row["completion"]}
-    if isinstance(values.get("margin"), (int, float)):
-        row["margin"] = float(values["margin"])
+    if to_number(values.get("margin")) is not None:
+        row["margin"] = to_number(values["margin"])
     return row
 
 
+def to_number(value):
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
 def common_start(chosen, rejected):
-    """The shared beginning of two conversations (whole messages) or two texts (up to a space): the prompt."""
-    length = 0
-    while length < min(len(chosen), len(rejected)) and chosen[length] == rejected[length]:
+    """The shared beginning of two chats (whole messages, not the last) or two texts (up to a space): the prompt."""
+    length, longest = 0, min(len(chosen), len(rejected)) - isinstance(chosen, list)
+    while length < longest and chosen[length] == rejected[length]:
         length += 1
     if isinstance(chosen, str):
         cut = max(chosen.rfind(" ", 0, length), chosen.rfind("\n", 0, length)) + 1
@@ -322,7 +414,7 @@ def useless(row, columns):
         return "empty answer"
     if "chosen" in row and row["chosen"] == row["rejected"]:
         return "chosen equals rejected"
-    if row.get("prompt") == [] and columns != RANKED:
+    if columns in (PAIR, UNPAIRED) and not text_of(row["prompt"]).strip():
         return "no prompt"
     return None
 
@@ -354,7 +446,7 @@ def keep_apart(rows):
 
 def refuse_rows(problems):
     if problems:
-        more = [f"... and {len(problems) - SHOWN} more rows like these"] if len(problems) > SHOWN else []
+        more = [f"... and {len(problems) - SHOWN} more, {len(problems)} in all"] if len(problems) > SHOWN else []
         raise Refused(problems[:SHOWN] + more)
 
 
@@ -362,20 +454,25 @@ def check_labels(rows, name):
     """KTO on one label has nothing to compare (trl#1724)."""
     labels = {values["label"] for _, values in rows if "label" in values}
     if len(labels) == 1:
-        raise Refused(
-            [f"every label is {str(labels.pop()).lower()}. {name} needs rows of both labels, true and false"]
-        )
+        raise Refused([f"--train_data_path: all {len(rows)} labels are {str(labels.pop()).lower()}. {name} needs rows "
+                       f"of both labels, true and false, as in {SAMPLE[UNPAIRED]}"])  # fmt: skip
 
 
 def check_dropped(rows, max_drop_fraction):
-    """Too many rows that cannot be used mean that the file is not what its owner thinks. None left: nothing to train."""
+    """Too many rows that cannot be used mean that the file is not what its owner thinks. None left: no training."""
     share = len({where for where, _, _ in rows.dropped}) / rows.total
     if share > max_drop_fraction or share == 1:
-        counts = ", ".join(f"{count} {reason}" for reason, count in count_reasons(rows.dropped).items())
-        first = "; ".join(f"{where} {reason}" for where, reason, _ in rows.dropped[:5])
-        way_out = "Mend them" if share == 1 else "Mend them, or type --max_drop_fraction 1"
-        raise Refused([f"{share:.0%} of {rows.total} rows cannot be used ({counts}), more than --max_drop_fraction "
-                       f"{max_drop_fraction:g}. The first: {first}. {way_out}"])  # fmt: skip
+        too_long = any("max_length" in reason for _, reason, _ in rows.dropped)
+        way_out = "Mend them" + ", or raise --max_length" * too_long
+        if share < 1:
+            way_out = f"More than --max_drop_fraction {max_drop_fraction:g}. {way_out}, or type --max_drop_fraction 1"
+        raise Refused([f"{say_dropped(rows.dropped, rows.total)}. {way_out}"])
+
+
+def say_dropped(dropped, total):
+    counts = ", ".join(f"{count} {reason}" for reason, count in count_reasons(dropped).items())
+    first = "; ".join(f"{where} {reason}" for where, reason, _ in dropped[:5])
+    return f"{len({where for where, _, _ in dropped})} of {total} rows cannot be used ({counts}). The first: {first}"
 
 
 def count_reasons(dropped):
@@ -386,10 +483,17 @@ def count_reasons(dropped):
 
 
 def hold_out(rows, fraction, seed):
-    """Moves a random share of the training rows to held_out; the two halves of a converted pair stay together."""
+    """Moves a random share of the training rows to held_out; the two halves of a converted pair stay together.
+
+    A share above 0 is one row at least, and leaves one. Raises Refused where there is only one.
+    """
+    if not fraction:
+        return
     places = list(dict.fromkeys(where for where, _ in rows.train))
+    if len(places) < 2:
+        raise Refused([f"--eval_fraction {fraction:g}: of one row nothing can be held out. Type --eval_fraction 0"])
     random.Random(seed).shuffle(places)
-    held = set(places[: round(len(places) * fraction)])
+    held = set(places[: min(max(round(len(places) * fraction), 1), len(places) - 1)])
     rows.held_out += [row for row in rows.train if row[0] in held]
     rows.train = [row for row in rows.train if row[0] not in held]
 

@@ -13,8 +13,9 @@ def calm_libraries():
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for name in ("DeepSpeed", "bitsandbytes", "torchao"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # DeepSpeed sets its logger's level when it is imported; a filter stays
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     for module in ("transformers", "torch.utils.data", "trl", "peft", "torch.utils.checkpoint"):
         warnings.filterwarnings("ignore", module=module.replace(".", r"\."))
 
@@ -38,7 +39,4 @@ def has_bf16():
 
 def device_defaults():
     """TrainingArguments that follow from the machine, not from the method."""
-    if has_gpu():
-        return {}
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns where it has to find that out by itself
-    return {"use_cpu": True, "dataloader_pin_memory": False}
+    return {} if has_gpu() else {"use_cpu": True, "dataloader_pin_memory": False}

@@ -29,9 +29,7 @@ def prepare_rows(rows, tokenizer, columns, max_length):
         try:
             turns = render(tokenizer, values)
         except Exception as error:  # noqa: BLE001  templates raise what they like (jinja2, TypeError, ...)
-            problems.append(
-                f"{where}: the chat template refuses it ({type(error).__name__}: {' '.join(str(error).split())})"
-            )
+            problems.append(f"{where}: the chat template refuses it ({say_error(error)})")
             continue
         prompt, answers, reshaped = turns
         sides = [tokenize(tokenizer, prompt + answer) for answer in answers]
@@ -151,9 +149,13 @@ def fit_tokenizer(tokenizer, chat):
     notes = []
     if chat and not tokenizer.chat_template:
         raise Refused(["the data are chats, and this model's tokenizer has no chat template. Take the instruct model, "
-                       "save a chat_template.jinja in the model's folder, or write the data as plain text"])  # fmt: skip
+                       "save a chat_template.jinja in its folder, or write the data as plain text"])  # fmt: skip
     if chat:
-        end = end_of_turn(tokenizer)
+        try:
+            end = end_of_turn(tokenizer)
+        except Exception as error:  # noqa: BLE001  as above: of a broken template anything
+            raise Refused([f"this model's chat template cannot write a question and its answer ({say_error(error)}). "
+                           "Mend chat_template.jinja in the model's folder"]) from None  # fmt: skip
         if end and end != tokenizer.eos_token:
             notes.append(
                 f"the chat template ends a turn with {end}: set as eos_token in place of {tokenizer.eos_token}"
@@ -170,6 +172,10 @@ def fit_tokenizer(tokenizer, chat):
     return notes
 
 
+def say_error(error):
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
 def end_of_turn(tokenizer):
     """The special token that the template puts behind an answer, or None if it puts none."""
     answer = "ANSWER"
@@ -184,12 +190,15 @@ def end_of_turn(tokenizer):
 
 def check_first(prepared, tokenizer, columns):
     """Two BOS never, one end of turn exactly: shown on the first row, as all rows are made in the same way."""
+    if not prepared.rows:
+        raise Refused(["no row is left to train on: every one is longer than --max_length. Raise it"])
     ids = prepared.rows[0]["input_ids"] if columns == DIALOGUE else tokenize(tokenizer, "".join(prepared.first))
     doubled = tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2
     ends = next((n for n, token in enumerate(reversed(ids)) if token != tokenizer.eos_token_id), len(ids))
     if doubled or ends != 1:
-        raise Refused([f"the tokenizer gives {'two BOS' if doubled else f'{ends} ends of turn'} instead of one in the "
-                       f"first row: {tokenizer.decode(ids)!r}. Check add_bos_token, add_eos_token and the chat template"])  # fmt: skip
+        given = "two BOS" if doubled else f"{ends} ends of turn"
+        raise Refused([f"the tokenizer gives {given} instead of one in the first row: {tokenizer.decode(ids)!r}. "
+                       "Check add_bos_token, add_eos_token and the chat template"])  # fmt: skip
 
 
 def as_dataset(prepared):
