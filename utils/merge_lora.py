@@ -2,8 +2,8 @@
 
 The sum is made in float32, over the base as it is on disk (never its 4-bit form), and saved in the base's own dtype.
 Rounding to bfloat16 can undo a short training altogether: an update below half a step of the base's grid vanishes
-(peft#2321). So the merged model is reopened and compared with base + adapter before "done" is said; where too little is
-left, float32 is saved instead, and said.
+(peft#2321). So the merged model is reopened and compared with base + adapter before "done" is said; where too little
+is left, float32 is saved instead, and said.
 """
 
 import argparse
