@@ -347,8 +347,12 @@ def check_text(value, name):
 
 
 def is_halved(text):
-    """Whether a character outside UTF-8 is in it, as JSON's \\ud83d without its other half."""
-    return not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
+    """Whether it cannot be written as UTF-8: JSON's \\ud83d without its other half."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def say_type(value):
