@@ -30,8 +30,14 @@ def run(argv):
     common, name = arguments.parse_common(words)
     method = METHODS[name]
     if not arguments.asks_help(words):
-        checks.refuse_if(checks.check_common(common, name, method))
-        rows = data.load_rows(common.train_data_path, common.eval_data_path, method.columns, name, common.max_samples)
+        problems = checks.check_common(common, name, method)
+        try:
+            rows = data.load_rows(
+                common.train_data_path, common.eval_data_path, method.columns, name, common.max_samples
+            )
+        except checks.Refused as refusal:
+            problems += refusal.problems
+        checks.refuse_if(problems)
 
     # ── the method's own flags ───────────────────────────────────────────────────────────────────────────────────────
     common, config = arguments.parse(words, name)

@@ -27,10 +27,17 @@ class Method:
     task: str = "CAUSAL_LM"  # or SEQ_CLS: one score a sequence (PEFT's names)
     train_modes: tuple[str, ...] = ("full", "lora", "qlora")
     precisions: tuple[str, ...] = ("bfloat16", "float16", "float32")
+    losses: tuple[str, ...] = ()  # what --loss_type takes; none where there is no such flag
     min_batch_size: int = 1  # rows a device and step that the loss needs
     accuracy: str | None = "rewards/accuracies"  # the logged metric that tells right from wrong, and
     margin: str | None = "rewards/margins"  # the one that says by how much; None where there is none
 
+
+DPO_LOSSES = (
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+)  # fmt: skip
+CPO_LOSSES = ("sigmoid", "hinge", "ipo", "simpo")
 
 # float16 makes the summed log-probabilities of the CPO family overflow (trl#878)
 NO_FLOAT16 = ("bfloat16", "float32")
@@ -44,6 +51,7 @@ METHODS = {
         columns=PAIR,
         sample_data="data/preference.jsonl",
         models=("ref_model",),
+        losses=DPO_LOSSES,
     ),
     "CPO": Method(
         title="Contrastive Preference Optimization",
@@ -52,6 +60,7 @@ METHODS = {
         trainer="trainers.cpo_trainer:CPOTrainer",
         columns=PAIR,
         sample_data="data/preference.jsonl",
+        losses=CPO_LOSSES,
         precisions=NO_FLOAT16,
     ),
     "SimPO": Method(
@@ -61,6 +70,7 @@ METHODS = {
         trainer="trainers.cpo_trainer:CPOTrainer",
         columns=PAIR,
         sample_data="data/preference.jsonl",
+        losses=CPO_LOSSES,
         precisions=NO_FLOAT16,
     ),
     "CPOSimPO": Method(
@@ -70,6 +80,7 @@ METHODS = {
         trainer="trainers.cpo_trainer:CPOTrainer",
         columns=PAIR,
         sample_data="data/preference.jsonl",
+        losses=CPO_LOSSES,
         precisions=NO_FLOAT16,
     ),
     "ORPO": Method(
@@ -89,6 +100,7 @@ METHODS = {
         columns=UNPAIRED,
         sample_data="data/kto.jsonl",
         models=("ref_model",),
+        losses=("kto", "apo_zero_unpaired"),
         min_batch_size=2,  # its KL term pairs each prompt with another row's answer (trl#2554)
         accuracy=None,
     ),
@@ -110,6 +122,7 @@ METHODS = {
         trainer="trl:SFTTrainer",
         columns=DIALOGUE,
         sample_data="data/sft.jsonl",
+        losses=("nll", "dft"),
         accuracy="mean_token_accuracy",
         margin=None,
     ),

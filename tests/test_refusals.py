@@ -90,53 +90,94 @@ FLAGS = [
     ("DPO", "--zzz 1", [f"--zzz: no such flag for DPO. {HELP}"]),
     ("DPO", "--lora_ra 8", ["--lora_ra: no such flag for DPO. Did you mean --lora_rank?"]),
     ("DPO", "--use_peft", ["--use_peft: no such flag for DPO. Did you mean --use_cpu?"]),
-    ("DPO", "--lora_ra 8 --zzz 1", ["--lora_ra: no such flag for DPO. Did you mean --lora_rank?",
-                                    f"--zzz: no such flag for DPO. {HELP}"]),
+    (
+        "DPO",
+        "--lora_ra 8 --zzz 1",
+        ["--lora_ra: no such flag for DPO. Did you mean --lora_rank?", f"--zzz: no such flag for DPO. {HELP}"],
+    ),
     ("DPO", "--beta 0.1 0.2", ["0.2: not a flag. Every value follows its --flag"]),
     ("DPO", "--lora_rank", ["--lora_rank: expected one argument"]),
-    ("DPO", "--lora_rank x --train_mode loora", ["--lora_rank: invalid int value: 'x'",
-                                                 "--train_mode: invalid choice: 'loora' (choose from"]),
-    ("DPO", "--learning_rate fast --zzz 1 --bf16 True --fp16 True",
-     ["--learning_rate: invalid float value: 'fast'", f"--zzz: no such flag for DPO. {HELP}",
-      "--bf16 and --fp16 together: choose one. bfloat16 is the default where the hardware has it"]),
+    (
+        "DPO",
+        "--lora_rank x --train_mode loora",
+        ["--lora_rank: invalid int value: 'x'", "--train_mode: invalid choice: 'loora' (choose from"],
+    ),
+    (
+        "DPO",
+        "--learning_rate fast --zzz 1 --bf16 True --fp16 True",
+        [
+            "--learning_rate: invalid float value: 'fast'",
+            f"--zzz: no such flag for DPO. {HELP}",
+            "--bf16 and --fp16 together: choose one. bfloat16 is the default where the hardware has it",
+        ],
+    ),
     ("DPO", "--eval_strategy sometimes", ["--eval_strategy: invalid choice: 'sometimes' (choose from"]),
     ("DPO", "--use_dora perhaps", ["--use_dora: Truthy value expected: got perhaps"]),
-    ("DPO", "--bf16 --fp16",
-     ["--bf16 and --fp16 together: choose one. bfloat16 is the default where the hardware has it"]),
+    (
+        "DPO",
+        "--bf16 --fp16",
+        ["--bf16 and --fp16 together: choose one. bfloat16 is the default where the hardware has it"],
+    ),
     ("DPO", "--dtype bf16", ["--dtype: invalid choice: 'bf16' (choose from"]),
     ("CPO", "--dtype float16", [f"float16 with CPO: {OVERFLOW}"]),
     ("SimPO", "--fp16", [f"float16 with SimPO: {OVERFLOW}"]),
     ("CPOSimPO", "--fp16 True", [f"float16 with CPOSimPO: {OVERFLOW}"]),
     ("ORPO", "--dtype float16", [f"float16 with ORPO: {OVERFLOW}"]),
-    ("DPO", "--use_dora --train_mode full",
-     ["--use_dora with --train_mode full: DoRA is a kind of adapter. Type --train_mode lora"]),
+    (
+        "DPO",
+        "--use_dora --train_mode full",
+        ["--use_dora with --train_mode full: DoRA is a kind of adapter. Type --train_mode lora"],
+    ),
     ("DPO", "--lora_rank 0", ["--lora_rank 0: a rank is 1 or more. Type --lora_rank 32"]),
     ("DPO", "--lora_dropout 1", ["--lora_dropout 1.0: a dropout is from 0 to below 1"]),
     ("DPO", "--eval_fraction 1.5", ["--eval_fraction 1.5: a share from 0 to below 1, 0.1 holds out a tenth"]),
     ("DPO", "--eval_fraction nan", ["--eval_fraction nan: a share from 0 to below 1, 0.1 holds out a tenth"]),
     ("DPO", "--max_drop_fraction 2", ["--max_drop_fraction 2.0: a share from 0 to 1"]),
     ("DPO", "--max_samples -1", ["--max_samples -1: 1 or more; leave it out for all rows"]),
-    ("DPO", "--eval_fraction 0.1 --eval_data_path data/preference.jsonl",
-     ["--eval_fraction and --eval_data_path together: held-out rows come from one of them"]),
-    ("DPO", "--use_dora --train_mode full --lora_rank 0 --eval_fraction 1.5 --max_samples 0",
-     ["--use_dora with", "--lora_rank 0:", "--eval_fraction 1.5:", "--max_samples 0:"]),
-    ("DPO", "--eval_strategy steps",
-     ["--eval_strategy steps: no held-out rows. Add --eval_data_path FILE or --eval_fraction 0.1"]),
+    (
+        "DPO",
+        "--eval_fraction 0.1 --eval_data_path data/preference.jsonl",
+        ["--eval_fraction and --eval_data_path together: held-out rows come from one of them"],
+    ),
+    (
+        "DPO",
+        "--use_dora --train_mode full --lora_rank 0 --eval_fraction 1.5 --max_samples 0",
+        ["--use_dora with", "--lora_rank 0:", "--eval_fraction 1.5:", "--max_samples 0:"],
+    ),
+    (
+        "DPO",
+        "--eval_strategy steps",
+        ["--eval_strategy steps: no held-out rows. Add --eval_data_path FILE or --eval_fraction 0.1"],
+    ),
     ("DPO", "--max_length 1", ["--max_length 1: too short for a prompt and an answer. TRL's default is 1024"]),
     ("DPO", "--learning_rate -1", ["--learning_rate -1.0: a positive number, like 1e-5"]),
-    ("DPO", "--per_device_train_batch_size 0 --gradient_accumulation_steps 0 --num_train_epochs 0",
-     ["--per_device_train_batch_size 0: 1 or more", "--gradient_accumulation_steps 0: 1 or more",
-      "--num_train_epochs 0: nothing would be trained. More than 0, 0.1 is a tenth"]),
+    (
+        "DPO",
+        "--per_device_train_batch_size 0 --gradient_accumulation_steps 0 --num_train_epochs 0",
+        [
+            "--per_device_train_batch_size 0: 1 or more",
+            "--gradient_accumulation_steps 0: 1 or more",
+            "--num_train_epochs 0: nothing would be trained. More than 0, 0.1 is a tenth",
+        ],
+    ),
     ("DPO", "--report_to paper", ["--report_to paper: no such tracker installed. It takes none"]),
-    ("DPO", "--resume_from_checkpoint gone",
-     ["--resume_from_checkpoint gone: no such folder. Type auto for the newest checkpoint in output_dir, or leave the "
-      "flag out to start afresh"]),
+    (
+        "DPO",
+        "--resume_from_checkpoint gone",
+        [
+            "--resume_from_checkpoint gone: no such folder. Type auto for the newest checkpoint in output_dir, or "
+            "leave the flag out to start afresh"
+        ],
+    ),
     ("DPO", "--load_best_model_at_end", ["--load_best_model_at_end requires the save and eval strategy to match"]),
     ("DPO", "--accelerator_config gone.json", ["[Errno 2] No such file or directory: 'gone.json'"]),
     ("DPOO", "", [f"--rlhf_type DPOO: no such method. There are {METHODS}. Did you mean DPO?"]),
-    ("XYZ", "--lora_rank x", ["--lora_rank: invalid int value: 'x'",
-                              f"--rlhf_type XYZ: no such method. There are {METHODS}"]),
-]  # fmt: skip
+    (
+        "XYZ",
+        "--lora_rank x",
+        ["--lora_rank: invalid int value: 'x'", f"--rlhf_type XYZ: no such method. There are {METHODS}"],
+    ),
+]
 
 
 @pytest.mark.parametrize("method, flags, problems", FLAGS, ids=[f"{method} {flags}" for method, flags, _ in FLAGS])
@@ -243,8 +284,10 @@ FILES = {
     "latin1.csv": (b"prompt,chosen,rejected\ncaf\xe9,a,b\n", ["FILE:2: not UTF-8 (byte 26). Save the file as UTF-8"]),
     "comma.csv": (
         b"prompt,chosen,rejected\nYes, or no?,a,b\n",
-        ["FILE:2: 4 cells under a header of 3. Text that holds a comma, a quote or a line end stands in "
-         '"double quotes"'],
+        [
+            "FILE:2: 4 cells under a header of 3. Text that holds a comma, a quote or a line end stands in "
+            '"double quotes"'
+        ],
     ),
     "short.csv": (b"prompt,chosen,rejected\np,a\n", ["FILE:2: 2 cells under a header of 3."]),
     "semicolon.csv": (b"prompt;chosen;rejected\np;a;b\n", ['FILE:2: no "prompt". The row has prompt;chosen;']),
@@ -253,12 +296,12 @@ FILES = {
         ["FILE:3: not valid csv (unexpected end of data). A quote inside a quoted text is written twice"],
     ),
     "list.csv": (
-        'prompt,chosen,rejected\n"[{\'role\': \'user\', \'content\': \'p\'}]",a,b\n',
+        "prompt,chosen,rejected\n\"[{'role': 'user', 'content': 'p'}]\",a,b\n",
         ['FILE:2: "prompt" is a list of messages turned into text. Write it as JSON: with json.dumps in csv'],
     ),
     "rows.txt": (LINE, ["--train_data_path FILE: not .jsonl, .json, .csv, .parquet. Convert or unpack it first"]),
     "rows.jsonl.gz": (b"\x1f\x8b", ["--train_data_path FILE: not .jsonl, .json, .csv, .parquet. Convert or unpack"]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -323,56 +366,127 @@ FORM = 'It is a string or a list of {"role", "content"}'
 THUMB = {"prompt": "p", "completion": "c", "label": False}
 # name: (method, a good row, the bad row after it, what is said of it)
 ROWS = {
-    "misspelt column": ("DPO", GOOD, {"prompt": "p", "choosen": "c", "rejected": "r"},
-                        f'no "chosen". Did you mean that by "choosen"? {PAIRS}'),
-    "missing column": ("DPO", GOOD, {"instruction": "p", "output": "c"},
-                       f'no "prompt". The row has instruction, output. {PAIRS}'),
+    "misspelt column": (
+        "DPO",
+        GOOD,
+        {"prompt": "p", "choosen": "c", "rejected": "r"},
+        f'no "chosen". Did you mean that by "choosen"? {PAIRS}',
+    ),
+    "missing column": (
+        "DPO",
+        GOOD,
+        {"instruction": "p", "output": "c"},
+        f'no "prompt". The row has instruction, output. {PAIRS}',
+    ),
     "empty row": ("DPO", GOOD, {}, f'no "prompt". The row has nothing. {PAIRS}'),
     "null": ("DPO", GOOD, {**GOOD, "prompt": None}, f'"prompt" is null. {PAIRS}'),
-    "prompt in some rows": ("DPO", GOOD, {"chosen": "p c", "rejected": "p r"},
-                            f'no "prompt". The row has chosen, rejected. {PAIRS}'),
+    "prompt in some rows": (
+        "DPO",
+        GOOD,
+        {"chosen": "p c", "rejected": "p r"},
+        f'no "prompt". The row has chosen, rejected. {PAIRS}',
+    ),
     "number": ("DPO", GOOD, {**GOOD, "prompt": 3}, f'"prompt" is a number. {FORM}'),
     "boolean": ("DPO", GOOD, {**GOOD, "chosen": True}, f'"chosen" is a boolean. {FORM}'),
     "object": ("DPO", CHAT, chat(prompt=CHAT["prompt"][0]), f'"prompt" is an object. {FORM}'),
-    "no role": ("DPO", CHAT, message(content="p"),
-                '"prompt" has a message with content. A message has "role" and "content"'),
-    "other names": ("DPO", CHAT, message(**{"from": "human", "value": "p"}),
-                    '"prompt" has a message with from, value. A message has "role" and "content"'),
-    "list of strings": ("DPO", CHAT, chat(prompt=["p"]),
-                        '"prompt" has a message that is text. A message has "role" and "content"'),
-    "unknown role": ("DPO", CHAT, message(role="human", content="p"), f'"prompt" has the role \'human\'. {ROLES}'),
+    "no role": (
+        "DPO",
+        CHAT,
+        message(content="p"),
+        '"prompt" has a message with content. A message has "role" and "content"',
+    ),
+    "other names": (
+        "DPO",
+        CHAT,
+        message(**{"from": "human", "value": "p"}),
+        '"prompt" has a message with from, value. A message has "role" and "content"',
+    ),
+    "list of strings": (
+        "DPO",
+        CHAT,
+        chat(prompt=["p"]),
+        '"prompt" has a message that is text. A message has "role" and "content"',
+    ),
+    "unknown role": ("DPO", CHAT, message(role="human", content="p"), f"\"prompt\" has the role 'human'. {ROLES}"),
     "number as role": ("DPO", CHAT, message(role=1, content="p"), f'"prompt" has the role 1. {ROLES}'),
-    "number as content": ("DPO", CHAT, message(role="user", content=3),
-                          '"prompt" has a message whose content is a number, not a string'),
-    "null as content": ("DPO", CHAT, message(role="user", content=None),
-                        '"prompt" has a message whose content is null, not a string'),
-    "parts as content": ("DPO", CHAT, message(role="user", content=[{"type": "text", "text": "p"}]),
-                         '"prompt" has a message whose content is a list, not a string'),
-    "answer in the prompt": ("DPO", CHAT, message(role="assistant", content="p"),
-                             'the "prompt" ends with the assistant\'s turn. It ends with the turn to be answered'),
-    "answer of the user": ("DPO", CHAT, chat(chosen=CHAT["prompt"]),
-                           'the "chosen" ends with a turn of the user. It ends with the assistant\'s answer'),
-    "chat and plain": ("DPO", CHAT, chat(prompt="p"),
-                       '"prompt" is plain text, "chosen" is a chat, "rejected" is a chat. All of a row are lists of '
-                       "messages, or all are strings"),
-    "chat as text": ("DPO", CHAT, chat(prompt=json.dumps(CHAT["prompt"])),
-                     '"prompt" is a list of messages turned into text. Write it as JSON: with json.dumps in csv'),
-    "half an emoji": ("DPO", GOOD, {**GOOD, "chosen": "smile \ud83d"},
-                      '"chosen" holds half a character (\\ud800 to \\udfff), as of an emoji that was cut in two. '
-                      "Mend it"),
-    "label in words": ("KTO", THUMB, {**THUMB, "label": "good"}, '"label" is \'good\'. It is true or false (1 or 0)'),
+    "number as content": (
+        "DPO",
+        CHAT,
+        message(role="user", content=3),
+        '"prompt" has a message whose content is a number, not a string',
+    ),
+    "null as content": (
+        "DPO",
+        CHAT,
+        message(role="user", content=None),
+        '"prompt" has a message whose content is null, not a string',
+    ),
+    "parts as content": (
+        "DPO",
+        CHAT,
+        message(role="user", content=[{"type": "text", "text": "p"}]),
+        '"prompt" has a message whose content is a list, not a string',
+    ),
+    "answer in the prompt": (
+        "DPO",
+        CHAT,
+        message(role="assistant", content="p"),
+        'the "prompt" ends with the assistant\'s turn. It ends with the turn to be answered',
+    ),
+    "answer of the user": (
+        "DPO",
+        CHAT,
+        chat(chosen=CHAT["prompt"]),
+        'the "chosen" ends with a turn of the user. It ends with the assistant\'s answer',
+    ),
+    "chat and plain": (
+        "DPO",
+        CHAT,
+        chat(prompt="p"),
+        '"prompt" is plain text, "chosen" is a chat, "rejected" is a chat. All of a row are lists of '
+        "messages, or all are strings",
+    ),
+    "chat as text": (
+        "DPO",
+        CHAT,
+        chat(prompt=json.dumps(CHAT["prompt"])),
+        '"prompt" is a list of messages turned into text. Write it as JSON: with json.dumps in csv',
+    ),
+    "half an emoji": (
+        "DPO",
+        GOOD,
+        {**GOOD, "chosen": "smile \ud83d"},
+        '"chosen" holds half a character (\\ud800 to \\udfff), as of an emoji that was cut in two. Mend it',
+    ),
+    "label in words": ("KTO", THUMB, {**THUMB, "label": "good"}, "\"label\" is 'good'. It is true or false (1 or 0)"),
     "label out of range": ("KTO", THUMB, {**THUMB, "label": 2}, '"label" is 2. It is true or false (1 or 0)'),
-    "no label": ("KTO", THUMB, {"prompt": "p", "completion": "c"},
-                 'no "label". The row has prompt, completion. Accepted: prompt, completion, label or prompt, chosen, '
-                 "rejected or chosen, rejected, as in data/kto.jsonl"),
-    "one answer": ("Reward", GOOD, {"prompt": "p", "chosen": "c"}, 'no "rejected". The row has prompt, chosen. '
-                   "Accepted: chosen, rejected or prompt, chosen, rejected, as in data/reward.jsonl"),
-    "margin in words": ("Reward", {**GOOD, "margin": 1}, {**GOOD, "margin": "much"},
-                        "\"margin\" is 'much'. It is a number: by how much chosen is better"),
-    "other dialogue": ("SFT", {"messages": "m"}, {"conversations": [{"from": "human", "value": "p"}]},
-                       'no "messages". The row has conversations. Accepted: messages or prompt, completion, as in '
-                       "data/sft.jsonl"),
-}  # fmt: skip
+    "no label": (
+        "KTO",
+        THUMB,
+        {"prompt": "p", "completion": "c"},
+        'no "label". The row has prompt, completion. Accepted: prompt, completion, label or prompt, chosen, '
+        "rejected or chosen, rejected, as in data/kto.jsonl",
+    ),
+    "one answer": (
+        "Reward",
+        GOOD,
+        {"prompt": "p", "chosen": "c"},
+        'no "rejected". The row has prompt, chosen. '
+        "Accepted: chosen, rejected or prompt, chosen, rejected, as in data/reward.jsonl",
+    ),
+    "margin in words": (
+        "Reward",
+        {**GOOD, "margin": 1},
+        {**GOOD, "margin": "much"},
+        "\"margin\" is 'much'. It is a number: by how much chosen is better",
+    ),
+    "other dialogue": (
+        "SFT",
+        {"messages": "m"},
+        {"conversations": [{"from": "human", "value": "p"}]},
+        'no "messages". The row has conversations. Accepted: messages or prompt, completion, as in data/sft.jsonl',
+    ),
+}
 
 
 @pytest.mark.parametrize("case", ROWS)
@@ -483,38 +597,72 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 269
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 # name: (files to leave out, files to write, the problems, FOLDER standing for the model's)
 MODELS = {
-    "no config": (["config.json"], {},
-                  ["--model_name_or_path FOLDER: no config.json (nor adapter_config.json) in it, so not a model "]),
-    "no tokenizer": (["tokenizer.json"], {},
-                     ["FOLDER: no tokenizer (tokenizer.json or tokenizer.model) in it. Copy it from the original "]),
-    "pickled weights": (["model.safetensors"], {"pytorch_model.bin": "x", "training_args.bin": "x"},
-                        ["FOLDER: only pickled weights (pytorch_model.bin), which can run code when read. Needed: "
-                         "*.safetensors (model.save_pretrained writes them)"]),
+    "no config": (
+        ["config.json"],
+        {},
+        ["--model_name_or_path FOLDER: no config.json (nor adapter_config.json) in it, so not a model "],
+    ),
+    "no tokenizer": (
+        ["tokenizer.json"],
+        {},
+        ["FOLDER: no tokenizer (tokenizer.json or tokenizer.model) in it. Copy it from the original "],
+    ),
+    "pickled weights": (
+        ["model.safetensors"],
+        {"pytorch_model.bin": "x", "training_args.bin": "x"},
+        [
+            "FOLDER: only pickled weights (pytorch_model.bin), which can run code when read. Needed: "
+            "*.safetensors (model.save_pretrained writes them)"
+        ],
+    ),
     "no weights": (["model.safetensors"], {}, ["FOLDER: no weights. Needed: *.safetensors (model.save_pretrained "]),
-    "a pointer for weights": ([], {"model.safetensors": POINTER},
-                              ["FOLDER/model.safetensors: not a whole safetensors file (a broken download, or a Git "
-                               "LFS pointer: `git lfs pull`)"]),
-    "a pointer for a tokenizer": ([], {"tokenizer.json": POINTER},
-                                  ["--model_name_or_path FOLDER: its tokenizer cannot be loaded ("]),
-    "neither weights nor tokenizer": (["model.safetensors", "tokenizer.json"], {},
-                                      ["FOLDER: no tokenizer", "FOLDER: no weights"]),
+    "a pointer for weights": (
+        [],
+        {"model.safetensors": POINTER},
+        [
+            "FOLDER/model.safetensors: not a whole safetensors file (a broken download, or a Git "
+            "LFS pointer: `git lfs pull`)"
+        ],
+    ),
+    "a pointer for a tokenizer": (
+        [],
+        {"tokenizer.json": POINTER},
+        ["--model_name_or_path FOLDER: its tokenizer cannot be loaded ("],
+    ),
+    "neither weights nor tokenizer": (
+        ["model.safetensors", "tokenizer.json"],
+        {},
+        ["FOLDER: no tokenizer", "FOLDER: no weights"],
+    ),
     "broken config": ([], {"config.json": "{"}, ["FOLDER/config.json: not valid JSON. Copy it from the original "]),
     "list as config": ([], {"config.json": "[]"}, ["FOLDER/config.json: not a JSON object. Copy it from the "]),
-    "reward model": ([], {"config.json": '{"architectures": ["Qwen2ForSequenceClassification"]}'},
-                     [f"FOLDER: {REWARD_MODEL}"]),
-    "adapter of a reward model": (
-        [], {"adapter_config.json": '{"base_model_name_or_path": "a/b", "task_type": "SEQ_CLS"}'},
+    "reward model": (
+        [],
+        {"config.json": '{"architectures": ["Qwen2ForSequenceClassification"]}'},
         [f"FOLDER: {REWARD_MODEL}"],
     ),
-    "adapter without its base": ([], {"adapter_config.json": '{"base_model_name_or_path": "/gone/base"}'},
-                                 ["FOLDER: its base model /gone/base is not there. Set base_model_name_or_path in its "
-                                  "adapter_config.json"]),
+    "adapter of a reward model": (
+        [],
+        {"adapter_config.json": '{"base_model_name_or_path": "a/b", "task_type": "SEQ_CLS"}'},
+        [f"FOLDER: {REWARD_MODEL}"],
+    ),
+    "adapter without its base": (
+        [],
+        {"adapter_config.json": '{"base_model_name_or_path": "/gone/base"}'},
+        ["FOLDER: its base model /gone/base is not there. Set base_model_name_or_path in its adapter_config.json"],
+    ),
     "adapter of nothing": ([], {"adapter_config.json": "{}"}, ["FOLDER: its base model (unnamed) is not there."]),
-    "adapter of an empty folder": ([], {"adapter_config.json": '{"base_model_name_or_path": "/tmp"}'},
-                                   ["FOLDER: its base model /tmp is not there."]),
-    "adapter of another kind": ([], {"adapter_config.json": '{"base_model_name_or_path": "a/b", "peft_type": "IA3"}'},
-                                ["FOLDER: an adapter of the kind IA3. Only LoRA adapters are read"]),
-}  # fmt: skip
+    "adapter of an empty folder": (
+        [],
+        {"adapter_config.json": '{"base_model_name_or_path": "/tmp"}'},
+        ["FOLDER: its base model /tmp is not there."],
+    ),
+    "adapter of another kind": (
+        [],
+        {"adapter_config.json": '{"base_model_name_or_path": "a/b", "peft_type": "IA3"}'},
+        ["FOLDER: an adapter of the kind IA3. Only LoRA adapters are read"],
+    ),
+}
 
 
 def make_folder(folder, source, without, written):
@@ -575,13 +723,17 @@ FOLDERS = [
     (["run_card.json", "metrics.jsonl"], "", FINISHED),
     (["run_card.json"], "--resume_from_checkpoint auto", FINISHED),
     (["run_card.json"], "--overwrite_output_dir", None),
-    (["metrics.jsonl"], "", "holds an unfinished run. Add --resume_from_checkpoint auto to finish it, or "
-     "--overwrite_output_dir to start afresh"),
+    (
+        ["metrics.jsonl"],
+        "",
+        "holds an unfinished run. Add --resume_from_checkpoint auto to finish it, or "
+        "--overwrite_output_dir to start afresh",
+    ),
     (["metrics.jsonl"], "--resume_from_checkpoint auto", None),
     (["thesis.tex"], "", "holds files that no run of ours made. Name another folder"),
     (["thesis.tex"], "--overwrite_output_dir", "holds files that no run of ours made. Name another folder"),
     ([], "", None),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("there, flags, said", FOLDERS)
@@ -609,13 +761,16 @@ def test_a_folder_that_cannot_be_made_is_refused(refused, tmp_path):
 # ── the commands themselves ──────────────────────────────────────────────────────────────────────────────────────────
 
 
+BAD_ROW = f'BAD:2: "prompt" is a number. {FORM}'
 FAST = {
-    "--rlhf_type DPOO": f"--rlhf_type DPOO: no such method. There are {METHODS}. Did you mean DPO?",
-    "--lora_rank 0": "--lora_rank 0: a rank is 1 or more. Type --lora_rank 32",
-    "--model_name_or_path utils": "--model_name_or_path utils: no config.json (nor adapter_config.json) in it, so "
-    "not a model folder",
-    "--train_data_path missing.jsonl": "--train_data_path missing.jsonl: no such file or folder",
-    "": f'BAD:2: "prompt" is a number. {FORM}',
+    "--rlhf_type DPOO": [f"--rlhf_type DPOO: no such method. There are {METHODS}. Did you mean DPO?"],
+    "--lora_rank 0": ["--lora_rank 0: a rank is 1 or more. Type --lora_rank 32", BAD_ROW],
+    "--model_name_or_path utils": [
+        "--model_name_or_path utils: no config.json (nor adapter_config.json) in it, so not a model folder",
+        BAD_ROW,
+    ],
+    "--train_data_path missing.jsonl": ["--train_data_path missing.jsonl: no such file or folder"],
+    "": [BAD_ROW],
 }
 
 
@@ -627,14 +782,23 @@ def test_what_needs_no_library_is_refused_before_torch_is_imported(flags, tiny_m
     code = "import sys, train_rlhf; print(train_rlhf.main(sys.argv[1:]), 'torch' in sys.modules)"
     done = command("-c", code, *words)
     assert done.stdout == "2 False\n"
-    assert done.stderr == f"refused: {FAST[flags].replace('BAD', bad)}\n"
+    assert done.stderr.splitlines() == [f"refused: {problem.replace('BAD', bad)}" for problem in FAST[flags]]
 
 
 def test_the_command_ends_with_status_2_and_one_line(tiny_model, tmp_path):
     bad = write_rows(tmp_path / "bad.jsonl", [GOOD, {**GOOD, "prompt": 3}])
     out = tmp_path / "out"
-    done = command("train_rlhf.py", "--rlhf_type", "DPO", "--model_name_or_path", tiny_model, "--train_data_path", bad,
-                   "--output_dir", out)  # fmt: skip
+    done = command(
+        "train_rlhf.py",
+        "--rlhf_type",
+        "DPO",
+        "--model_name_or_path",
+        tiny_model,
+        "--train_data_path",
+        bad,
+        "--output_dir",
+        out,
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f'refused: {bad}:2: "prompt" is a number. {FORM}\n'
     assert not out.exists()
@@ -643,8 +807,14 @@ def test_the_command_ends_with_status_2_and_one_line(tiny_model, tmp_path):
 def test_the_run_script_passes_one_refusal_on(tiny_model, tmp_path):
     out = tmp_path / "out"
     env = {"RLHF_TYPE": "SimPO", "MODEL": tiny_model, "OUTPUT_DIR": str(out), "PYTHON": sys.executable}
-    done = subprocess.run(["bash", "rlhf_run.sh", "--simpo_gama", "1"], cwd=ROOT, env={**os.environ, **env},
-                          capture_output=True, text=True, timeout=300)  # fmt: skip
+    done = subprocess.run(
+        ["bash", "rlhf_run.sh", "--simpo_gama", "1"],
+        cwd=ROOT,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "refused: --simpo_gama: no such flag for SimPO. Did you mean --simpo_gamma?\n"
     assert not out.exists()

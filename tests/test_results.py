@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train_rlhf
+from rlhf_args.methods import METHODS
 from tests.conftest import make_model, read_rows, write_rows
 from utils import chat, merge_lora, models, report, saves
 
@@ -21,7 +22,14 @@ DATA = {
 
 
 def train(model, out, *more, method="DPO", steps=3):
-    words = ["--rlhf_type", method, "--model_name_or_path", str(model), "--train_data_path", DATA[method]]
+    words = [
+        "--rlhf_type",
+        method,
+        "--model_name_or_path",
+        str(model),
+        "--train_data_path",
+        METHODS[method].sample_data,
+    ]
     words += ["--output_dir", str(out), "--max_samples", "12", "--max_steps", str(steps), "--logging_steps", "1"]
     words += ["--learning_rate", "1e-2", "--per_device_train_batch_size", "2", "--save_strategy", "no"]
     return train_rlhf.main([*words, *map(str, more)])
@@ -191,17 +199,22 @@ def test_a_reward_model_does_not_chat(tiny_model, tmp_path, capsys):
 
 # ── every loss that the trainers offer ───────────────────────────────────────────────────────────────────────────────
 
-DPO_LOSSES = ["sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
-              "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"]  # fmt: skip
+LOSSES = [(name, loss) for name, method in METHODS.items() for loss in method.losses]
 
 
-@pytest.mark.parametrize("loss", DPO_LOSSES)
-def test_every_loss_of_dpo_passes_through(loss, tiny_model, tmp_path):
+@pytest.mark.parametrize(("method", "loss"), LOSSES)
+def test_every_loss_passes_through(method, loss, tiny_model, tmp_path):
     smoothing = ("--label_smoothing", "0.1") if loss in ("exo_pair", "robust") else ()
-    assert train(tiny_model, tmp_path / "out", "--loss_type", loss, *smoothing, steps=1) == 0
-    assert json.loads((tmp_path / "out" / "run_card.json").read_text())["arguments"]["loss_type"] == [loss]
+    assert train(tiny_model, tmp_path / "out", "--loss_type", loss, *smoothing, method=method, steps=1) == 0
+    asked = json.loads((tmp_path / "out" / "run_card.json").read_text())["arguments"]["loss_type"]
+    assert asked in (loss, [loss])
 
 
 def test_losses_of_dpo_combine(tiny_model, tmp_path):
     more = ("--loss_type", "sigmoid", "sft", "--loss_weights", "1.0", "0.5")
     assert train(tiny_model, tmp_path / "out", *more, steps=1) == 0
+
+
+def test_an_unknown_loss_is_refused(tiny_model, tmp_path, capsys):
+    assert train(tiny_model, tmp_path / "out", "--loss_type", "sigmoidd") == 2
+    assert "refused: --loss_type sigmoidd: DPO takes sigmoid, hinge, ipo" in capsys.readouterr().err

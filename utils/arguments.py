@@ -162,8 +162,12 @@ def resolve_dtype(dtype, bf16, fp16, name, method):
         return "bfloat16"
     wanted = "float16" if fp16 else "float32" if bf16 is False else dtype
     if wanted == "float16" and wanted not in method.precisions:
-        raise Refused([f"float16 with {name}: its log-probabilities overflow to NaN. It takes --dtype "
-                       f"{' or '.join(method.precisions)}"])  # fmt: skip
+        raise Refused(
+            [
+                f"float16 with {name}: its log-probabilities overflow to NaN. It takes --dtype "
+                f"{' or '.join(method.precisions)}"
+            ]
+        )
     if wanted == "float16" and (has_bf16 or not has_gpu):
         better = "bfloat16" if has_bf16 else "float32"
         raise Refused(

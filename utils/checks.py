@@ -66,8 +66,11 @@ def check_model(path, name, method, train_mode):
             f"{path}: no tokenizer (tokenizer.json or tokenizer.model) in it. Copy it from the original model"
         )
     weights = sorted(folder.glob("*.safetensors"))
-    problems += [f"{file}: not a whole safetensors file (a broken download, or a Git LFS pointer: `git lfs pull`)"
-                 for file in weights if not is_safetensors(file)]  # fmt: skip
+    problems += [
+        f"{file}: not a whole safetensors file (a broken download, or a Git LFS pointer: `git lfs pull`)"
+        for file in weights
+        if not is_safetensors(file)
+    ]
     if not weights:
         pickled = [
             file.name
@@ -102,8 +105,10 @@ def check_adapter(path, described, name, method, train_mode):
     problems = []
     base = described.get("base_model_name_or_path")
     if not base or (looks_local(base) or Path(base).exists()) and not (Path(base) / "config.json").exists():
-        problems.append(f"{path}: its base model {base or '(unnamed)'} is not there. Set base_model_name_or_path in "
-                        "its adapter_config.json")  # fmt: skip
+        problems.append(
+            f"{path}: its base model {base or '(unnamed)'} is not there. Set base_model_name_or_path in "
+            "its adapter_config.json"
+        )
     if described.get("peft_type", "LORA") != "LORA":
         problems.append(f"{path}: an adapter of the kind {described['peft_type']}. Only LoRA adapters are read")
     task = described.get("task_type")
@@ -112,8 +117,10 @@ def check_adapter(path, described, name, method, train_mode):
             f"{path}: a trained reward model, which scores and cannot answer. {name} starts from a language model"
         )
     if method.task == "SEQ_CLS" and task != "SEQ_CLS":
-        problems.append(f"{path}: a language model's adapter, and {name} would need a second one on top. "
-                        f"Merge it first: python -m utils.merge_lora {path} MERGED")  # fmt: skip
+        problems.append(
+            f"{path}: a language model's adapter, and {name} would need a second one on top. "
+            f"Merge it first: python -m utils.merge_lora {path} MERGED"
+        )
     return problems
 
 
@@ -142,11 +149,19 @@ def check_config(common, config, name, method):
         )
     batch = config.per_device_train_batch_size
     if 1 <= batch < method.min_batch_size:
-        problems.append(f"--per_device_train_batch_size {batch}: {name} compares rows of a batch and needs "
-                        f"{method.min_batch_size} or more a device")  # fmt: skip
+        problems.append(
+            f"--per_device_train_batch_size {batch}: {name} compares rows of a batch and needs "
+            f"{method.min_batch_size} or more a device"
+        )
     if config.eval_strategy != "no" and not (common.eval_data_path or common.eval_fraction):
-        problems.append(f"--eval_strategy {config.eval_strategy.value}: no held-out rows. Add --eval_data_path FILE "
-                        "or --eval_fraction 0.1")  # fmt: skip
+        problems.append(
+            f"--eval_strategy {config.eval_strategy.value}: no held-out rows. Add --eval_data_path FILE "
+            "or --eval_fraction 0.1"
+        )
+    asked = getattr(config, "loss_type", ())
+    for loss in [asked] if isinstance(asked, str) else asked:
+        if loss not in method.losses:
+            problems.append(f"--loss_type {loss}: {name} takes {', '.join(method.losses)}")
     length = config.max_length
     if length is not None and length < 2:
         problems.append(f"--max_length {length}: too short for a prompt and an answer. TRL's default is 1024")
@@ -160,8 +175,10 @@ def check_config(common, config, name, method):
             problems.append(f"--report_to {tracker}: no such tracker installed. It takes none, {', '.join(trackers)}")
     checkpoint = config.resume_from_checkpoint
     if checkpoint and str(checkpoint).lower() not in ("auto", "true") and not Path(checkpoint).is_dir():
-        problems.append(f"--resume_from_checkpoint {checkpoint}: no such folder. Type auto for the newest checkpoint "
-                        "in output_dir, or leave the flag out to start afresh")  # fmt: skip
+        problems.append(
+            f"--resume_from_checkpoint {checkpoint}: no such folder. Type auto for the newest checkpoint "
+            "in output_dir, or leave the flag out to start afresh"
+        )
     return problems + check_output_dir(common, config)
 
 
@@ -181,6 +198,8 @@ def check_output_dir(common, config):
     if (folder / "run_card.json").exists():
         return [f"--output_dir {folder}: holds a finished run. Name another folder, or add --overwrite_output_dir"]
     if not config.resume_from_checkpoint:
-        return [f"--output_dir {folder}: holds an unfinished run. Add --resume_from_checkpoint auto to finish it, "
-                "or --overwrite_output_dir to start afresh"]  # fmt: skip
+        return [
+            f"--output_dir {folder}: holds an unfinished run. Add --resume_from_checkpoint auto to finish it, "
+            "or --overwrite_output_dir to start afresh"
+        ]
     return []

@@ -1,25 +1,19 @@
-"""Data files to checked rows. Every row is looked at before training; nothing is dropped that is not counted.
+"""Raw rows to checked ones in the method's columns. Every row is looked at; nothing is dropped that is not counted.
 
-A row in here is `(where, values)`: "data/kto.jsonl:17" and a dict of its columns. Standard library only, but for
-parquet (pyarrow) and Hub ids (datasets), so that a bad file is refused before anything heavy is imported.
+A row in here is `(where, values)`: "data/kto.jsonl:17" and a dict of its columns. Standard library only.
 """
 
-import csv
 import difflib
-import glob
 import hashlib
-import io
 import json
-import logging
 import random
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from rlhf_args.methods import DIALOGUE, PAIR, RANKED, UNPAIRED
-from utils.checks import Refused, looks_local, near_path, refuse_if
+from utils.checks import Refused, refuse_if
+from utils.files import MESSAGES, read_rows, say_type
 
-ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 SHOWN = 20  # problems printed; the count covers all
 
 # What a file may hold for a method of these columns, best first: KTO also reads pairs, Reward reads pairs, ...
@@ -29,12 +23,15 @@ ACCEPTED = {
     RANKED: (RANKED, PAIR),
     DIALOGUE: (DIALOGUE, ("prompt", "completion")),
 }
-SAMPLE = {PAIR: "data/preference.jsonl", UNPAIRED: "data/kto.jsonl", RANKED: "data/reward.jsonl",
-          DIALOGUE: "data/sft.jsonl"}  # fmt: skip
+SAMPLE = {
+    PAIR: "data/preference.jsonl",
+    UNPAIRED: "data/kto.jsonl",
+    RANKED: "data/reward.jsonl",
+    DIALOGUE: "data/sft.jsonl",
+}
 ROLES = ("system", "developer", "user", "assistant", "tool")
 LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 HALVED = "holds half a character (\\ud800 to \\udfff), as of an emoji that was cut in two. Mend it"
-MESSAGES = re.compile(r"\s*\[\s*\{")  # how a list of messages begins where it is written as text
 
 
 @dataclass
@@ -48,9 +45,9 @@ class Rows:
     notes: list = field(default_factory=list)
 
 
-def load_rows(train_paths, eval_paths, columns, name, max_samples=None):
-    """Every row of the files, checked and in the method's own columns. Raises Refused with all their problems."""
-    rows, refused = Rows([]), []
+def load_rows(train_paths, eval_paths, columns, name, max_samples=None, problems=()):
+    """Every row of the files, checked and in the method's columns. Raises Refused: `problems` and all of its own."""
+    rows, refused = Rows([]), list(problems)
     asked = (
         ("--train_data_path", train_paths, rows.train, max_samples),
         ("--eval_data_path", eval_paths, rows.held_out, None),
@@ -58,8 +55,8 @@ def load_rows(train_paths, eval_paths, columns, name, max_samples=None):
     for flag, paths, found, limit in asked:
         if paths:
             try:
-                read, notes, problems = read_rows(paths, flag)
-                made, dropped = make_rows(read[:limit], columns, notes, problems)
+                read, notes, unreadable = read_rows(paths, flag)
+                made, dropped = make_rows(read[:limit], columns, notes, unreadable)
             except Refused as refusal:
                 refused += refusal.problems
                 continue
@@ -67,171 +64,11 @@ def load_rows(train_paths, eval_paths, columns, name, max_samples=None):
             rows.dropped += dropped
             rows.total += len(read[:limit])
             rows.notes += notes
-            if not made:
+            if dropped and not made:
                 refused.append(f"{flag}: {say_dropped(dropped, len(read[:limit]))}. Mend them")
     refuse_if(refused)
     check_labels(rows.train, name)
     return rows
-
-
-# ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def find_files(paths, flag):
-    """Files behind paths, folders and globs, in order; a Hub id stays as it is. Raises Refused."""
-    found, problems = [], []
-    for path in paths:
-        here = Path(path).expanduser()
-        if not path.strip():
-            files, problem = [], f"{flag}: an empty name. Type {flag} {SAMPLE[PAIR]} to try"
-        elif here.is_dir():
-            files = sorted(str(file) for file in here.iterdir() if is_data(file))
-            problem = f"{flag} {path}: no {', '.join(ENDINGS)} file in this folder"
-        elif here.is_file():
-            files = [str(here)] if is_data(here) else []
-            problem = f"{flag} {path}: not {', '.join(ENDINGS)}. Convert or unpack it first"
-        elif glob.has_magic(path):
-            files = sorted(file for file in glob.glob(str(here), recursive=True) if is_data(Path(file)))
-            problem = f"{flag} {path}: no {', '.join(ENDINGS)} file matches"
-        else:
-            files = [] if looks_local(path) or is_ending(here) else [path]
-            problem = f"{flag} {path}: no such file or folder{near_path(path)}"
-        found += files
-        if not files:
-            problems.append(problem)
-    if problems:
-        raise Refused(problems)
-    return found
-
-
-def is_ending(path):
-    return path.suffix.lower() in ENDINGS
-
-
-def is_data(path):
-    return is_ending(path) and path.is_file()
-
-
-def read_rows(paths, flag="--train_data_path"):
-    """All rows of the files, with where they stand, notes for the reader, and what cannot be read.
-
-    (rows, notes, problems). Raises Refused where there is no such file.
-    """
-    rows, notes, problems = [], [], []
-    for file in find_files(paths, flag):
-        before = len(rows), len(problems)
-        try:
-            read = READERS.get(Path(file).suffix.lower(), read_hub)
-            for line, values in read(file, notes, problems):
-                where = f"{file}:{line}"
-                if isinstance(values, dict):
-                    rows.append((where, values))
-                else:
-                    problems.append(f"{where}: {say_type(values)}, not an object with columns")
-        except UnicodeDecodeError as error:
-            line = error.object.count(b"\n", 0, error.start) + 1
-            problems.append(f"{file}:{line}: not UTF-8 (byte {error.start}). Save the file as UTF-8")
-        except OSError as error:
-            problems.append(f"{file}: {error.strerror or error}")
-        if (len(rows), len(problems)) == before:
-            problems.append(f"{file}: no rows in it")
-    return rows, notes, problems
-
-
-def read_text(file):
-    return Path(file).read_text(encoding="utf-8-sig")  # with or without a byte order mark, any line ends
-
-
-def read_jsonl(file, notes, problems):
-    text = read_text(file)
-    if text.lstrip().startswith("[") and not has_json_line(text):
-        notes.append(f"{file} is one JSON array, not a line a row; read as that")
-        yield from parse_json(file, text, problems)
-        return
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except ValueError as error:
-                problems.append(f"{file}:{number}: not valid JSON ({error.msg}, column {error.colno})")
-
-
-def has_json_line(text):
-    """Whether the first of several lines is JSON by itself: not the beginning of one array over all of them."""
-    first, *more = text.strip().split("\n", 1)
-    try:
-        return bool(more) and json.loads(first) is not None
-    except ValueError:
-        return False
-
-
-def read_json(file, notes, problems):
-    text = read_text(file)
-    if text.count("\n{") and not text.lstrip().startswith("["):
-        notes.append(f"{file} has a JSON object a line, not an array; read as that")
-        yield from read_jsonl(file, notes, problems)
-    else:
-        yield from parse_json(file, text, problems)
-
-
-def parse_json(file, text, problems):
-    try:
-        content = json.loads(text) if text.strip() else []
-    except ValueError as error:
-        problems.append(f"{file}:{error.lineno}: not valid JSON ({error.msg}, column {error.colno})")
-        return
-    yield from enumerate(content if isinstance(content, list) else [content], 1)
-
-
-def read_csv(file, notes, problems):
-    csv.field_size_limit(2**31 - 1)  # Python's own 128 kB is less than a long conversation
-    reader = csv.reader(io.StringIO(read_text(file)), strict=True)
-    try:
-        header = next(reader, [])
-        for cells in reader:
-            if cells and len(cells) != len(header):
-                problems.append(f"{file}:{reader.line_num}: {len(cells)} cells under a header of {len(header)}. Text "
-                                'that holds a comma, a quote or a line end stands in "double quotes"')  # fmt: skip
-            elif cells:
-                yield reader.line_num, dict(zip(header, map(from_cell, cells), strict=True))
-    except csv.Error as error:
-        problems.append(
-            f"{file}:{reader.line_num}: not valid csv ({error}). A quote inside a quoted text is written twice"
-        )
-
-
-def from_cell(cell):
-    """A csv cell: messages are written as JSON in it, everything else is text."""
-    if MESSAGES.match(cell):
-        try:
-            return json.loads(cell)
-        except ValueError:
-            return cell
-    return cell
-
-
-def read_parquet(file, notes, problems):
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        yield from enumerate(pyarrow.parquet.read_table(file).to_pylist(), 1)
-    except pyarrow.ArrowInvalid as error:
-        problems.append(f"{file}: not a parquet file ({str(error).splitlines()[0]})")
-
-
-def read_hub(name, notes, problems):
-    from datasets import load_dataset
-
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line a retry; what came of them is said below
-    try:
-        yield from enumerate(load_dataset(name, split="train"), 1)
-    except Exception as error:  # noqa: BLE001  the hub client has no common base class
-        problems.append(f"{name}: neither a file or folder here nor a readable Hub dataset ({type(error).__name__}: "
-                        f"{' '.join(str(error).split())}){near_path(name)}")  # fmt: skip
-
-
-READERS = {".jsonl": read_jsonl, ".json": read_json, ".csv": read_csv, ".parquet": read_parquet}
 
 
 # ── checking and converting ──────────────────────────────────────────────────────────────────────────────────────────
@@ -355,11 +192,6 @@ def is_halved(text):
     return False
 
 
-def say_type(value):
-    known = {bool: "a boolean", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
-    return "null" if value is None else known.get(type(value), f"a {type(value).__name__}")
-
-
 def normalize(values, kind, notes):
     """One row with a prompt, whatever its kind: {prompt, chosen, rejected} and so on; messages: role and content."""
     row = {name: values[name] for name in kind}
@@ -458,8 +290,12 @@ def check_labels(rows, name):
     """KTO on one label has nothing to compare (trl#1724)."""
     labels = {values["label"] for _, values in rows if "label" in values}
     if len(labels) == 1:
-        raise Refused([f"--train_data_path: all {len(rows)} labels are {str(labels.pop()).lower()}. {name} needs rows "
-                       f"of both labels, true and false, as in {SAMPLE[UNPAIRED]}"])  # fmt: skip
+        raise Refused(
+            [
+                f"--train_data_path: all {len(rows)} labels are {str(labels.pop()).lower()}. {name} needs rows "
+                f"of both labels, true and false, as in {SAMPLE[UNPAIRED]}"
+            ]
+        )
 
 
 def check_dropped(rows, max_drop_fraction):

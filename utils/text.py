@@ -148,14 +148,22 @@ def fit_tokenizer(tokenizer, chat):
     """Set pad and end of turn on the tokenizer; the notes say what was changed. Raises Refused without a template."""
     notes = []
     if chat and not tokenizer.chat_template:
-        raise Refused(["the data are chats, and this model's tokenizer has no chat template. Take the instruct model, "
-                       "save a chat_template.jinja in its folder, or write the data as plain text"])  # fmt: skip
+        raise Refused(
+            [
+                "the data are chats, and this model's tokenizer has no chat template. Take the instruct model, "
+                "save a chat_template.jinja in its folder, or write the data as plain text"
+            ]
+        )
     if chat:
         try:
             end = end_of_turn(tokenizer)
         except Exception as error:  # noqa: BLE001  as above: of a broken template anything
-            raise Refused([f"this model's chat template cannot write a question and its answer ({say_error(error)}). "
-                           "Mend chat_template.jinja in the model's folder"]) from None  # fmt: skip
+            raise Refused(
+                [
+                    f"this model's chat template cannot write a question and its answer ({say_error(error)}). "
+                    "Mend chat_template.jinja in the model's folder"
+                ]
+            ) from None
         if end and end != tokenizer.eos_token:
             notes.append(
                 f"the chat template ends a turn with {end}: set as eos_token in place of {tokenizer.eos_token}"
@@ -197,8 +205,12 @@ def check_first(prepared, tokenizer, columns):
     ends = next((n for n, token in enumerate(reversed(ids)) if token != tokenizer.eos_token_id), len(ids))
     if doubled or ends != 1:
         given = "two BOS" if doubled else f"{ends} ends of turn"
-        raise Refused([f"the tokenizer gives {given} instead of one in the first row: {tokenizer.decode(ids)!r}. "
-                       "Check add_bos_token, add_eos_token and the chat template"])  # fmt: skip
+        raise Refused(
+            [
+                f"the tokenizer gives {given} instead of one in the first row: {tokenizer.decode(ids)!r}. "
+                "Check add_bos_token, add_eos_token and the chat template"
+            ]
+        )
 
 
 def as_dataset(prepared):
@@ -211,8 +223,10 @@ def check_none_lost(trainer, train, held_out):
     """TRL drops over-long rows without a word. They are counted here before it sees them, so it must find none."""
     for dataset, prepared in ((trainer.train_dataset, train), (trainer.eval_dataset, held_out)):
         if dataset is not None and len(dataset) != len(prepared.rows) and not getattr(trainer.args, "packing", False):
-            raise RuntimeError(f"the trainer kept {len(dataset)} of {len(prepared.rows)} rows; the difference is not "
-                               "accounted for. Please report the row lengths and --max_length")  # fmt: skip
+            raise RuntimeError(
+                f"the trainer kept {len(dataset)} of {len(prepared.rows)} rows; the difference is not "
+                "accounted for. Please report the row lengths and --max_length"
+            )
 
 
 def mark(first, colour):

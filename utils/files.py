@@ -1,0 +1,183 @@
+"""Data files to raw rows: jsonl, json, csv, parquet, folders, globs, Hub ids, each row with where it stands.
+
+Standard library only, but for parquet (pyarrow) and Hub ids (datasets), so that a bad file is refused at once.
+"""
+
+import csv
+import glob
+import io
+import json
+import logging
+import re
+from pathlib import Path
+
+from utils.checks import Refused, looks_local, near_path
+
+ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
+MESSAGES = re.compile(r"\s*\[\s*\{")  # how a list of messages begins where it is written as text
+
+
+def find_files(paths, flag):
+    """Files behind paths, folders and globs, in order; a Hub id stays as it is. Raises Refused."""
+    found, problems = [], []
+    for path in paths:
+        here = Path(path).expanduser()
+        if not path.strip():
+            files, problem = [], f"{flag}: an empty name. Type {flag} data/preference.jsonl to try"
+        elif here.is_dir():
+            files = sorted(str(file) for file in here.iterdir() if is_data(file))
+            problem = f"{flag} {path}: no {', '.join(ENDINGS)} file in this folder"
+        elif here.is_file():
+            files = [str(here)] if is_data(here) else []
+            problem = f"{flag} {path}: not {', '.join(ENDINGS)}. Convert or unpack it first"
+        elif glob.has_magic(path):
+            files = sorted(file for file in glob.glob(str(here), recursive=True) if is_data(Path(file)))
+            problem = f"{flag} {path}: no {', '.join(ENDINGS)} file matches"
+        else:
+            files = [] if looks_local(path) or is_ending(here) else [path]
+            problem = f"{flag} {path}: no such file or folder{near_path(path)}"
+        found += files
+        if not files:
+            problems.append(problem)
+    if problems:
+        raise Refused(problems)
+    return found
+
+
+def is_ending(path):
+    return path.suffix.lower() in ENDINGS
+
+
+def is_data(path):
+    return is_ending(path) and path.is_file()
+
+
+def read_rows(paths, flag):
+    """All rows of the files, with where they stand, notes for the reader, and what cannot be read.
+
+    (rows, notes, problems). Raises Refused where there is no such file.
+    """
+    rows, notes, problems = [], [], []
+    for file in find_files(paths, flag):
+        before = len(rows), len(problems)
+        try:
+            read = READERS.get(Path(file).suffix.lower(), read_hub)
+            for line, values in read(file, notes, problems):
+                where = f"{file}:{line}"
+                if isinstance(values, dict):
+                    rows.append((where, values))
+                else:
+                    problems.append(f"{where}: {say_type(values)}, not an object with columns")
+        except UnicodeDecodeError as error:
+            line = error.object.count(b"\n", 0, error.start) + 1
+            problems.append(f"{file}:{line}: not UTF-8 (byte {error.start}). Save the file as UTF-8")
+        except OSError as error:
+            problems.append(f"{file}: {error.strerror or error}")
+        if (len(rows), len(problems)) == before:
+            problems.append(f"{file}: no rows in it")
+    return rows, notes, problems
+
+
+def read_text(file):
+    return Path(file).read_text(encoding="utf-8-sig")  # with or without a byte order mark, any line ends
+
+
+def read_jsonl(file, notes, problems):
+    text = read_text(file)
+    if text.lstrip().startswith("[") and not has_json_line(text):
+        notes.append(f"{file} is one JSON array, not a line a row; read as that")
+        yield from parse_json(file, text, problems)
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except ValueError as error:
+                problems.append(f"{file}:{number}: not valid JSON ({error.msg}, column {error.colno})")
+
+
+def has_json_line(text):
+    """Whether the first of several lines is JSON by itself: not the beginning of one array over all of them."""
+    first, *more = text.strip().split("\n", 1)
+    try:
+        return bool(more) and json.loads(first) is not None
+    except ValueError:
+        return False
+
+
+def read_json(file, notes, problems):
+    text = read_text(file)
+    if text.count("\n{") and not text.lstrip().startswith("["):
+        notes.append(f"{file} has a JSON object a line, not an array; read as that")
+        yield from read_jsonl(file, notes, problems)
+    else:
+        yield from parse_json(file, text, problems)
+
+
+def parse_json(file, text, problems):
+    try:
+        content = json.loads(text) if text.strip() else []
+    except ValueError as error:
+        problems.append(f"{file}:{error.lineno}: not valid JSON ({error.msg}, column {error.colno})")
+        return
+    yield from enumerate(content if isinstance(content, list) else [content], 1)
+
+
+def read_csv(file, notes, problems):
+    csv.field_size_limit(2**31 - 1)  # Python's own 128 kB is less than a long conversation
+    reader = csv.reader(io.StringIO(read_text(file)), strict=True)
+    try:
+        header = next(reader, [])
+        for cells in reader:
+            if cells and len(cells) != len(header):
+                problems.append(
+                    f"{file}:{reader.line_num}: {len(cells)} cells under a header of {len(header)}. Text "
+                    'that holds a comma, a quote or a line end stands in "double quotes"'
+                )
+            elif cells:
+                yield reader.line_num, dict(zip(header, map(from_cell, cells), strict=True))
+    except csv.Error as error:
+        problems.append(
+            f"{file}:{reader.line_num}: not valid csv ({error}). A quote inside a quoted text is written twice"
+        )
+
+
+def from_cell(cell):
+    """A csv cell: messages are written as JSON in it, everything else is text."""
+    if MESSAGES.match(cell):
+        try:
+            return json.loads(cell)
+        except ValueError:
+            return cell
+    return cell
+
+
+def read_parquet(file, notes, problems):
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        yield from enumerate(pyarrow.parquet.read_table(file).to_pylist(), 1)
+    except pyarrow.ArrowInvalid as error:
+        problems.append(f"{file}: not a parquet file ({str(error).splitlines()[0]})")
+
+
+def read_hub(name, notes, problems):
+    from datasets import load_dataset
+
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line a retry; what came of them is said below
+    try:
+        yield from enumerate(load_dataset(name, split="train"), 1)
+    except Exception as error:  # noqa: BLE001  the hub client has no common base class
+        problems.append(
+            f"{name}: neither a file or folder here nor a readable Hub dataset ({type(error).__name__}: "
+            f"{' '.join(str(error).split())}){near_path(name)}"
+        )
+
+
+READERS = {".jsonl": read_jsonl, ".json": read_json, ".csv": read_csv, ".parquet": read_parquet}
+
+
+def say_type(value):
+    known = {bool: "a boolean", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
+    return "null" if value is None else known.get(type(value), f"a {type(value).__name__}")
