@@ -101,6 +101,16 @@ def test_rows_too_long_are_counted_by_reason_and_cut_answers_too():
     assert [reason for _, reason, _ in ranked.dropped] == ["longer than max_length"]
 
 
+def test_a_long_dialogue_is_trained_as_far_as_max_length_reaches():
+    turns = [("user", "hi"), ("assistant", "ok"), ("user", "more " * 20), ("assistant", "sure")]
+    values = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    prepared = prepare(
+        values, DIALOGUE, make_tokenizer(), max_length=60
+    )  # the first answer ends at 48, a token a byte
+    assert (len(prepared.rows), prepared.cut) == (1, 1)
+    assert len(prepare(values, DIALOGUE, make_tokenizer(), max_length=20).dropped) == 1
+
+
 def test_a_template_that_rewrites_the_prompt_is_counted():
     thinking = TEMPLATE.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
     prepared = prepare(CHAT, PAIR, make_tokenizer(thinking))

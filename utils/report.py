@@ -5,6 +5,7 @@ import os
 import resource
 import shlex
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from utils.data import count_reasons, hash_rows
+from utils.summary import say
 from utils.text import render, tokenize
 
 SAMPLES = 2
@@ -26,7 +28,7 @@ class Report(TrainerCallback):
         self.examples = [(last_words(values), *render(tokenizer, values)[:2]) for _, values in examples[:SAMPLES]]
         self.folder = Path(trainer.args.output_dir)
         self.main = trainer.accelerator.is_main_process
-        self.before, self.bar, self.summary = [], None, {}
+        self.before, self.bar, self.seconds, self.steps = [], None, 0.0, 0
         for callback in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(callback)
         trainer.add_callback(self)
@@ -34,11 +36,16 @@ class Report(TrainerCallback):
     # ── while it trains ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def on_train_begin(self, args, state, control, **kwargs):
+        say(f"start     {'the held-out rows and ' if args.eval_on_start else ''}two answers, before the first step")
         self.before = self.sample()
         if self.main:
             for name in ("metrics.jsonl", "eval.jsonl"):
                 keep_until(self.folder / name, state.global_step)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self.main and self.bar is None:
             self.open_bar(state)
+        self.step_began = time.perf_counter()
 
     def open_bar(self, state):
         from tqdm import tqdm
@@ -54,6 +61,8 @@ class Report(TrainerCallback):
         )
 
     def on_step_end(self, args, state, control, **kwargs):
+        self.seconds += time.perf_counter() - self.step_began
+        self.steps += 1
         if self.bar:
             self.bar.update(state.global_step - self.bar.n)
 
@@ -67,8 +76,6 @@ class Report(TrainerCallback):
                 self.bar.set_postfix({k: f"{float(v):.3f}" for k, v in shown.items() if v is not None})
         elif "eval_loss" in logs:
             append_line(self.folder / "eval.jsonl", {"step": state.global_step, "epoch": state.epoch, **logs})
-        else:
-            self.summary |= logs
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.bar:
@@ -128,13 +135,16 @@ class Report(TrainerCallback):
         return found
 
     def speed(self):
-        """Rows and tokens a second while training, evaluation left out of neither; {} where nothing was logged."""
-        lines, seconds = read_lines(self.folder / "metrics.jsonl"), self.summary.get("train_runtime")
-        if not seconds:
-            return {}
-        found = {"train_seconds": seconds, "rows_per_second": self.summary.get("train_samples_per_second")}
+        """Steps, rows and tokens a second inside the optimizer steps: evaluation, samples and saving are left out."""
+        args = self.trainer.args
+        rows = self.steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        found = {"train_seconds": round(self.seconds, 2), "steps": self.steps}
+        if not self.steps:
+            return found
+        found["rows_per_second"] = round(rows / self.seconds, 3)
+        lines = read_lines(self.folder / "metrics.jsonl")
         if lines and "num_tokens" in lines[-1]:
-            found["tokens_per_second"] = round(lines[-1]["num_tokens"] / seconds, 1)
+            found["tokens_per_second"] = round(lines[-1]["num_tokens"] / self.seconds, 1)
         return found
 
     def write_run_card(self, argv, common, config, name, rows, train, held_out, after):
@@ -142,7 +152,7 @@ class Report(TrainerCallback):
         held = self.held_out()
         card = {
             "method": name,
-            "command": shlex.join([sys.executable, *sys.argv[:1], *argv]),
+            "command": shlex.join(["python", "train_rlhf.py", *argv]),
             "arguments": {**asdict(common), **config.to_dict()},
             "versions": versions(),
             "data_hash": hash_rows(rows.train + rows.held_out),
@@ -163,27 +173,24 @@ class Report(TrainerCallback):
         text = json.dumps(card, indent=2, ensure_ascii=False, default=str)
         (self.folder / "run_card.json").write_text(text + "\n", encoding="utf-8")
 
-    def print_end(self, say, after):
+    def say_end(self, after):
+        """The two examples and the held-out numbers, before and after."""
         for number, ((question, old), (_, new)) in enumerate(zip(self.before, after, strict=True)):
             if self.method.task == "SEQ_CLS":
                 side = ("chosen", "rejected")[number % 2]
                 say(f"score     {old:6.2f} -> {new:5.2f}  {side:8} answer to: {shorten(question, 60)}")
             else:
-                say(
-                    f"prompt    {shorten(question, 100)}\n  before  {shorten(old, 240)}\n  after   {shorten(new, 240)}"
-                )
+                say(f"prompt    {shorten(question, 100)}")
+                say(f"  before  {shorten(old, 240)}")
+                say(f"  after   {shorten(new, 240)}")
         held = self.held_out()
         if held:
             before, after = held
+            notes = {"accuracy": "  (before: policy = reference, every pair ties)"} if before.get("tied") else {}
             say(f"\n{'held out':10}{'before':>10}{'after':>10}")
             for name in ("loss", "accuracy", "margin"):
                 if name in after:
-                    note = (
-                        "  (before: policy = reference, every pair ties)"
-                        if name == "accuracy" and before.get("tied")
-                        else ""
-                    )
-                    say(f"{name:10}{before[name]:10.4f}{after[name]:10.4f}{note}")
+                    say(f"{name:10}{before[name]:10.4f}{after[name]:10.4f}{notes.get(name, '')}")
 
 
 def draw_report(folder, method):

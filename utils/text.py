@@ -32,20 +32,27 @@ def prepare_rows(rows, tokenizer, columns, max_length):
             problems.append(f"{where}: the chat template refuses it ({say_error(error)})")
             continue
         prompt, answers, reshaped = turns
-        sides = [tokenize(tokenizer, prompt + answer) for answer in answers]
-        prompt_length = len(tokenize(tokenizer, prompt))
-        longest = max(len(ids) for ids in sides)
-        if max_length is not None and prompt_length >= max_length:
-            prepared.dropped.append((where, "prompt longer than max_length", values))
-        elif max_length is not None and longest > max_length and columns == RANKED:
+        row = trainer_row(tokenizer, values, prompt, answers, columns)
+        limit = float("inf") if max_length is None else max_length
+        longest = max(len(tokenize(tokenizer, prompt + answer)) for answer in answers)
+        if longest > limit and columns == RANKED:
             prepared.dropped.append((where, "longer than max_length", values))
+        elif longest > limit and starts_training_at(tokenizer, row, prompt) >= limit:
+            prepared.dropped.append((where, "prompt longer than max_length", values))
         else:
-            prepared.cut += max_length is not None and longest > max_length
+            prepared.cut += longest > limit
             prepared.reshaped += reshaped
             prepared.first = prepared.first if prepared.rows else (prompt, answers[0])
-            prepared.rows.append(trainer_row(tokenizer, values, prompt, answers, columns))
+            prepared.rows.append(row)
     refuse_rows(problems)
     return prepared
+
+
+def starts_training_at(tokenizer, row, prompt):
+    """The place of the first token that is trained; what max_length leaves of the row must hold it."""
+    if "labels" in row:
+        return next(place for place, label in enumerate(row["labels"]) if label != -100)
+    return len(tokenize(tokenizer, prompt))
 
 
 def trainer_row(tokenizer, values, prompt, answers, columns):

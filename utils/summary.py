@@ -1,0 +1,54 @@
+"""What is said of a run before and after it: the plan, and where the result is."""
+
+import sys
+
+from utils import environment, models, text
+from utils.data import count_reasons
+
+
+def say(line):
+    if environment.is_main():
+        print(line, flush=True)
+
+
+def say_plan(common, config, name, method, rows, train, held_out):
+    """What is about to happen, before a model is loaded."""
+    path, mode, dropped = common.model_name_or_path, common.train_mode, count_reasons(rows.dropped)
+    refused = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
+    held = f"{len(held_out.rows)} held out" if held_out.rows else "none held out (--eval_fraction 0.1 would)"
+    devices = f"{config.world_size} process{'es' * (config.world_size > 1)} on {config.device.type}"
+    say(f"method    {name}: {method.title} ({method.source})")
+    say(f"model     {path}")
+    say(f"mode      {mode}{describe_lora(common, rows.notes)}; {common.dtype}, {devices}")
+    say(f"reference {models.describe_reference(method.models, path, mode)}")
+    say(f"data      {len(train.rows)} rows to train on, {held}; refused: {refused}")
+    if train.cut + held_out.cut:
+        say(f"          {train.cut + held_out.cut} answers are cut at --max_length {config.max_length}")
+    if train.reshaped:
+        say(f"          in {train.reshaped} rows the template writes the prompt differently once an answer follows")
+    for note in rows.notes:
+        say(f"note      {note}")
+    say(f"first row {text.mark(train.first, sys.stdout.isatty())}")
+
+
+def describe_lora(common, notes):
+    if common.train_mode == "full":
+        return ""
+    rank, alpha, dora = common.lora_rank, common.lora_alpha, common.use_dora
+    adapter = models.read_adapter(common.model_name_or_path)
+    if adapter:
+        if (rank, alpha) != (adapter["r"], adapter["lora_alpha"]):
+            notes.append(f"the adapter keeps its own rank {adapter['r']}: --lora_rank and its kin have no effect")
+        rank, alpha, dora = adapter["r"], adapter["lora_alpha"], adapter.get("use_dora")
+    return f", {'DoRA' if dora else 'LoRA'} rank {rank}, alpha {alpha}"
+
+
+def say_result(common, config, method, tensors, size):
+    """Where the result is, and what to type next."""
+    out = config.output_dir
+    say(f"\nresult    {out}: {tensors} tensors, {size / 1e6:.1f} MB, reopened and verified; report.png, run_card.json")
+    if method.task == "CAUSAL_LM":
+        say(f"chat      python -m utils.chat {out}")
+    if common.train_mode != "full":
+        say(f"merge     python -m utils.merge_lora {out} {out}-merged")
+    say(f"continue  MODEL={out} OUTPUT_DIR={out}-2 bash rlhf_run.sh")
