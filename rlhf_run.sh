@@ -19,9 +19,21 @@ LAUNCH=${LAUNCH:-auto}                       # a name in accelerate_configs/; au
 NUM_PROCESSES=${NUM_PROCESSES:-}             # empty: one for each GPU, or one
 PYTHON=${PYTHON:-python}
 
-gpus=$("$PYTHON" -c "import torch; print(torch.cuda.device_count())")
+found=$("$PYTHON" -c "import os, torch; print(torch.cuda.device_count(), os.cpu_count())")
+read -r gpus cores <<< "$found"
 if [ "$LAUNCH" = auto ]; then
   case $gpus in 0) LAUNCH=cpu ;; 1) LAUNCH=single_gpu ;; *) LAUNCH=multi_gpu ;; esac
+fi
+if [ ! -e "accelerate_configs/$LAUNCH.yaml" ]; then
+  echo "refused: LAUNCH=$LAUNCH: no such file in accelerate_configs/. There are auto $(ls accelerate_configs | sed 's/\.yaml//' | xargs)" >&2
+  exit 2
+fi
+devices=$gpus
+case $LAUNCH in cpu | single_gpu) devices=1 ;; esac
+NUM_PROCESSES=${NUM_PROCESSES:-$devices}
+if [ "$NUM_PROCESSES" -lt 1 ] || [ "$NUM_PROCESSES" -gt "$devices" ]; then
+  echo "refused: LAUNCH=$LAUNCH with NUM_PROCESSES=$NUM_PROCESSES: from 1 to $devices processes, as $gpus GPUs are visible" >&2
+  exit 2
 fi
 if [ -z "$MODEL" ]; then
   MODEL=models/SmolLM2-135M-Instruct
@@ -31,14 +43,14 @@ if [ -z "$TRAIN_DATA" ]; then
   TRAIN_DATA=$("$PYTHON" -m rlhf_args.methods "$RLHF_TYPE")
   [ "$gpus" != 0 ] || MAX_STEPS=${MAX_STEPS:-12}   # a taste within minutes; MAX_STEPS=-1 trains on all of it
 fi
-NUM_PROCESSES=${NUM_PROCESSES:-$((gpus > 1 ? gpus : 1))}
 extra=()
-if [ "$LAUNCH" = cpu ]; then
-  [ "$NUM_PROCESSES" = 1 ] || { echo "refused: LAUNCH=cpu runs one process, not NUM_PROCESSES=$NUM_PROCESSES" >&2; exit 2; }
-  # Large tensors come and go at every step: keep their memory instead of returning it (a fifth of the time).
-  export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296 DS_ACCELERATOR=cpu
-  extra=(--gradient_checkpointing False)       # it buys GPU memory with time; here there is memory enough
-fi
+case $LAUNCH in
+  cpu)
+    # Large tensors come and go at every step: keep their memory instead of returning it (a fifth of the time).
+    export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296 DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=
+    extra=(--gradient_checkpointing False) ;;  # it buys GPU memory with time; here there is memory enough
+  single_gpu) CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}; export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES%%,*} ;;
+esac
 [ "$TRAIN_MODE" = full ] || LEARNING_RATE=${LEARNING_RATE:-1e-4}
 
 job=(train_rlhf.py --rlhf_type "$RLHF_TYPE" --train_mode "$TRAIN_MODE" --model_name_or_path "$MODEL"
@@ -46,10 +58,10 @@ job=(train_rlhf.py --rlhf_type "$RLHF_TYPE" --train_mode "$TRAIN_MODE" --model_n
   --per_device_train_batch_size "$BATCH_SIZE" --per_device_eval_batch_size 4
   --gradient_accumulation_steps "$ACCUMULATION" --num_train_epochs "$EPOCHS" --logging_steps 1
   ${LEARNING_RATE:+--learning_rate "$LEARNING_RATE"} ${MAX_STEPS:+--max_steps "$MAX_STEPS"}
-  "${extra[@]}" --resume_from_checkpoint auto "$@")
+  ${extra[@]+"${extra[@]}"} --resume_from_checkpoint auto "$@")
 
 case " $* " in *" --check "* | *" --help "* | *" -h "*) exec "$PYTHON" "${job[@]}" ;; esac
 "$PYTHON" "${job[@]}" --check > /dev/null      # a refusal is one message and status 2, however many processes follow
 "$PYTHON" -m accelerate.commands.launch --config_file "accelerate_configs/$LAUNCH.yaml" \
-  --num_processes "$NUM_PROCESSES" --num_cpu_threads_per_process "$((($(nproc) + NUM_PROCESSES - 1) / NUM_PROCESSES))" \
+  --num_processes "$NUM_PROCESSES" --num_cpu_threads_per_process "$(((cores + NUM_PROCESSES - 1) / NUM_PROCESSES))" \
   "${job[@]}"

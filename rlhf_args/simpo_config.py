@@ -7,6 +7,7 @@ from trainers.cpo_trainer import CPOConfig
 class SimPOConfig(CPOConfig):
     """SimPO: TRL's CPO trainer with the simpo loss and no likelihood term."""
 
+    # This loss is what makes CPO's trainer SimPO.
     loss_type: str = field(default="simpo", metadata={"help": "simpo; another value makes this plain CPO."})
     # TRL's 1.0 would make this CPO-SimPO: the paper's loss has no likelihood term.
     cpo_alpha: float = field(default=0.0, metadata={"help": "Weight of the likelihood term; 0 is SimPO proper."})

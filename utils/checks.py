@@ -167,6 +167,11 @@ def check_config(common, config, name, method):
         problems.append(f"--max_length {length}: too short for a prompt and an answer. TRL's default is 1024")
     if not math.isfinite(config.learning_rate) or config.learning_rate <= 0:
         problems.append(f"--learning_rate {config.learning_rate}: a positive number, like 1e-5")
+    if config.n_gpu > 1 and not common.check:
+        problems.append(
+            f"{config.n_gpu} GPUs are visible to one process. Start it with bash rlhf_run.sh, or with "
+            "CUDA_VISIBLE_DEVICES=0 for one of them"
+        )
     from transformers.integrations import get_available_reporting_integrations
 
     trackers = get_available_reporting_integrations()

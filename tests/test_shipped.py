@@ -1,0 +1,77 @@
+"""The commands of the README as a user types them, on SmolLM2-135M: `pytest -m slow tests/test_shipped.py`.
+
+Minutes each. The model is made once, from the PyPI wheel, into models/.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from rlhf_args.methods import METHODS
+from tests.conftest import ROOT, command, read_rows
+
+pytestmark = pytest.mark.slow
+
+
+def run_script(out, *flags, **variables):
+    return subprocess.run(
+        ["bash", "rlhf_run.sh", *flags],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "2", "PYTHON": sys.executable, "OUTPUT_DIR": str(out), **variables},
+        text=True,
+        capture_output=True,
+        timeout=1200,
+    )
+
+
+def said(done, start):
+    return next(line for line in done.stdout.splitlines() if line.startswith(start))
+
+
+def test_the_shipped_job_learns_and_its_next_commands_work(tmp_path):
+    out = tmp_path / "out"
+    done = run_script(out)
+    assert done.returncode == 0, done.stderr[-2000:]
+    card = json.loads((out / "run_card.json").read_text())
+    before, after = card["held_out"]["before"], card["held_out"]["after"]
+    assert after["accuracy"] > before["accuracy"] and after["loss"] < before["loss"] and after["margin"] > 0
+    assert said(done, "reference") == "reference the same model with the adapter off (no second copy)"
+    assert said(done, "data") == "data      260 rows to train on, 20 held out; refused: none"
+    assert len([line for line in done.stdout.splitlines() if line.startswith("  after")]) == 2
+    assert len(read_rows(out / "metrics.jsonl")) == card["throughput"]["steps"]
+
+    merged = command(*said(done, "merge").split()[2:])
+    assert merged.returncode == 0 and "reopened, and keeps" in merged.stdout, merged.stderr
+    for result in (out, f"{out}-merged"):
+        talk = subprocess.run(
+            [sys.executable, "-m", "utils.chat", str(result)],
+            cwd=ROOT,
+            input="What is the capital of France?\n",
+            text=True,
+            capture_output=True,
+        )
+        assert "Paris" in talk.stdout, talk.stderr
+
+    again = run_script(out)
+    assert again.returncode == 2 and "holds a finished run" in again.stderr
+    onward = run_script(tmp_path / "onward", MODEL=str(out), MAX_STEPS="1")
+    assert onward.returncode == 0, onward.stderr[-2000:]
+    assert said(onward, "reference").startswith(f"reference the adapter {out} as it was")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_runs_on_the_shipped_data(name, tmp_path):
+    done = run_script(tmp_path / "out", RLHF_TYPE=name, MAX_STEPS="2", EVAL_FRACTION="0.04")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert said(done, "method").startswith(f"method    {name}:")
+    assert "reopened and verified" in said(done, "result")
+
+
+@pytest.mark.parametrize("mode", ["full", "qlora"])
+def test_the_other_train_modes_run_on_the_real_model(mode, tmp_path):
+    done = run_script(tmp_path / "out", TRAIN_MODE=mode, MAX_STEPS="2", EVAL_FRACTION="0.02")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((tmp_path / "out" / "run_card.json").read_text())["arguments"]["train_mode"] == mode
