@@ -53,7 +53,8 @@ class CommonArgs:
     train_data_path: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Files (jsonl, json, csv, parquet), folders, globs or Hub dataset ids, one or several. Required."
+            "help": "Files (jsonl, json, csv, parquet), folders, globs or Hub dataset ids (OWNER/NAME:split), "
+            "one or several. Required."
         },
     )
     eval_data_path: list[str] | None = field(

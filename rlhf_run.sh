@@ -9,7 +9,7 @@ TRAIN_MODE=${TRAIN_MODE:-lora}               # full, lora or qlora
 MODEL=${MODEL:-}                             # model folder or Hub id; empty: SmolLM2-135M, made without a hub
 TRAIN_DATA=${TRAIN_DATA:-}                   # file, folder or Hub id; empty: the method's sample in data/
 EVAL_FRACTION=${EVAL_FRACTION:-0.07}         # share of the data held out, on which the result is measured
-OUTPUT_DIR=${OUTPUT_DIR:-output/$RLHF_TYPE-$TRAIN_MODE}
+OUTPUT_DIR=${OUTPUT_DIR:-}                   # empty: output/METHOD-MODE
 LEARNING_RATE=${LEARNING_RATE:-}             # empty: the method's own for full weights, 1e-4 for adapters
 BATCH_SIZE=${BATCH_SIZE:-2}                  # rows a device and forward pass; KTO needs 2
 ACCUMULATION=${ACCUMULATION:-2}              # forward passes a step; rows a step = batch x accumulation x devices
@@ -19,6 +19,16 @@ LAUNCH=${LAUNCH:-auto}                       # a name in accelerate_configs/; au
 NUM_PROCESSES=${NUM_PROCESSES:-}             # empty: one for each GPU, or one
 PYTHON=${PYTHON:-python}
 
+for ((i = 1; i < $#; i++)); do               # flags that decide what the variables below mean
+  value=$((i + 1))
+  case ${!i} in
+    --rlhf_type) RLHF_TYPE=${!value} ;;
+    --train_mode) TRAIN_MODE=${!value} ;;
+    --train_data_path) TRAIN_DATA=${!value} ;;
+    --config) echo "refused: --config: a recipe has values of its own. Type: accelerate launch train_rlhf.py $*" >&2; exit 2 ;;
+  esac
+done
+OUTPUT_DIR=${OUTPUT_DIR:-output/$RLHF_TYPE-$TRAIN_MODE}
 found=$("$PYTHON" -c "import os, torch; print(torch.cuda.device_count(), os.cpu_count())")
 read -r gpus cores <<< "$found"
 if [ "$LAUNCH" = auto ]; then

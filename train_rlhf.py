@@ -62,21 +62,24 @@ def run(argv):
     lora = None  # full weights, or an adapter that goes on being trained
     if common.train_mode != "full" and not models.read_adapter(common.model_name_or_path):
         shape = common.lora_rank, common.lora_alpha, common.lora_dropout, common.lora_target_modules
-        lora = models.make_lora(method.task, *shape, common.use_dora)
+        lora = models.make_lora(method.task, *shape, common.use_dora, common.model_revision)
 
     # ── train ────────────────────────────────────────────────────────────────────────────────────────────────────────
+    config.eval_on_start = bool(held_out.rows)
+    try:
+        trainer = load(method.trainer)(
+            model=policy,
+            args=config,
+            processing_class=tokenizer,
+            train_dataset=text.as_dataset(train),
+            eval_dataset=text.as_dataset(held_out),
+            peft_config=lora,
+            **others,
+        )
+    except (ValueError, NotImplementedError) as error:  # TRL's own checks of flags against the model
+        raise checks.Refused([arguments.one_line(error)]) from error
     if environment.is_main():
         saves.prepare_output_dir(config.output_dir, common.overwrite_output_dir, rows.dropped)
-    config.eval_on_start = bool(held_out.rows)
-    trainer = load(method.trainer)(
-        model=policy,
-        args=config,
-        processing_class=tokenizer,
-        train_dataset=text.as_dataset(train),
-        eval_dataset=text.as_dataset(held_out),
-        peft_config=lora,
-        **others,
-    )
     text.check_none_lost(trainer, train, held_out)
     follow = report.Report(trainer, method, tokenizer, rows.held_out or rows.train)
     summary.say(f"trains    {models.count_parameters(trainer.model)}")
@@ -95,7 +98,7 @@ def run(argv):
         tensors, size = saves.verify_save(config.output_dir, start, expected)
         follow.write_run_card(argv, common, config, name, rows, train, held_out, after)
         follow.say_end(after)
-        summary.say_result(common, config, method, tensors, size)
+        summary.say_result(common, config, name, method, tensors, size)
     return 0
 
 

@@ -121,7 +121,8 @@ def run_ours(name, model, steps, out):
     import train_rlhf
     from rlhf_args.methods import METHODS
 
-    flags = [word for key, value in SHARED.items() for word in (f"--{key}", str(value))]
+    flags = ["--dtype", "float32", "--use_cpu", "True"]
+    flags += [word for key, value in SHARED.items() for word in (f"--{key}", str(value))]
     status = train_rlhf.main(
         [
             "--rlhf_type",

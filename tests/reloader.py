@@ -13,14 +13,10 @@ def reload(folder, task, four_bit, texts, max_new_tokens):
     import torch
 
     tokenizer = load_tokenizer(folder)
-    # an adapter over a 4-bit base stays an adapter: merged into 4 bits it would be rounded away
-    model = load_model(
-        folder, task, "float32", tokenizer=tokenizer, seed=1234, four_bit=four_bit, train_adapter=four_bit
-    )
-    model.eval()
-    if four_bit:  # as TRL trains it
+    model = load_model(folder, task, "float32", tokenizer=tokenizer, seed=1234, four_bit=four_bit).eval()
+    if four_bit:  # TRL trains over 4 bits in bfloat16
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad and "lora_magnitude_vector" not in name:
+            if ("lora_" in name or "score" in name) and "lora_magnitude_vector" not in name:
                 parameter.data = parameter.data.to(torch.bfloat16)
     answers = []
     for text in texts:

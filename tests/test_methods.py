@@ -118,6 +118,16 @@ def test_trains_and_reloads_in_a_new_process(name, mode, tiny_model, tmp_path, r
         assert reload(out, method, mode, [prompt for prompt, _ in sides]) == after
 
 
+@pytest.mark.parametrize(("name", "mode"), CELLS)
+def test_trains_in_bfloat16(name, mode, tiny_model, tmp_path):
+    """Mixed precision as on a GPU: what is float32 and what is bfloat16 must meet nowhere without a cast."""
+    assert train(name, mode, tiny_model, tmp_path / "out", "--bf16", "True", "--eval_fraction", "0.25") == 0
+    card = json.loads((tmp_path / "out" / "run_card.json").read_text())
+    assert (card["arguments"]["dtype"], card["arguments"]["bf16"]) == ("bfloat16", True)
+    if METHODS[name].models and mode in ("full", "lora"):  # DoRA rescales, 4-bit adapters are rounded: nearly so
+        assert card["held_out"]["before"]["margin"] == 0  # the reference is the start, to the last digit
+
+
 @pytest.mark.parametrize("mode", ["full", "lora"])
 @pytest.mark.parametrize("name", METHODS)
 def test_losses_are_those_of_trl_called_directly(name, mode, tiny_model, tmp_path):

@@ -8,7 +8,7 @@ import sys
 
 from utils import environment
 from utils.checks import Refused
-from utils.models import load_model, load_tokenizer, read_adapter
+from utils.models import is_reward_model, load_model, load_tokenizer
 
 
 def answer(model, tokenizer, messages, max_new_tokens, streamer=None):
@@ -34,8 +34,7 @@ def main(argv=None):
     asked = parser.parse_args(argv)
     environment.calm_libraries()
     try:
-        adapter = read_adapter(asked.model)
-        if adapter and adapter.get("task_type") == "SEQ_CLS":
+        if is_reward_model(asked.model):
             raise Refused([f"{asked.model}: a reward model, which scores and cannot talk"])
         tokenizer = load_tokenizer(asked.model)
         dtype = "bfloat16" if environment.has_bf16() else "float32"

@@ -35,6 +35,11 @@ def check_common(common, name, method):
         problems.append(f"--eval_fraction {common.eval_fraction}: a share from 0 to below 1, 0.1 holds out a tenth")
     if common.eval_fraction and common.eval_data_path:
         problems.append("--eval_fraction and --eval_data_path together: held-out rows come from one of them")
+    twice = sorted(set(common.train_data_path or ()) & set(common.eval_data_path or ()))
+    if twice:
+        problems.append(
+            f"--eval_data_path {twice[0]}: the training data again. Type --eval_fraction 0.1, or OWNER/NAME:test"
+        )
     if not 0 <= common.max_drop_fraction <= 1:
         problems.append(f"--max_drop_fraction {common.max_drop_fraction}: a share from 0 to 1")
     if common.max_samples is not None and common.max_samples < 1:

@@ -10,7 +10,7 @@ import random
 import re
 from dataclasses import dataclass, field
 
-from rlhf_args.methods import DIALOGUE, PAIR, RANKED, UNPAIRED
+from rlhf_args.methods import DIALOGUE, METHODS, PAIR, RANKED, UNPAIRED
 from utils.checks import Refused, refuse_if
 from utils.files import MESSAGES, read_rows, say_type
 
@@ -23,12 +23,7 @@ ACCEPTED = {
     RANKED: (RANKED, PAIR),
     DIALOGUE: (DIALOGUE, ("prompt", "completion")),
 }
-SAMPLE = {
-    PAIR: "data/preference.jsonl",
-    UNPAIRED: "data/kto.jsonl",
-    RANKED: "data/reward.jsonl",
-    DIALOGUE: "data/sft.jsonl",
-}
+SAMPLE = {method.columns: method.sample_data for method in METHODS.values()}
 ROLES = ("system", "developer", "user", "assistant", "tool")
 LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 HALVED = "holds half a character (\\ud800 to \\udfff), as of an emoji that was cut in two. Mend it"
@@ -66,6 +61,11 @@ def load_rows(train_paths, eval_paths, columns, name, max_samples=None, problems
             rows.notes += notes
             if dropped and not made:
                 refused.append(f"{flag}: {say_dropped(dropped, len(read[:limit]))}. Mend them")
+    firsts = [part[0] for part in (rows.train, rows.held_out) if part]
+    if len({is_chat(values) for _, values in firsts}) == 2:
+        refused.append(
+            f"{firsts[0][0]} and {firsts[1][0]}: one is a chat, one plain text. One run takes one of the two"
+        )
     refuse_if(refused)
     check_labels(rows.train, name)
     return rows
@@ -213,6 +213,9 @@ def normalize(values, kind, notes):
             row[side] = row[side][len(row["prompt"]) :]
     if kind == ("prompt", "completion") and isinstance(row["prompt"], list):
         row = {"messages": row["prompt"] + row["completion"]}
+    if isinstance(row.get("messages"), list) and row["messages"][-1:] and row["messages"][-1]["role"] != "assistant":
+        note = "turns behind the assistant's last one are not trained on"
+        notes += [] if note in notes else [note]
     if to_number(values.get("margin")) is not None:
         row["margin"] = to_number(values["margin"])
     return row
@@ -339,8 +342,6 @@ def hold_out(rows, fraction, seed):
 
 
 def hash_rows(rows):
-    """sha256 over the rows as they are trained on: the same data has the same hash, whatever file it stands in."""
-    digest = hashlib.sha256()
-    for _, values in rows:
-        digest.update(json.dumps(values, sort_keys=True, ensure_ascii=False).encode())
-    return digest.hexdigest()
+    """sha256 over the rows in sorted order: the same data has the same hash, whatever file and order it stands in."""
+    lines = sorted(json.dumps(values, sort_keys=True, ensure_ascii=False) for _, values in rows)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

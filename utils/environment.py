@@ -34,7 +34,8 @@ def has_gpu():
 def has_bf16():
     import torch
 
-    return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    # a T4 or V100 emulates bfloat16, slowly
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def device_defaults():

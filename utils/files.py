@@ -166,8 +166,9 @@ def read_hub(name, notes, problems):
     from datasets import load_dataset
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line a retry; what came of them is said below
+    name, _, split = name.partition(":")
     try:
-        yield from enumerate(load_dataset(name, split="train"), 1)
+        yield from enumerate(load_dataset(name, split=split or "train"), 1)
     except Exception as error:  # noqa: BLE001  the hub client has no common base class
         problems.append(
             f"{name}: neither a file or folder here nor a readable Hub dataset ({type(error).__name__}: "

@@ -35,7 +35,13 @@ def merge(adapter, output, dtype="auto"):
     tokenizer = load_tokenizer(adapter)
     probe = {"input_ids": torch.tensor([tokenizer(PROBE)["input_ids"]])}
 
-    base = kind.from_pretrained(described["base_model_name_or_path"], dtype="auto", use_safetensors=True, **extra)
+    base = kind.from_pretrained(
+        described["base_model_name_or_path"],
+        revision=described.get("revision"),
+        dtype="auto",
+        use_safetensors=True,
+        **extra,
+    )
     base.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     own_dtype, base = base.dtype, base.float()
     model = PeftModel.from_pretrained(base, adapter).eval()
@@ -43,6 +49,9 @@ def merge(adapter, output, dtype="auto"):
         trained = model(**probe).logits
         with model.disable_adapter():
             untrained = model(**probe).logits
+    effect = float((trained - untrained).abs().mean())
+    if not effect:
+        raise Refused([f"{adapter}: changes nothing in what its base answers. Nothing to merge"])
     merged = model.merge_and_unload(safe_merge=True)
 
     notes = []
@@ -54,9 +63,10 @@ def merge(adapter, output, dtype="auto"):
         state = {name: once.setdefault(t.data_ptr(), t.to(target)) for name, t in merged.state_dict().items()}
         merged.save_pretrained(output, state_dict=state)
         tokenizer.save_pretrained(output)
+        del once, state
         with torch.no_grad():
             found = kind.from_pretrained(output, dtype=torch.float32).eval()(**probe).logits
-        kept = 1 - float((found - trained).abs().mean() / (trained - untrained).abs().mean())
+        kept = 1 - float((found - trained).abs().mean()) / effect
         if kept >= ENOUGH or dtype != "auto" or target == torch.float32:
             return str(target).removeprefix("torch."), kept, notes
         notes.append(

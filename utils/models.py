@@ -7,7 +7,7 @@ from utils.checks import Refused
 
 
 def load_tokenizer(path, revision=None, trust_remote_code=False):
-    """The model's tokenizer, right-padding. An adapter's folder holds its own; otherwise its base's is taken."""
+    """The tokenizer in a model's or adapter's folder, right-padding."""
     from transformers import AutoTokenizer
 
     try:
@@ -24,31 +24,39 @@ def read_adapter(path):
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
-def load_policy(path, *, task, train_mode, dtype, **source):
+def load_policy(path, *, train_mode, dtype, **source):
     """The model to train. A PeftModel where `path` is an adapter that goes on being trained.
 
     Fully trained weights are float32, as in TRL (DeepSpeed keeps such a copy by itself: there, and frozen, `dtype`).
     """
-    whole = train_mode == "full"
-    if not source.pop("deepspeed") and whole:
-        dtype = "float32"
-    return load_model(path, task, dtype, four_bit=train_mode == "qlora", train_adapter=not whole, **source)
+    if train_mode == "full":
+        return load_model(path, dtype=held_in(dtype, source.pop("deepspeed")), adapter="merge", **source)
+    source.pop("deepspeed")
+    return load_model(path, dtype=dtype, adapter="train", four_bit=train_mode == "qlora", **source)
 
 
-def load_other_models(names, path, *, task, train_mode, dtype, **source):
+def load_other_models(names, path, *, train_mode, dtype, deepspeed, **source):
     """The frozen models that the trainer takes by keyword: {} or {"ref_model": ...}.
 
     With an adapter the reference is the same model with the adapter off (or its frozen twin), never a second base.
+    A whole one is held as the policy is, as in TRL: rounded otherwise it would not be what training starts from.
     """
-    source.pop("deepspeed")
     if train_mode != "full":
         return {}
-    return {name: load_model(path, task, dtype, **source).eval().requires_grad_(False) for name in names}
+    dtype = held_in(dtype, deepspeed)
+    loaded = {name: load_model(path, dtype=dtype, adapter="merge", **source) for name in names}
+    return {name: model.eval().requires_grad_(False) for name, model in loaded.items()}
 
 
-def describe_reference(names, path, train_mode):
+def held_in(dtype, deepspeed):
+    return dtype if deepspeed else "float32"
+
+
+def describe_reference(names, path, train_mode, precomputed):
     if not names:
         return "none needed"
+    if precomputed:
+        return f"{path} before training, its log-probabilities computed once (no second copy)"
     if train_mode == "full":
         return f"a frozen copy of {path}"
     if read_adapter(path):
@@ -67,13 +75,16 @@ def load_model(
     attn_implementation=None,
     trust_remote_code=False,
     four_bit=False,
-    train_adapter=False,
+    adapter="keep",
 ):
-    """A model or adapter folder or Hub id as a causal language model, or as a scorer of one label (task SEQ_CLS)."""
+    """A model or adapter folder or Hub id as a causal language model, or as a scorer of one label (task SEQ_CLS).
+
+    `adapter`: what becomes of one in `path`: train it, keep it beside its base, or merge it into its base.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    adapter = read_adapter(path)
+    found = read_adapter(path)
     kind = AutoModelForCausalLM if task == "CAUSAL_LM" else AutoModelForSequenceClassification
     kwargs = {"num_labels": 1} if task == "SEQ_CLS" else {}
     if four_bit:
@@ -81,8 +92,8 @@ def load_model(
     torch.manual_seed(seed)  # a new score head is random
     try:
         model = kind.from_pretrained(
-            adapter["base_model_name_or_path"] if adapter else path,
-            revision=adapter.get("revision") if adapter else revision,
+            found["base_model_name_or_path"] if found else path,
+            revision=found.get("revision") if found else revision,
             dtype=getattr(torch, dtype),
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
@@ -94,13 +105,16 @@ def load_model(
     fit_config(model, tokenizer)
     if four_bit:
         keep_trainable(model)
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise Refused([f"--model_name_or_path {path}: an adapter on the Hub. Download it and name its folder"])
     if task == "SEQ_CLS":
+        model.score.float()  # trained in full: bfloat16 would round small updates away
         cast_before_score(model)
-    if adapter:
+    if found:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, path, is_trainable=train_adapter)
-        if not train_adapter:
+        model = PeftModel.from_pretrained(model, path, is_trainable=adapter == "train")
+        if adapter == "merge":
             model = model.merge_and_unload().requires_grad_(True)  # PEFT froze the base below the adapter
     return model
 
@@ -130,7 +144,7 @@ def keep_trainable(model):
             module.support_avx512bf16_for_cpu = False
 
 
-def make_lora(task, rank, alpha, dropout, target_modules, use_dora):
+def make_lora(task, rank, alpha, dropout, target_modules, use_dora, revision=None):
     """The LoraConfig that the trainer wraps the policy in."""
     from peft import LoraConfig
 
@@ -141,6 +155,7 @@ def make_lora(task, rank, alpha, dropout, target_modules, use_dora):
         lora_dropout=dropout,
         target_modules=target_modules or "all-linear",
         use_dora=use_dora,
+        revision=revision,  # of the base, for whoever loads the adapter later
         # a reward model without its trained head scores at random
         modules_to_save=["score"] if task == "SEQ_CLS" else None,
     )
@@ -164,6 +179,16 @@ def cast_before_score(model):
 
 def first_line(error):
     return str(error).strip().splitlines()[0]
+
+
+def is_reward_model(path):
+    """Whether a folder holds a model or adapter that scores."""
+    config = Path(path) / "config.json"
+    adapter = read_adapter(path)
+    if adapter or not config.exists():
+        return bool(adapter) and adapter.get("task_type") == "SEQ_CLS"
+    kinds = json.loads(config.read_text(encoding="utf-8")).get("architectures") or []
+    return any("SequenceClassification" in kind for kind in kinds)
 
 
 def count_parameters(model):

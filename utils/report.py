@@ -25,7 +25,9 @@ class Report(TrainerCallback):
 
     def __init__(self, trainer, method, tokenizer, examples):
         self.trainer, self.method, self.tokenizer = trainer, method, tokenizer
-        self.examples = [(last_words(values), *render(tokenizer, values)[:2]) for _, values in examples[:SAMPLES]]
+        rendered = [(last_words(values), *render(tokenizer, values)[:2]) for _, values in examples[: 4 * SAMPLES]]
+        # nothing can be answered where there is no prompt: plain text to be continued, a chat that we begin
+        self.examples = [e for e in rendered if tokenize(tokenizer, e[1]) or method.task == "SEQ_CLS"][:SAMPLES]
         self.folder = Path(trainer.args.output_dir)
         self.main = trainer.accelerator.is_main_process
         self.before, self.bar, self.seconds, self.steps = [], None, 0.0, 0
@@ -36,8 +38,9 @@ class Report(TrainerCallback):
     # ── while it trains ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def on_train_begin(self, args, state, control, **kwargs):
-        say(f"start     {'the held-out rows and ' if args.eval_on_start else ''}two answers, before the first step")
-        self.before = self.sample()
+        rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        say(f"start     {state.max_steps} steps of {rows} rows, learning rate {args.learning_rate:g}; measured first")
+        self.before = self.first_samples(state.global_step)
         if self.main:
             for name in ("metrics.jsonl", "eval.jsonl"):
                 keep_until(self.folder / name, state.global_step)
@@ -81,6 +84,16 @@ class Report(TrainerCallback):
         if self.bar:
             self.bar.close()
 
+    def first_samples(self, step):
+        """What the model said before its first step: said now, or read back where a run goes on."""
+        file = self.folder / "samples.json"
+        if step and file.exists():
+            return json.loads(file.read_text(encoding="utf-8"))
+        samples = self.sample()
+        if self.main:
+            file.write_text(json.dumps(samples, ensure_ascii=False), encoding="utf-8")
+        return samples
+
     def sample(self):
         """[(question, answer)], of a reward model [(question, score)]; every process takes part."""
         import torch
@@ -90,7 +103,9 @@ class Report(TrainerCallback):
         model = self.trainer.model_wrapped
         was_training = model.training
         model.eval()
-        with unwrap_model_for_generation(model, self.trainer.accelerator) as unwrapped, torch.no_grad():
+        accelerator = self.trainer.accelerator
+        # autocast: accelerate wraps forward alone in it, and generate goes around that
+        with unwrap_model_for_generation(model, accelerator) as unwrapped, torch.no_grad(), accelerator.autocast():
             for question, prompt, answers in self.examples:
                 if self.method.task == "SEQ_CLS":
                     for answer in answers:

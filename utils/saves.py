@@ -17,7 +17,7 @@ def find_checkpoint(folder, asked):
 def save(trainer, tokenizer):
     """Model or adapter (safetensors), tokenizer and chat template into output_dir; every process takes part.
 
-    Returns how many tensors the save must hold.
+    Returns how many trained numbers the save must hold.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     if "ref" in getattr(model, "peft_config", {}):
@@ -26,21 +26,23 @@ def save(trainer, tokenizer):
     if trainer.accelerator.is_main_process:
         tokenizer.save_pretrained(trainer.args.output_dir)
     trainer.accelerator.wait_for_everyone()
-    return sum(parameter.requires_grad for parameter in model.parameters())
+    # sharded (ZeRO-3) parameters know their whole size as ds_numel
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
 
 
 def verify_save(folder, start, expected):
     """(tensors, bytes) of the safetensors in `folder`. Raises RuntimeError where they are not a trained model.
 
     `start`: the folder that the training began with, None for a new adapter, whose lora_B begins as zeros.
-    `expected`: how many tensors there must be.
+    `expected`: how many trained numbers there are; the save may hold more (buffers, embeddings), never fewer.
     """
     tensors = open_tensors(folder)
     begun = open_tensors(start) if start else {}
     wrong = [f"{name} is empty" for name, read in tensors.items() if read().numel() == 0]
     wrong += [f"{name} is not finite" for name, read in tensors.items() if not read().isfinite().all()]
-    if len(tensors) != expected:
-        wrong.append(f"{len(tensors)} tensors where the model has {expected}")
+    held = sum(read().numel() for read in tensors.values())
+    if held < expected:
+        wrong.append(f"{held} numbers where {expected} were trained")
     moved = any(differs(name, read(), begun, start) for name, read in tensors.items())
     if not moved:
         wrong.append("no weight differs from the start")

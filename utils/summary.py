@@ -1,5 +1,6 @@
 """What is said of a run before and after it: the plan, and where the result is."""
 
+import shlex
 import sys
 
 from utils import environment, models, text
@@ -16,11 +17,12 @@ def say_plan(common, config, name, method, rows, train, held_out):
     path, mode, dropped = common.model_name_or_path, common.train_mode, count_reasons(rows.dropped)
     refused = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
     held = f"{len(held_out.rows)} held out" if held_out.rows else "none held out (--eval_fraction 0.1 would)"
+    precomputed = getattr(config, "precompute_ref_log_probs", False)
     devices = f"{config.world_size} process{'es' * (config.world_size > 1)} on {config.device.type}"
     say(f"method    {name}: {method.title} ({method.source})")
     say(f"model     {path}")
     say(f"mode      {mode}{describe_lora(common, rows.notes)}; {common.dtype}, {devices}")
-    say(f"reference {models.describe_reference(method.models, path, mode)}")
+    say(f"reference {models.describe_reference(method.models, path, mode, precomputed)}")
     say(f"data      {len(train.rows)} rows to train on, {held}; refused: {refused}")
     if train.cut + held_out.cut:
         say(f"          {train.cut + held_out.cut} answers are cut at --max_length {config.max_length}")
@@ -43,7 +45,7 @@ def describe_lora(common, notes):
     return f", {'DoRA' if dora else 'LoRA'} rank {rank}, alpha {alpha}"
 
 
-def say_result(common, config, method, tensors, size):
+def say_result(common, config, name, method, tensors, size):
     """Where the result is, and what to type next."""
     out = config.output_dir
     say(f"\nresult    {out}: {tensors} tensors, {size / 1e6:.1f} MB, reopened and verified; report.png, run_card.json")
@@ -51,4 +53,7 @@ def say_result(common, config, method, tensors, size):
         say(f"chat      python -m utils.chat {out}")
     if common.train_mode != "full":
         say(f"merge     python -m utils.merge_lora {out} {out}-merged")
-    say(f"continue  MODEL={out} OUTPUT_DIR={out}-2 bash rlhf_run.sh")
+    again = {"RLHF_TYPE": name, "TRAIN_MODE": common.train_mode, "MODEL": out, "OUTPUT_DIR": f"{out}-2"}
+    again |= {"TRAIN_DATA": common.train_data_path[0]} if len(common.train_data_path) == 1 else {}
+    again |= {"MAX_STEPS": str(config.max_steps)} if config.max_steps > 0 else {}
+    say(f"continue  {' '.join(f'{key}={shlex.quote(value)}' for key, value in again.items())} bash rlhf_run.sh")
