@@ -38,7 +38,7 @@ def run(argv):
     rows.dropped += train.dropped + held_out.dropped
     data.check_dropped(rows, common.max_drop_fraction)
     text.check_first(train, tokenizer, method.columns)
-    summary.say_plan(common, config, name, method, rows, train, held_out)
+    summary.say_plan(common, config, name, method, tokenizer, rows, train, held_out)
     if common.check:
         summary.say("checked   nothing stands in the way; no model was loaded, nothing was written")
         return 0

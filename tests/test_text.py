@@ -36,10 +36,9 @@ def test_one_bos_where_the_tokenizer_adds_one_and_one_end_of_turn(values, tokeni
     assert row["chosen"].count("<|im_end|>") == 1 and row["chosen"].endswith("<|im_end|>")
 
 
-def test_a_tokenizer_that_would_double_the_bos_is_refused():
-    tokenizer = make_tokenizer("<s>" + TEMPLATE, bos="<s>")
-    prepared = prepare(CHAT, PAIR, tokenizer)
-    prepared.first = ("<s>" + prepared.first[0], prepared.first[1])
+def test_plain_text_that_brings_a_bos_of_its_own_is_refused():
+    tokenizer = make_tokenizer(bos="<s>")
+    prepared = prepare({**PLAIN, "prompt": "<s>Q: hi\nA:"}, PAIR, tokenizer)
     with pytest.raises(Refused, match="two BOS"):
         text.check_first(prepared, tokenizer, PAIR)
 
@@ -89,6 +88,21 @@ def test_sft_trains_every_turn_of_the_assistant_and_nothing_else():
     plain = prepare({"prompt": "2+2=", "completion": "4"}, DIALOGUE, tokenizer).rows[0]
     trained = [token for token, label in zip(plain["input_ids"], plain["labels"], strict=True) if label != -100]
     assert tokenizer.decode(trained) == "4<|im_end|>"
+
+
+def test_every_turn_is_trained_where_the_template_rewrites_earlier_ones():
+    thinks = TEMPLATE.replace(
+        "\n{{ m['content'] }}",
+        "\n{% if loop.last and m['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}",
+    )
+    turns = [("user", "hi"), ("assistant", "ok"), ("user", "more"), ("assistant", "sure")]
+    values = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    tokenizer = make_tokenizer(thinks)
+    prepared = prepare(values, DIALOGUE, tokenizer)
+    assert text.mark(prepared, tokenizer, colour=False) == (
+        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n[[ok<|im_end|>]]\n<|im_start|>user\nmore<|im_end|>\n"
+        "<|im_start|>assistant\n[[<think>\n\n</think>\n\nsure<|im_end|>]]"
+    )
 
 
 def test_rows_too_long_are_counted_by_reason_and_cut_answers_too():

@@ -12,7 +12,7 @@ def say(line):
         print(line, flush=True)
 
 
-def say_plan(common, config, name, method, rows, train, held_out):
+def say_plan(common, config, name, method, tokenizer, rows, train, held_out):
     """What is about to happen, before a model is loaded."""
     path, mode, dropped = common.model_name_or_path, common.train_mode, count_reasons(rows.dropped)
     refused = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
@@ -30,7 +30,7 @@ def say_plan(common, config, name, method, rows, train, held_out):
         say(f"          in {train.reshaped} rows the template writes the prompt differently once an answer follows")
     for note in rows.notes:
         say(f"note      {note}")
-    say(f"first row {text.mark(train.first, sys.stdout.isatty())}")
+    say(f"first row {text.mark(train, tokenizer, sys.stdout.isatty())}")
 
 
 def describe_lora(common, notes):

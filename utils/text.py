@@ -5,6 +5,7 @@ TRL's trainers get this as plain text, which each of them tokenises the same way
 """
 
 from dataclasses import dataclass, field
+from itertools import groupby
 
 from rlhf_args.methods import DIALOGUE, RANKED
 from utils.checks import Refused
@@ -35,7 +36,9 @@ def prepare_rows(rows, tokenizer, columns, max_length):
         row = trainer_row(tokenizer, values, prompt, answers, columns)
         limit = float("inf") if max_length is None else max_length
         longest = max(len(tokenize(tokenizer, prompt + answer)) for answer in answers)
-        if longest > limit and columns == RANKED:
+        if starts_training_at(tokenizer, row, prompt) is None:
+            prepared.dropped.append((where, "no assistant turn in what the template writes", values))
+        elif longest > limit and columns == RANKED:
             prepared.dropped.append((where, "longer than max_length", values))
         elif longest > limit and starts_training_at(tokenizer, row, prompt) >= limit:
             prepared.dropped.append((where, "prompt longer than max_length", values))
@@ -49,9 +52,9 @@ def prepare_rows(rows, tokenizer, columns, max_length):
 
 
 def starts_training_at(tokenizer, row, prompt):
-    """The place of the first token that is trained; what max_length leaves of the row must hold it."""
+    """The place of the first token that is trained, or None; what max_length leaves of the row must hold it."""
     if "labels" in row:
-        return next(place for place, label in enumerate(row["labels"]) if label != -100)
+        return next((place for place, label in enumerate(row["labels"]) if label != -100), None)
     return len(tokenize(tokenizer, prompt))
 
 
@@ -144,7 +147,10 @@ def assistant_spans(tokenizer, values, text):
         if message["role"] == "assistant":
             before = template(tokenizer, values["messages"][:i], add_generation_prompt=True) if i else ""
             after = end_turn(tokenizer, template(tokenizer, values["messages"][: i + 1]))
-            spans.append((shared_length(before, text), shared_length(after, text)))
+            start = shared_length(before, text)
+            # some templates write a turn differently once it is no longer the last (Qwen3 takes the thoughts out)
+            end = text.find(tokenizer.eos_token, start) + len(tokenizer.eos_token)
+            spans.append((start, len(after) if text.startswith(after) else end))
     return spans
 
 
@@ -236,7 +242,13 @@ def check_none_lost(trainer, train, held_out):
             )
 
 
-def mark(first, colour):
-    """The first row with its trained part marked: in bold on a terminal, between [[ and ]] elsewhere."""
-    prompt, answer = first
-    return f"{prompt}\033[1m{answer}\033[0m" if colour else f"{prompt}[[{answer}]]"
+def mark(prepared, tokenizer, colour):
+    """The first row with its trained parts marked: in bold on a terminal, between [[ and ]] elsewhere."""
+    on, off = ("\033[1m", "\033[0m") if colour else ("[[", "]]")
+    row = prepared.rows[0]
+    if "labels" not in row:
+        prompt, answer = prepared.first
+        return f"{prompt}{on}{answer}{off}"
+    runs = groupby(zip(row["input_ids"], row["labels"], strict=True), key=lambda token: token[1] != -100)
+    texts = [(trained, tokenizer.decode([token for token, _ in run])) for trained, run in runs]
+    return "".join(f"{on}{part}{off}" if trained else part for trained, part in texts)
