@@ -25,6 +25,7 @@ for ((i = 1; i < $#; i++)); do               # flags that decide what the variab
     --rlhf_type) RLHF_TYPE=${!value} ;;
     --train_mode) TRAIN_MODE=${!value} ;;
     --train_data_path) TRAIN_DATA=${!value} ;;
+    --eval_data_path) EVAL_FRACTION=0 ;;
     --config) echo "refused: --config: a recipe has values of its own. Type: accelerate launch train_rlhf.py $*" >&2; exit 2 ;;
   esac
 done

@@ -93,7 +93,9 @@ def test_no_method_name_is_branched_on_outside_the_table():
     names = "|".join(METHODS)
     branch = re.compile(rf"(==|!=| in) *[\[(]?[\"']({names})[\"']")
     files = [
-        path for path in ROOT.rglob("*.py") if not {"tests", "bench", ".venv", "venv"} & set(path.relative_to(ROOT).parts)
+        path
+        for path in ROOT.rglob("*.py")
+        if not {"tests", "bench", ".venv", "venv"} & set(path.relative_to(ROOT).parts)
     ]
     assert len(files) > 15
     assert [f"{path}: {line}" for path in files for line in path.read_text().splitlines() if branch.search(line)] == []

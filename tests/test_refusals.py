@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import train_rlhf
+from rlhf_args.methods import METHODS as TABLE
 from tests.conftest import ROOT, command, write_rows
 from utils import models
 
@@ -80,7 +81,7 @@ def test_the_command_of_these_tests_is_sound_but_for_what_each_adds(run):
 # ── flags ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 HELP = "`python train_rlhf.py --rlhf_type DPO --help` lists them"
-METHODS = "DPO, CPO, SimPO, CPOSimPO, ORPO, KTO, Reward, SFT"
+METHODS = ", ".join(TABLE)
 OVERFLOW = "its log-probabilities overflow to NaN. It takes --dtype bfloat16 or float32"
 # (method, flags, the problems)
 FLAGS = [

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import train_rlhf
 from rlhf_args.methods import METHODS
-from tests.conftest import make_model, read_rows, write_rows
+from tests.conftest import command, make_model, read_rows, write_rows
 from utils import chat, merge_lora, models, report, saves
 
 DATA = {
@@ -152,6 +152,24 @@ def test_an_adapter_needs_no_second_copy_of_the_base(mode, loads, tiny_model, tm
     monkeypatch.setattr(models, "load_model", lambda *a, **k: made.append(1) or load_model(*a, **k))
     assert train(tiny_model, tmp_path / "out", "--train_mode", mode) == 0
     assert len(made) == loads
+
+
+def test_the_base_of_qlora_is_nf4_stored_as_it_is_computed(tiny_model):
+    tokenizer = models.load_tokenizer(tiny_model)
+    model = models.load_policy(
+        tiny_model, task="SEQ_CLS", train_mode="qlora", dtype="bfloat16", tokenizer=tokenizer, seed=0, deepspeed=False
+    )
+    asked = model.config.quantization_config
+    assert (asked.bnb_4bit_quant_type, asked.bnb_4bit_use_double_quant) == ("nf4", True)
+    assert asked.bnb_4bit_compute_dtype == asked.bnb_4bit_quant_storage == torch.bfloat16  # or ZeRO-3 cannot shard it
+    assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+    assert model.score.weight.dtype == torch.float32 and model.config.pad_token_id == tokenizer.pad_token_id
+
+
+def test_nothing_is_sent_home():
+    late = "from huggingface_hub import constants; print(constants.HF_HUB_DISABLE_TELEMETRY)"
+    done = command("-c", f"import train_rlhf; train_rlhf.main([]); {late}")
+    assert done.stdout == "True\n"
 
 
 @pytest.mark.parametrize("method", ["DPO", "Reward"])
