@@ -78,7 +78,11 @@ class Report(TrainerCallback):
                 shown = {"loss": logs["loss"], "margin": logs.get(self.method.margin)}
                 self.bar.set_postfix({k: f"{float(v):.3f}" for k, v in shown.items() if v is not None})
         elif "eval_loss" in logs:
-            append_line(self.folder / "eval.jsonl", {"step": state.global_step, "epoch": state.epoch, **logs})
+            line = {"step": state.global_step, "epoch": state.epoch, **logs}
+            # Before its first step the policy is its own reference: every pair ties, which TRL counts as wrong.
+            if line.get(f"eval_{self.method.margin}") == line.get(f"eval_{self.method.accuracy}") == 0:
+                line |= {f"eval_{self.method.accuracy}": 0.5, "tied": True}
+            append_line(self.folder / "eval.jsonl", line)
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.bar:
@@ -144,10 +148,7 @@ class Report(TrainerCallback):
         for name, metric in (("accuracy", self.method.accuracy), ("margin", self.method.margin)):
             if f"eval_{metric}" in line:
                 found[name] = line[f"eval_{metric}"]
-        # Before the first step the policy is its own reference: every pair ties, which TRL counts as wrong.
-        if found.get("margin") == 0 and found.get("accuracy") == 0:
-            found |= {"accuracy": 0.5, "tied": True}
-        return found
+        return found | {"tied": True} if line.get("tied") else found
 
     def speed(self):
         """Steps, rows and tokens a second inside the optimizer steps: evaluation, samples and saving are left out."""
