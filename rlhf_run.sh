@@ -17,7 +17,7 @@ EPOCHS=${EPOCHS:-1}                          # passes over the data
 MAX_STEPS=${MAX_STEPS:-}                     # stop after so many steps; empty: all (the shipped job on a CPU: 12)
 LAUNCH=${LAUNCH:-auto}                       # a name in accelerate_configs/; auto: by the GPUs that are there
 NUM_PROCESSES=${NUM_PROCESSES:-}             # empty: one for each GPU, or one
-PYTHON=${PYTHON:-python}
+PYTHON=${PYTHON:-$(command -v python || command -v python3)}
 
 for ((i = 1; i < $#; i++)); do               # flags that decide what the variables below mean
   value=$((i + 1))

@@ -24,14 +24,13 @@ def read_adapter(path):
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
-def load_policy(path, *, train_mode, dtype, **source):
+def load_policy(path, *, train_mode, dtype, deepspeed, **source):
     """The model to train. A PeftModel where `path` is an adapter that goes on being trained.
 
     Fully trained weights are float32, as in TRL (DeepSpeed keeps such a copy by itself: there, and frozen, `dtype`).
     """
     if train_mode == "full":
-        return load_model(path, dtype=held_in(dtype, source.pop("deepspeed")), adapter="merge", **source)
-    source.pop("deepspeed")
+        return load_model(path, dtype=held_in(dtype, deepspeed), adapter="merge", **source)
     return load_model(path, dtype=dtype, adapter="train", four_bit=train_mode == "qlora", **source)
 
 
@@ -107,6 +106,10 @@ def load_model(
         keep_trainable(model)
     if getattr(model, "_hf_peft_config_loaded", False):
         raise Refused([f"--model_name_or_path {path}: an adapter on the Hub. Download it and name its folder"])
+    if task == "SEQ_CLS" and not hasattr(model, "score"):
+        raise Refused(
+            [f"--model_name_or_path {path}: a {model.config.model_type} has no score head. Take a decoder model"]
+        )
     if task == "SEQ_CLS":
         model.score.float()  # trained in full: bfloat16 would round small updates away
         cast_before_score(model)
