@@ -4,7 +4,8 @@
     python train_rlhf.py --rlhf_type SimPO --help       every flag of a method
     python train_rlhf.py --model_name_or_path MODEL --train_data_path data/preference.jsonl --output_dir OUT
 
-Exit status: 0 done, 2 refused before a model was loaded (one line a problem, nothing written), 1 failed while running.
+Exit status: 0 done, 2 refused before a model was loaded (one line a problem, nothing written), 1 failed while running,
+130 interrupted.
 """
 
 import sys
@@ -22,6 +23,10 @@ def main(argv=None):
         if environment.is_main():
             print("\n".join(f"refused: {problem}" for problem in refusal.problems), file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        if environment.is_main():
+            print("interrupted. --resume_from_checkpoint auto goes on from the newest checkpoint", file=sys.stderr)
+        return 130
 
 
 def run(argv):

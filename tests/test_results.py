@@ -64,9 +64,9 @@ def test_an_interrupted_run_has_its_report_and_is_finished_by_resume_auto(tiny_m
             raise KeyboardInterrupt
         return follow(self, args, state, control, **kwargs)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(report.Report, "on_step_end", stop_at_two)
-        train(tiny_model, out, *each_step, steps=4)
+        assert train(tiny_model, out, *each_step, steps=4) == 130
     assert (out / "report.png").exists() and not (out / "run_card.json").exists()
     assert train(tiny_model, out, *each_step, steps=4) == 2  # an unfinished run, and not said what to do with it
     assert train(tiny_model, out, *each_step, "--resume_from_checkpoint", "auto", steps=4) == 0
