@@ -137,11 +137,6 @@ FLAGS = [
     ("DPO", "--max_samples -1", ["--max_samples -1: 1 or more; leave it out for all rows"]),
     (
         "DPO",
-        "--eval_fraction 0.1 --eval_data_path data/preference.jsonl",
-        ["--eval_fraction and --eval_data_path together: held-out rows come from one of them"],
-    ),
-    (
-        "DPO",
         "--use_dora --train_mode full --lora_rank 0 --eval_fraction 1.5 --max_samples 0",
         ["--use_dora with", "--lora_rank 0:", "--eval_fraction 1.5:", "--max_samples 0:"],
     ),
@@ -185,6 +180,20 @@ FLAGS = [
 def test_a_flag_that_is_wrong_is_refused(method, flags, problems, refused):
     found = refused(flags, method)
     assert [line[: len(problem)] for line, problem in zip(found, problems, strict=True)] == problems
+
+
+def test_held_out_rows_come_from_one_place_are_not_the_training_rows_and_are_of_their_kind(refused, tmp_path):
+    held, chats = write_rows(tmp_path / "held.jsonl", [GOOD] * 2), write_rows(tmp_path / "chats.jsonl", [CHAT] * 2)
+    train = write_rows(tmp_path / "train.jsonl", [GOOD] * 4)
+    assert refused(f"--eval_fraction 0.1 --eval_data_path {held}") == [
+        "--eval_fraction and --eval_data_path together: held-out rows come from one of them"
+    ]
+    assert refused(f"--eval_data_path {train}", data=train) == [
+        f"--eval_data_path {train}: the training data again. Type --eval_fraction 0.1, or OWNER/NAME:test"
+    ]
+    assert refused(f"--eval_data_path {chats}", data=train) == [
+        f"{train}:1 and {chats}:1: one is a chat, one plain text. One run takes one of the two"
+    ]
 
 
 def test_missing_model_and_data_are_named_together(refused):
