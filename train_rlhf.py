@@ -21,7 +21,7 @@ def main(argv=None):
         return run(argv)
     except checks.Refused as refusal:
         if environment.is_main():
-            print("\n".join(f"refused: {problem}" for problem in refusal.problems), file=sys.stderr)
+            refusal.say()
         return 2
     except KeyboardInterrupt:
         if environment.is_main():

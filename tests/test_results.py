@@ -209,8 +209,9 @@ def test_chat_answers_through_the_template(sft_adapter, monkeypatch, capsys):
     assert asked == ["<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"]
 
 
-def test_a_reward_model_does_not_chat(tiny_model, tmp_path, capsys):
-    assert train(tiny_model, tmp_path / "reward", method="Reward") == 0
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_a_reward_model_does_not_chat(mode, tiny_model, tmp_path, capsys):
+    assert train(tiny_model, tmp_path / "reward", "--train_mode", mode, method="Reward") == 0
     assert chat.main([str(tmp_path / "reward")]) == 2
     assert "a reward model, which scores and cannot talk" in capsys.readouterr().err
 

@@ -7,8 +7,8 @@ import argparse
 import sys
 
 from utils import environment
-from utils.checks import Refused
-from utils.models import is_reward_model, load_model, load_tokenizer
+from utils.checks import Refused, is_reward_model
+from utils.models import load_model, load_tokenizer, read_config
 
 
 def answer(model, tokenizer, messages, max_new_tokens, streamer=None):
@@ -34,13 +34,13 @@ def main(argv=None):
     asked = parser.parse_args(argv)
     environment.calm_libraries()
     try:
-        if is_reward_model(asked.model):
+        if is_reward_model(read_config(asked.model)):
             raise Refused([f"{asked.model}: a reward model, which scores and cannot talk"])
         tokenizer = load_tokenizer(asked.model)
         dtype = "bfloat16" if environment.has_bf16() else "float32"
         model = load_model(asked.model, "CAUSAL_LM", dtype, tokenizer=tokenizer, seed=0).eval()
     except Refused as refusal:
-        print("\n".join(f"refused: {problem}" for problem in refusal.problems), file=sys.stderr)
+        refusal.say()
         return 2
     talk(model, tokenizer, asked.max_new_tokens)
     return 0

@@ -4,6 +4,7 @@ import difflib
 import json
 import math
 import os
+import sys
 from pathlib import Path
 
 
@@ -13,6 +14,9 @@ class Refused(ValueError):
     def __init__(self, problems):
         super().__init__("\n".join(problems))
         self.problems = problems
+
+    def say(self):
+        print("\n".join(f"refused: {problem}" for problem in self.problems), file=sys.stderr)
 
 
 def refuse_if(problems):
@@ -51,10 +55,10 @@ def check_common(common, name, method):
             "--model_name_or_path: missing. A model folder or Hub id; `python -m utils.demo_model` makes one"
         )
         return problems
-    return problems + check_model(common.model_name_or_path, name, method, common.train_mode)
+    return problems + check_model(common.model_name_or_path, name, method)
 
 
-def check_model(path, name, method, train_mode):
+def check_model(path, name, method):
     """Problems of a model or adapter folder; a Hub id is left to the loader."""
     folder = Path(path)
     if not folder.exists():
@@ -91,13 +95,17 @@ def check_model(path, name, method, train_mode):
         return [*problems, f"{file}: not valid JSON. Copy it from the original model"]
     if not isinstance(described, dict):
         return [*problems, f"{file}: not a JSON object. Copy it from the original model"]
-    if adapter.exists():
-        return problems + check_adapter(path, described, name, method, train_mode)
-    if method.task == "CAUSAL_LM" and any("SequenceClassification" in a for a in described.get("architectures") or ()):
+    if method.task == "CAUSAL_LM" and is_reward_model(described):
         problems.append(
             f"{path}: a trained reward model, which scores and cannot answer. {name} starts from a language model"
         )
-    return problems
+    return problems + check_adapter(path, described, name, method) if adapter.exists() else problems
+
+
+def is_reward_model(described):
+    """Whether a config.json or adapter_config.json, as a dict, is that of a model that scores."""
+    kinds = described.get("architectures") or ()
+    return described.get("task_type") == "SEQ_CLS" or any("SequenceClassification" in kind for kind in kinds)
 
 
 def is_safetensors(file):
@@ -106,7 +114,7 @@ def is_safetensors(file):
         return 1 < int.from_bytes(handle.read(8), "little") <= file.stat().st_size - 8
 
 
-def check_adapter(path, described, name, method, train_mode):
+def check_adapter(path, described, name, method):
     problems = []
     base = described.get("base_model_name_or_path")
     if not base or (looks_local(base) or Path(base).exists()) and not (Path(base) / "config.json").exists():
@@ -116,12 +124,7 @@ def check_adapter(path, described, name, method, train_mode):
         )
     if described.get("peft_type", "LORA") != "LORA":
         problems.append(f"{path}: an adapter of the kind {described['peft_type']}. Only LoRA adapters are read")
-    task = described.get("task_type")
-    if method.task == "CAUSAL_LM" and task == "SEQ_CLS":
-        problems.append(
-            f"{path}: a trained reward model, which scores and cannot answer. {name} starts from a language model"
-        )
-    if method.task == "SEQ_CLS" and task != "SEQ_CLS":
+    if method.task == "SEQ_CLS" and not is_reward_model(described):
         problems.append(
             f"{path}: a language model's adapter, and {name} would need a second one on top. "
             f"Merge it first: python -m utils.merge_lora {path} MERGED"

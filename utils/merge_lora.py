@@ -86,7 +86,7 @@ def main(argv=None):
     try:
         dtype, kept, notes = merge(asked.adapter, asked.output, asked.dtype)
     except Refused as refusal:
-        print("\n".join(f"refused: {problem}" for problem in refusal.problems), file=sys.stderr)
+        refusal.say()
         return 2
     for note in notes:
         print(f"note      {note}: saved in float32 instead")

@@ -20,7 +20,15 @@ def load_tokenizer(path, revision=None, trust_remote_code=False):
 
 def read_adapter(path):
     """The adapter_config.json of a LoRA folder as a dict, or None where `path` is no adapter."""
-    file = Path(path) / "adapter_config.json"
+    return read_json(Path(path) / "adapter_config.json")
+
+
+def read_config(path):
+    """What describes a folder: its adapter_config.json, or its config.json; {} for a Hub id."""
+    return read_adapter(path) or read_json(Path(path) / "config.json") or {}
+
+
+def read_json(file):
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
@@ -182,16 +190,6 @@ def cast_before_score(model):
 
 def first_line(error):
     return str(error).strip().splitlines()[0]
-
-
-def is_reward_model(path):
-    """Whether a folder holds a model or adapter that scores."""
-    config = Path(path) / "config.json"
-    adapter = read_adapter(path)
-    if adapter or not config.exists():
-        return bool(adapter) and adapter.get("task_type") == "SEQ_CLS"
-    kinds = json.loads(config.read_text(encoding="utf-8")).get("architectures") or []
-    return any("SequenceClassification" in kind for kind in kinds)
 
 
 def count_parameters(model):
