@@ -38,6 +38,35 @@ def has_bf16():
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def engine():
+    """ "zero1" to "zero3", "fsdp2", or "" (DDP, or one process): what this process runs or is about to be run under."""
+    if "ACCELERATE_DEEPSPEED_ZERO_STAGE" in os.environ:
+        return "zero" + os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"]
+    return "fsdp2" if "FSDP_VERSION" in os.environ else ""
+
+
+def processes_asked():
+    """How many processes utils/launch.py, or accelerate launch itself, was asked for, on all nodes together."""
+    return int(os.environ.get("LAUNCH_PROCESSES") or os.environ.get("WORLD_SIZE") or 1)
+
+
 def device_defaults():
     """TrainingArguments that follow from the machine, not from the method."""
-    return {} if has_gpu() else {"use_cpu": True, "dataloader_pin_memory": False}
+    if has_gpu():
+        return {}
+    # checkpointing buys GPU memory with time; here there is memory enough
+    defaults = {"use_cpu": True, "dataloader_pin_memory": False, "gradient_checkpointing": False}
+    if "LOCAL_RANK" in os.environ:  # launched: processes talk over gloo. accelerate reads use_cpu as "no engine"
+        defaults |= {"ddp_backend": "gloo", "use_cpu": not engine()}
+    return defaults
+
+
+def join_fsdp():
+    """Makes FSDP distributed without a GPU too: accelerate knows it on accelerators only.
+
+    Left alone each process trains by itself and says nothing (accelerate 1.15.0, state.py, AcceleratorState.__init__).
+    """
+    from accelerate import DistributedType, PartialState
+
+    if engine() == "fsdp2" and "LOCAL_RANK" in os.environ and not has_gpu():
+        PartialState().distributed_type = DistributedType.MULTI_GPU

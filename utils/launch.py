@@ -1,0 +1,222 @@
+"""Starts a training script on one or many processes: python -m utils.launch train_rlhf.py FLAGS. The run scripts end here.
+
+Read from the environment: LAUNCH (a name in accelerate_configs/, or auto: by the GPUs that are there), NUM_PROCESSES
+(on this node), and for several nodes NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, NODE_TIMEOUT (seconds). The flags are
+checked once, in one process, before accelerate starts them all; when one of them fails, its error comes last.
+
+Exit status: that of the training script; 2 also where this launch cannot start.
+"""
+
+import difflib
+import logging
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.checks import Refused
+
+CONFIGS = Path("accelerate_configs")
+
+
+@dataclass
+class Plan:
+    """One launch. `described`: the accelerate config, as a dict."""
+
+    name: str
+    described: dict
+    processes: int  # on this node
+    nodes: int
+    node: int
+    address: str
+    port: int  # 0: any that is free
+    timeout: int
+
+    @property
+    def world(self):
+        return self.processes * self.nodes
+
+
+def main(job):
+    try:
+        plan = read_plan(os.environ, count_gpus())
+    except Refused as refusal:
+        refusal.say()
+        return 2
+    set_environment(plan)
+    if {"--check", "--help", "-h"} & set(job):
+        return subprocess.call([sys.executable, *job])
+    # a refusal is one message and status 2, however many processes follow
+    status = subprocess.call([sys.executable, *job, "--check"], stdout=subprocess.DEVNULL)
+    return status or launch(plan, job)
+
+
+# ── what was asked for ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def read_plan(env, gpus):
+    """The Plan that `env` asks for on a machine with so many visible GPUs. Raises Refused."""
+    import yaml
+
+    name = env.get("LAUNCH") or "auto"
+    if name == "auto":
+        name = "cpu" if not gpus else "single_gpu" if gpus == 1 and read_number(env, "NNODES", 1) == 1 else "multi_gpu"
+    file = CONFIGS / f"{name}.yaml"
+    if not file.exists():
+        known = ["auto", *sorted(path.stem for path in CONFIGS.glob("*.yaml"))]
+        near = difflib.get_close_matches(name, known, 1)
+        guess = f". Did you mean {near[0]}?" if near else ""
+        raise Refused([f"LAUNCH={name}: no such file in {CONFIGS}/. There are {', '.join(known)}{guess}"])
+    plan = Plan(
+        name=name,
+        described=yaml.safe_load(file.read_text(encoding="utf-8")),
+        processes=read_number(env, "NUM_PROCESSES", 1 if name in ("cpu", "single_gpu") else max(gpus, 1)),
+        nodes=read_number(env, "NNODES", 1),
+        node=read_number(env, "NODE_RANK", 0, least=0),
+        address=env.get("MASTER_ADDR") or "",
+        port=read_number(env, "MASTER_PORT", 0, least=0),
+        timeout=read_number(env, "NODE_TIMEOUT", 600),
+    )
+    problems = [*check_processes(plan, gpus), *check_nodes(plan), *check_offload(plan)]
+    if problems:
+        raise Refused(problems)
+    return plan
+
+
+def read_number(env, name, default, least=1):
+    value = env.get(name) or str(default)
+    if not value.isdecimal() or int(value) < least:
+        raise Refused([f"{name}={value}: a whole number, {least} or more"])
+    return int(value)
+
+
+def check_processes(plan, gpus):
+    asked = f"LAUNCH={plan.name} with NUM_PROCESSES={plan.processes}"
+    if plan.name == "cpu":
+        return
+    if plan.name in ("single_gpu", "multi_gpu") and not gpus:
+        yield f"LAUNCH={plan.name}: no GPU is visible. Type LAUNCH=cpu; NUM_PROCESSES=2 with it is DDP on the CPU"
+    elif plan.name == "single_gpu" and plan.world > 1:
+        yield f"{asked} on {plan.nodes} nodes: one GPU is one process. Type LAUNCH=multi_gpu"
+    elif plan.name == "multi_gpu" and plan.world == 1:
+        yield f"{asked}: DDP needs two processes or more. Type LAUNCH=single_gpu"
+    elif gpus and plan.processes > gpus:
+        yield f"{asked}: {gpus} GPU{'s are' if gpus > 1 else ' is'} visible, one process each. Type NUM_PROCESSES={gpus}"
+
+
+def check_nodes(plan):
+    if plan.node >= plan.nodes:
+        yield f"NODE_RANK={plan.node} with NNODES={plan.nodes}: ranks count from 0 to {plan.nodes - 1}"
+    if plan.nodes > 1 and not (plan.address and plan.port):
+        yield f"NNODES={plan.nodes}: the first node's address is missing. Type MASTER_ADDR=HOST MASTER_PORT=29500"
+    elif plan.port and plan.node == 0 and is_taken(plan.port):
+        yield f"MASTER_PORT={plan.port}: in use here. Name another, the same on every node" + (
+            ", or none: a free one is taken" if plan.nodes == 1 else ""
+        )
+
+
+def is_taken(port):
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return True
+    return False
+
+
+def check_offload(plan):
+    """DeepSpeed compiles its CPU optimizer when it is first used."""
+    if plan.described.get("deepspeed_config", {}).get("offload_optimizer_device", "none") != "cpu":
+        return
+    compiler = os.environ.get("CXX", "c++")
+    missing = [tool for tool in (compiler, "ninja") if not shutil.which(tool, path=search_path())]
+    if missing:
+        yield (
+            f"LAUNCH={plan.name}: DeepSpeed compiles the optimizer that runs in host memory, and {' and '.join(missing)} "
+            f"is not here. Install it (a C++ compiler; pip install ninja), or type LAUNCH={plan.name.split('_')[0]}"
+        )
+
+
+def count_gpus():
+    import torch
+
+    return 0 if os.environ.get("LAUNCH") == "cpu" else torch.cuda.device_count()
+
+
+def search_path():
+    """PATH with this Python's own programs (ninja) in front, also where its environment is not activated."""
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+
+
+# ── start, and say how it ended ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def set_environment(plan):
+    """What the check and every process inherit; the engine's variables are those that accelerate sets again later."""
+    env = {"LAUNCH_PROCESSES": str(plan.world), "PATH": search_path()}
+    stage = plan.described.get("deepspeed_config", {}).get("zero_stage")
+    if stage is not None:
+        env["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = str(stage)
+    if "fsdp_config" in plan.described:
+        env["FSDP_VERSION"] = str(plan.described["fsdp_config"]["fsdp_version"])
+    if not count_gpus():
+        # Large tensors come and go at every step: keep their memory instead of returning it (a fifth of the time).
+        env |= {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
+        env |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    elif plan.name == "single_gpu":
+        env["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    os.environ.update(env)
+    os.environ.setdefault("OMP_NUM_THREADS", str(-(-os.cpu_count() // plan.processes)))
+
+
+def launch(plan, job):
+    """Runs the job under accelerate and returns its exit status; after a failure the last line names its reason."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed import DistError
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    for chatter in ("torch.distributed", "accelerate"):  # forty lines, none of which says why
+        logging.getLogger(chatter).setLevel(logging.CRITICAL)
+    words = ["--config_file", str(CONFIGS / f"{plan.name}.yaml"), "--num_processes", str(plan.world)]
+    words += ["--num_machines", str(plan.nodes), "--machine_rank", str(plan.node), "--main_process_port", str(plan.port)]
+    words += ["--num_cpu_threads_per_process", os.environ["OMP_NUM_THREADS"]]
+    if plan.nodes > 1:
+        words += ["--main_process_ip", plan.address, "--same_network", "--rdzv_conf", f"timeout={plan.timeout}"]
+    if plan.name == "cpu" and plan.world > 1:
+        words.append("--multi_gpu")  # accelerate's word for a process group of its own making
+    args = launch_command_parser().parse_args([*words, *job])
+    try:
+        launch_command(args)
+    except subprocess.CalledProcessError as error:  # one process: it has said why
+        return error.returncode
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode != 2:
+            print(f"failed: process {rank} of {plan.world}: {say_failure(failure)}", file=sys.stderr)
+        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+    except DistError as error:
+        where = f"{plan.address}:{plan.port}, node {plan.node} of {plan.nodes}"
+        print(f"failed: the nodes did not find each other within {plan.timeout} s ({where}): {error}", file=sys.stderr)
+        return 1
+    except SignalException as error:
+        return 128 + error.sigval
+    return 0
+
+
+def say_failure(failure):
+    """What a failed process left in its error file, on one line; or the signal that ended it."""
+    if failure.exitcode == -9:
+        return "killed by signal 9, which is what the system does when memory runs out"
+    if failure.exitcode < 0:
+        return f"killed by signal {-failure.exitcode}"
+    message = failure.message.get("message", "") if isinstance(failure.message, dict) else failure.message
+    return " ".join(str(message).split()) or f"exit status {failure.exitcode}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
