@@ -117,7 +117,6 @@ def parse_and_check(argv):
         paths = common.train_data_path, common.eval_data_path
         rows = data.load_rows(*paths, method.columns, name, common.max_samples, problems)
     common, config = arguments.parse(words, name)
-    environment.join_fsdp()
     checks.refuse_if(checks.check_config(common, config, name, method))
     data.hold_out(rows, common.eval_fraction, config.seed)
     data.check_labels(rows.train, name)

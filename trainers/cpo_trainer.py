@@ -1,19 +1,25 @@
 """TRL's experimental CPO trainer, tokenising as TRL's DPO does. The one file that touches trl.experimental.cpo."""
 
+from accelerate.utils import convert_to_fp32
 from trl.experimental.cpo import CPOConfig, CPOTrainer as TRLCPOTrainer
 
 from utils.text import tokenize_pair
 
-__all__ = ["CPOConfig", "CPOTrainer", "PairRows"]
+__all__ = ["CPOConfig", "CPOTrainer", "LikeCore"]
 
 
-class PairRows:
-    """Mixin: a row of texts becomes the token ids that every preference method trains on.
+class LikeCore:
+    """Mixin: what TRL's core trainers do and its experimental ones do not.
 
-    Upstream's `tokenize_row` adds a second end of turn behind chat templates, adds a BOS that the tokenizer itself
-    does not, and fails on rows whose prompt and answer merge into one token.
-    Source: trl 1.16.0, experimental/cpo/cpo_trainer.py; differs: the ids come from `tokenize_pair`.
+    `tokenize_row` upstream adds a second end of turn behind chat templates, adds a BOS that the tokenizer itself does
+    not, and fails on rows whose prompt and answer merge into one token. And DeepSpeed hands out logits in bfloat16:
+    summed up, log-probabilities around -600 come in steps of 4, and the margin is noise.
+    Source: trl 1.16.0, experimental/cpo/cpo_trainer.py; differs: the ids come from `tokenize_pair`, logits are float32.
     """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.model.register_forward_hook(lambda model, inputs, outputs: convert_to_fp32(outputs))
 
     def tokenize_row(self, feature, model=None):
         prompt, chosen, rejected = tokenize_pair(
@@ -28,5 +34,5 @@ class PairRows:
         return row
 
 
-class CPOTrainer(PairRows, TRLCPOTrainer):
+class CPOTrainer(LikeCore, TRLCPOTrainer):
     pass

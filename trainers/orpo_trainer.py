@@ -2,10 +2,10 @@
 
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer as TRLORPOTrainer
 
-from trainers.cpo_trainer import PairRows
+from trainers.cpo_trainer import LikeCore
 
 __all__ = ["ORPOConfig", "ORPOTrainer"]
 
 
-class ORPOTrainer(PairRows, TRLORPOTrainer):
+class ORPOTrainer(LikeCore, TRLORPOTrainer):
     pass

@@ -108,6 +108,8 @@ def parse(argv, name):
     except (ValueError, TypeError, OSError, ImportError) as error:  # TRL's and transformers' own checks of their flags
         raise Refused([one_line(error)]) from None
     common.dtype = dtype
+    if environment.engine() == "fsdp2" and dtype != "float32":
+        config.fsdp_plugin_args = environment.fsdp_precision(dtype)
     return common, config
 
 

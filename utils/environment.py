@@ -56,17 +56,34 @@ def device_defaults():
         return {}
     # checkpointing buys GPU memory with time; here there is memory enough
     defaults = {"use_cpu": True, "dataloader_pin_memory": False, "gradient_checkpointing": False}
-    if "LOCAL_RANK" in os.environ:  # launched: processes talk over gloo. accelerate reads use_cpu as "no engine"
-        defaults |= {"ddp_backend": "gloo", "use_cpu": not engine()}
+    if "LOCAL_RANK" in os.environ:
+        join_processes()
+        defaults |= {"ddp_backend": "gloo", "accelerator_config": {"use_configured_state": True}}
     return defaults
 
 
-def join_fsdp():
-    """Makes FSDP distributed without a GPU too: accelerate knows it on accelerators only.
+def join_processes():
+    """Joins the launched processes over gloo, under DeepSpeed and FSDP as well, which need a GPU as accelerate has it.
 
-    Left alone each process trains by itself and says nothing (accelerate 1.15.0, state.py, AcceleratorState.__init__).
+    It takes use_cpu for "no engine", and knows FSDP on accelerators only: left alone each process would train by
+    itself and say nothing. Source: accelerate 1.15.0, state.py, PartialState and AcceleratorState.
     """
     from accelerate import DistributedType, PartialState
 
-    if engine() == "fsdp2" and "LOCAL_RANK" in os.environ and not has_gpu():
-        PartialState().distributed_type = DistributedType.MULTI_GPU
+    state = PartialState(cpu=not engine(), backend="gloo")
+    if engine() == "fsdp2":
+        state.distributed_type = DistributedType.MULTI_GPU
+
+
+def fsdp_precision(dtype):
+    """The Trainer's FSDP arguments for mixed precision: computed in `dtype`, reduced and handed out in float32.
+
+    accelerate hands out logits in `dtype`: log-probabilities summed in bfloat16 come in steps of 4, and under KTO
+    ranks disagree on a tensor's type. Source: accelerate 1.15.0, FullyShardedDataParallelPlugin.set_mixed_precision.
+    """
+    import torch
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    precision = {"reduce_dtype": torch.float32, "output_dtype": torch.float32}
+    policy = MixedPrecisionPolicy(param_dtype=getattr(torch, dtype), **precision)
+    return {"fsdp_version": 2, "mixed_precision_policy": policy}
