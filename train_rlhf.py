@@ -20,13 +20,16 @@ def main(argv=None):
     try:
         return run(argv)
     except checks.Refused as refusal:
-        if environment.is_main():
-            refusal.say()
+        environment.let_main_speak()
+        refusal.say()
         return 2
     except KeyboardInterrupt:
         if environment.is_main():
             print("interrupted. --resume_from_checkpoint auto goes on from the newest checkpoint", file=sys.stderr)
         return 130
+    except Exception as error:
+        environment.record_failure(error)
+        raise
 
 
 def run(argv):
@@ -83,8 +86,10 @@ def run(argv):
         )
     except (ValueError, NotImplementedError) as error:  # TRL's own checks of flags against the model
         raise checks.Refused([arguments.one_line(error)]) from error
+    environment.check_world(trainer.accelerator)
     if environment.is_main():
         saves.prepare_output_dir(config.output_dir, common.overwrite_output_dir, rows.dropped)
+    trainer.accelerator.wait_for_everyone()  # nobody looks for a checkpoint before the folder is what it will be
     text.check_none_lost(trainer, train, held_out)
     follow = report.Report(trainer, method, tokenizer, rows.held_out or rows.train)
     summary.say(f"trains    {models.count_parameters(trainer.model)}")

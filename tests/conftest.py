@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.matrix.warm_python import warm_python
+
 ROOT = Path(__file__).resolve().parent.parent
 os.environ["OMP_NUM_THREADS"] = "1"  # two threads on a tiny model wait for each other
 os.environ["DS_ACCELERATOR"] = "cpu"
@@ -66,6 +68,13 @@ def make_model(folder, tokenizer=None, seed=0):
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     return make_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory):
+    """A Python to give to the run scripts as PYTHON, whose libraries are imported already."""
+    with warm_python(tmp_path_factory.mktemp("warm")) as path:
+        yield path
 
 
 def command(*words, env=None, timeout=900):

@@ -14,7 +14,7 @@ class LikeCore:
     `tokenize_row` upstream adds a second end of turn behind chat templates, adds a BOS that the tokenizer itself does
     not, and fails on rows whose prompt and answer merge into one token. And DeepSpeed hands out logits in bfloat16:
     summed up, log-probabilities around -600 come in steps of 4, and the margin is noise.
-    Source: trl 1.16.0, experimental/cpo/cpo_trainer.py; differs: the ids come from `tokenize_pair`, logits are float32.
+    Source: trl 1.16.0, experimental/cpo/cpo_trainer.py; differs: ids from `tokenize_pair`, logits in float32.
     """
 
     def __init__(self, *args, **kwargs):

@@ -7,6 +7,8 @@ import os
 import sys
 from pathlib import Path
 
+from utils import environment
+
 
 class Refused(ValueError):
     """The run cannot work as asked. `problems`: one line each, what was given, what is accepted, what to type."""
@@ -192,7 +194,8 @@ def check_config(common, config, name, method):
             f"--resume_from_checkpoint {checkpoint}: no such folder. Type auto for the newest checkpoint "
             "in output_dir, or leave the flag out to start afresh"
         )
-    return problems + check_output_dir(common, config)
+    # of several processes the first one owns the folder, and may have begun to write
+    return problems + check_output_dir(common, config) if environment.is_main() else problems
 
 
 def check_output_dir(common, config):

@@ -1,8 +1,11 @@
 """The machine and the process: what hardware there is, which rank this is, and libraries that keep quiet."""
 
+import json
 import logging
 import os
+import time
 import warnings
+from pathlib import Path
 
 
 def calm_libraries():
@@ -25,6 +28,21 @@ def is_main():
     return int(os.environ.get("RANK", 0)) == 0
 
 
+def let_main_speak():
+    """In a process that is not the main one: waits until the launcher ends it, as the main one refuses the same."""
+    if not is_main():
+        time.sleep(30)
+
+
+def record_failure(error):
+    """Leaves what went wrong, and exactly when, for utils/launch.py to say last."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        extra = {"timestamp": str(int(time.time())), "exactly": time.time()}
+        message = {"message": f"{type(error).__name__}: {error}", "extraInfo": extra}
+        Path(file).write_text(json.dumps({"message": message}), encoding="utf-8")
+
+
 def has_gpu():
     import torch
 
@@ -39,7 +57,7 @@ def has_bf16():
 
 
 def engine():
-    """ "zero1" to "zero3", "fsdp2", or "" (DDP, or one process): what this process runs or is about to be run under."""
+    """What this process runs under, or is checked for: zero1, zero2, zero3, fsdp2, or "" (DDP, or one process)."""
     if "ACCELERATE_DEEPSPEED_ZERO_STAGE" in os.environ:
         return "zero" + os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"]
     return "fsdp2" if "FSDP_VERSION" in os.environ else ""
@@ -48,6 +66,15 @@ def engine():
 def processes_asked():
     """How many processes utils/launch.py, or accelerate launch itself, was asked for, on all nodes together."""
     return int(os.environ.get("LAUNCH_PROCESSES") or os.environ.get("WORLD_SIZE") or 1)
+
+
+def check_world(accelerator):
+    """Raises RuntimeError where not all the processes asked for train together, under the engine asked for."""
+    wanted = {"zero": "DEEPSPEED", "fsdp": "FSDP"}.get(engine()[:4], "MULTI" if processes_asked() > 1 else "NO")
+    seen, kind = accelerator.num_processes, accelerator.distributed_type.value
+    if seen != processes_asked() or not kind.startswith(wanted):
+        asked = f"{processes_asked()} processes ({engine() or wanted})"
+        raise RuntimeError(f"{asked} were asked for, but the trainer sees {seen} ({kind}): each would train alone")
 
 
 def device_defaults():

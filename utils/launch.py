@@ -1,8 +1,8 @@
-"""Starts a training script on one or many processes: python -m utils.launch train_rlhf.py FLAGS. The run scripts end here.
+"""Starts a training script on one or many processes, as the run scripts do: python -m utils.launch train_rlhf.py FLAGS
 
 Read from the environment: LAUNCH (a name in accelerate_configs/, or auto: by the GPUs that are there), NUM_PROCESSES
-(on this node), and for several nodes NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, NODE_TIMEOUT (seconds). The flags are
-checked once, in one process, before accelerate starts them all; when one of them fails, its error comes last.
+(on this node), and for several nodes NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, NODE_TIMEOUT (seconds). The flags
+are checked once, in one process, before accelerate starts them all; when one of them fails, its error comes last.
 
 Exit status: that of the training script; 2 also where this launch cannot start.
 """
@@ -80,7 +80,7 @@ def read_plan(env, gpus):
         port=read_number(env, "MASTER_PORT", 0, least=0),
         timeout=read_number(env, "NODE_TIMEOUT", 600),
     )
-    problems = [*check_processes(plan, gpus), *check_nodes(plan), *check_offload(plan)]
+    problems = [*check_processes(plan, gpus), *check_nodes(plan), *check_compiler(plan, gpus)]
     if problems:
         raise Refused(problems)
     return plan
@@ -104,7 +104,7 @@ def check_processes(plan, gpus):
     elif plan.name == "multi_gpu" and plan.world == 1:
         yield f"{asked}: DDP needs two processes or more. Type LAUNCH=single_gpu"
     elif gpus and plan.processes > gpus:
-        yield f"{asked}: {gpus} GPU{'s are' if gpus > 1 else ' is'} visible, one process each. Type NUM_PROCESSES={gpus}"
+        yield f"{asked}: one process a GPU, and {gpus} can be seen. Type NUM_PROCESSES={gpus}"
 
 
 def check_nodes(plan):
@@ -128,16 +128,18 @@ def is_taken(port):
     return False
 
 
-def check_offload(plan):
-    """DeepSpeed compiles its CPU optimizer when it is first used."""
-    if plan.described.get("deepspeed_config", {}).get("offload_optimizer_device", "none") != "cpu":
+def check_compiler(plan, gpus):
+    """DeepSpeed compiles what it runs on the CPU when it is first used: the offloaded optimizer, its communication."""
+    settings = plan.described.get("deepspeed_config")
+    if settings is None or gpus and settings.get("offload_optimizer_device", "none") != "cpu":
         return
     compiler = os.environ.get("CXX", "c++")
     missing = [tool for tool in (compiler, "ninja") if not shutil.which(tool, path=search_path())]
     if missing:
         yield (
-            f"LAUNCH={plan.name}: DeepSpeed compiles the optimizer that runs in host memory, and {' and '.join(missing)} "
-            f"is not here. Install it (a C++ compiler; pip install ninja), or type LAUNCH={plan.name.split('_')[0]}"
+            f"LAUNCH={plan.name}: DeepSpeed compiles what runs on the CPU, and {' and '.join(missing)} is not here. "
+            f"Install it (apt-get install g++; pip install ninja), or type "
+            f"LAUNCH={plan.name.removesuffix('_offload') if gpus else 'cpu'}"
         )
 
 
@@ -183,8 +185,8 @@ def launch(plan, job):
     for chatter in ("torch.distributed", "accelerate"):  # forty lines, none of which says why
         logging.getLogger(chatter).setLevel(logging.CRITICAL)
     words = ["--config_file", str(CONFIGS / f"{plan.name}.yaml"), "--num_processes", str(plan.world)]
-    words += ["--num_machines", str(plan.nodes), "--machine_rank", str(plan.node), "--main_process_port", str(plan.port)]
-    words += ["--num_cpu_threads_per_process", os.environ["OMP_NUM_THREADS"]]
+    words += ["--num_machines", str(plan.nodes), "--machine_rank", str(plan.node)]
+    words += ["--main_process_port", str(plan.port), "--num_cpu_threads_per_process", os.environ["OMP_NUM_THREADS"]]
     if plan.nodes > 1:
         words += ["--main_process_ip", plan.address, "--same_network", "--rdzv_conf", f"timeout={plan.timeout}"]
     if plan.name == "cpu" and plan.world > 1:
@@ -195,7 +197,7 @@ def launch(plan, job):
     except subprocess.CalledProcessError as error:  # one process: it has said why
         return error.returncode
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
+        rank, failure = min(error.failures.items(), key=lambda item: when(item[1]))
         if failure.exitcode != 2:
             print(f"failed: process {rank} of {plan.world}: {say_failure(failure)}", file=sys.stderr)
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
@@ -208,14 +210,21 @@ def launch(plan, job):
     return 0
 
 
+def when(failure):
+    """When a process failed. One that a signal ended left no time: it comes first, the others lost touch with it."""
+    message = failure.message if isinstance(failure.message, dict) else {}
+    return message.get("extraInfo", {}).get("exactly", 0.0)
+
+
 def say_failure(failure):
     """What a failed process left in its error file, on one line; or the signal that ended it."""
     if failure.exitcode == -9:
         return "killed by signal 9, which is what the system does when memory runs out"
     if failure.exitcode < 0:
         return f"killed by signal {-failure.exitcode}"
-    message = failure.message.get("message", "") if isinstance(failure.message, dict) else failure.message
-    return " ".join(str(message).split()) or f"exit status {failure.exitcode}"
+    if isinstance(failure.message, dict):  # what environment.record_failure left
+        return " ".join(failure.message["message"].split())[:500]
+    return f"exit status {failure.exitcode}"
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ def say_plan(common, config, name, method, tokenizer, rows, train, held_out):
     refused = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
     held = f"{len(held_out.rows)} held out" if held_out.rows else "none held out (--eval_fraction 0.1 would)"
     precomputed = getattr(config, "precompute_ref_log_probs", False)
-    devices = f"{config.world_size} process{'es' * (config.world_size > 1)} on {config.device.type}"
+    count, engine = environment.processes_asked(), environment.engine()
+    devices = f"{count} process{'es' * (count > 1)} on {config.device.type}{', ' * bool(engine)}{engine}"
     say(f"method    {name}: {method.title} ({method.source})")
     say(f"model     {path}")
     say(f"mode      {mode}{describe_lora(common, rows.notes)}; {common.dtype}, {devices}")

@@ -1,6 +1,6 @@
-"""A Python whose libraries are already imported: each process it is asked for is a fork of one that has trained nothing.
+"""A Python whose libraries are imported already: each process asked of it is a fork of one that has trained nothing.
 
-The matrix starts some eight hundred processes, and importing the libraries costs each of them eight seconds. `warm_python()`
+The matrix starts some eight hundred processes, and the imports would cost each of them eight seconds. `warm_python()`
 gives a program to use as PYTHON: it takes what python takes (-u, -m, -c, a file), hands its arguments, environment,
 folder and standard streams to the server, passes signals on and ends as the fork ends. Not for GPUs: CUDA does not
 survive a fork.
@@ -8,6 +8,7 @@ survive a fork.
 
 import contextlib
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -20,7 +21,15 @@ import sys
 import traceback
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+LIBRARIES = (
+    "accelerate.commands.launch",
+    "bitsandbytes",
+    "matplotlib.pyplot",
+    "torch.distributed.fsdp",
+    "torch.distributed.run",
+    "transformers.models.qwen2.modeling_qwen2",
+)
+ROOT = Path(__file__).parents[2]
 CLIENT = """#!{python} -IS
 import json, os, signal, socket, struct, sys
 server = socket.socket(socket.AF_UNIX)
@@ -46,7 +55,7 @@ def warm_python(folder):
     address, client = str(Path(folder) / "warm.socket"), Path(folder) / "python"
     client.write_text(CLIENT.format(python=sys.executable, address=address))
     client.chmod(0o755)
-    command = [sys.executable, "-m", "tests.warm_python", address, str(client)]
+    command = [sys.executable, "-m", "tests.matrix.warm_python", address, str(client)]
     env = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     server = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE)
     assert server.stdout.readline() == b"warm\n", "the warm Python did not start"
@@ -149,17 +158,9 @@ def import_everything():
     from utils import environment
 
     environment.calm_libraries()
-    import accelerate.commands.launch
-    import bitsandbytes
-    import matplotlib
-    import torch.distributed.fsdp
-    import torch.distributed.run
-    import transformers
-    from transformers import Qwen2ForCausalLM, Qwen2ForSequenceClassification  # noqa: F401
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot  # noqa: F401
-
+    os.environ["MPLBACKEND"] = "Agg"
+    for name in LIBRARIES:
+        importlib.import_module(name)
     from rlhf_args.methods import METHODS, load
 
     for method in METHODS.values():

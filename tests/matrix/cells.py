@@ -1,0 +1,79 @@
+"""Runs cells of method x train mode x launch through rlhf_run.sh and judges what they saved, in a new process."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+
+from rlhf_args.methods import METHODS
+from tests.conftest import ROOT, read_rows
+
+MODES = ("full", "lora", "qlora")
+# what the table calls a launch -> LAUNCH and NUM_PROCESSES
+LAUNCHES = {
+    "one process": ("cpu", 1),
+    "ddp": ("cpu", 2),
+    "zero1": ("zero1", 2),
+    "zero2": ("zero2", 2),
+    "zero2_offload": ("zero2_offload", 2),
+    "zero3": ("zero3", 2),
+    "zero3_offload": ("zero3_offload", 2),
+    "fsdp2": ("fsdp2", 2),
+}
+CELLS = [(name, mode, launch) for launch in LAUNCHES for name in METHODS for mode in MODES]
+
+
+@dataclass
+class Outcome:
+    state: str  # works, refused or fails
+    reason: str = ""
+
+
+def run_script(python, *flags, timeout=300, **variables):
+    """`bash rlhf_run.sh` with one thread a process; the finished process, output as text."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": python, **{k: str(v) for k, v in variables.items()}}
+    command = ["bash", "rlhf_run.sh", *map(str, flags)]
+    return subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=timeout)
+
+
+def run_cell(python, model, out, name, mode, launch, *flags, steps=2, **variables):
+    """Trains one cell; the finished process."""
+    launch, processes = LAUNCHES[launch]
+    asked = {"RLHF_TYPE": name, "TRAIN_MODE": mode, "LAUNCH": launch, "NUM_PROCESSES": processes}
+    asked |= {"MODEL": model, "OUTPUT_DIR": out, "MAX_STEPS": steps, "LEARNING_RATE": "1e-2"}
+    asked |= {"BATCH_SIZE": 2, "ACCUMULATION": 1, "EVAL_FRACTION": 0.25}
+    return run_script(python, "--max_samples", 16, "--save_strategy", "no", *flags, **{**asked, **variables})
+
+
+def judge(python, model, out, name, mode, launch):
+    """One cell of the matrix, in bfloat16 and with gradient checkpointing as on a GPU: its Outcome."""
+    done = run_cell(python, model, out, name, mode, launch, "--bf16", "--gradient_checkpointing")
+    said = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
+    if done.returncode == 2:
+        return Outcome("refused", next(line for line in said if line.startswith("refused:")))
+    if done.returncode:
+        return Outcome("fails", said[-1])
+    card = json.loads((out / "run_card.json").read_text())
+    if card["world_size"] != LAUNCHES[launch][1] or len(read_rows(out / "metrics.jsonl")) != 2:
+        return Outcome("fails", f"world size {card['world_size']}, or a step is missing in metrics.jsonl")
+    verified = subprocess.run(
+        [python, "-m", "tests.matrix.verify", str(out), METHODS[name].task, str(model)],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=120,
+    )
+    if verified.returncode:
+        return Outcome("fails", "saved, but " + verified.stderr.strip().splitlines()[-1])
+    return Outcome("works")
+
+
+def expected(name, mode):
+    return "works" if mode in METHODS[name].train_modes else "refused"
+
+
+if __name__ == "__main__":  # one cell by hand: python -m tests.matrix.cells MODEL OUT DPO qlora zero3
+    from pathlib import Path
+
+    print(judge(sys.executable, sys.argv[1], Path(sys.argv[2]), *sys.argv[3:]))

@@ -1,0 +1,96 @@
+"""The same data and seed give the same training however it is spread: `pytest -m matrix -k invariance`.
+
+Four rows a step, as one batch, as two batches of two in turn, and as two processes with two each under every engine.
+In float32 these differ in the order of summation alone, which moves a sum by some 1e-7 of its size and a gradient here
+by less than 1e-8. Adam divides a gradient by its size, and so noise by the size of noise: with its epsilon raised to
+1e-4 a step is off by a ten-thousandth of the learning rate at most. Hence the tolerances: losses to 2e-6 of their size,
+weights to a thousandth of the learning rate, over three steps. The spread ones also recompute activations
+(gradient checkpointing), which must change nothing.
+"""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rlhf_args.methods import DIALOGUE, METHODS
+from tests.conftest import read_rows, write_rows
+from tests.matrix.cells import run_cell
+
+RATE, STEPS = 1e-3, 3
+LOSS_TOLERANCE, WEIGHT_TOLERANCE = 2e-6, RATE / 1000
+# launch, rows a batch and process, batches a step
+WHOLE = ("one process", 4, 1)
+IN_TURN = ("one process", 2, 2)
+SPREAD = [("ddp", 2, 1), ("zero2", 2, 1), ("zero3", 2, 1), ("fsdp2", 2, 1)]
+
+# Two kinds of loss are not the same number when a batch is split, by definition and on one GPU too:
+# a likelihood that is the mean over the tokens of a batch: the same where all answers are of one length, as here;
+TOKEN_MEAN = ("CPO", "CPOSimPO", "ORPO")
+# and KTO's KL term, estimated from a batch: its loss without that term is tested in all layouts, the loss with it in
+# those that have two rows a batch and process, over which TRL averages the estimate.
+WITHOUT_KL = {"KTO": ["--loss_type", "apo_zero_unpaired"]}
+
+
+def make_rows(columns, one_length):
+    """Sixteen rows; `one_length`: with answers and prompts of one length each."""
+    words = ["amber", "birch", "cedar", "delta", "eagle", "flint", "grape", "heron"]
+    rows = []
+    for number in range(16):
+        word, other = words[number % 8], words[(number + 3) % 8]
+        more = "" if one_length else f" It took {number * 37} steps to find out." * (number % 3)
+        sides = {"chosen": f"A {word}, {number:02}.{more}", "rejected": f"No {other} {number:02}"}
+        if columns == DIALOGUE:
+            rows.append({"prompt": f"Name {word} {number:02}:", "completion": sides["chosen"]})
+        else:
+            rows.append({"prompt": f"Name {word} {number:02}:"} | sides)
+    return rows
+
+
+@pytest.fixture
+def train(warm, tiny_model, tmp_path):
+    """Trains in one layout: (the losses, the tensors that were saved)."""
+
+    def run(name, mode, layout, *flags):
+        launch, batch, accumulation = layout
+        data = write_rows(tmp_path / "rows.jsonl", make_rows(METHODS[name].columns, name in TOKEN_MEAN))
+        out = tmp_path / f"{launch}-{batch}-{accumulation}"
+        sizes = {"BATCH_SIZE": batch, "ACCUMULATION": accumulation, "LEARNING_RATE": RATE, "EVAL_FRACTION": 0}
+        more = ("--lora_dropout", 0, "--adam_epsilon", 1e-4, "--gradient_checkpointing", layout in SPREAD, *flags)
+        done = run_cell(warm, tiny_model, out, name, mode, launch, *more, TRAIN_DATA=data, steps=STEPS, **sizes)
+        assert done.returncode == 0, done.stderr[-3000:]
+        losses = torch.tensor([line["loss"] for line in read_rows(out / "metrics.jsonl")])
+        assert len(losses) == STEPS
+        return losses, load_file(out / ("model.safetensors" if mode == "full" else "adapter_model.safetensors"))
+
+    return run
+
+
+def assert_same(found, wanted, layout):
+    (losses, tensors), (wanted_losses, wanted_tensors) = found, wanted
+    torch.testing.assert_close(
+        losses, wanted_losses, rtol=LOSS_TOLERANCE, atol=LOSS_TOLERANCE, msg=f"{layout}: {losses}"
+    )
+    assert tensors.keys() == wanted_tensors.keys()
+    apart = {name: (tensors[name] - wanted_tensors[name]).abs().max().item() for name in tensors}
+    worst = max(apart, key=apart.get)
+    assert apart[worst] < WEIGHT_TOLERANCE, f"{layout}: {worst} is {apart[worst]:g} apart"
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.parametrize("name", METHODS)
+def test_the_layout_does_not_change_the_training(name, mode, train):
+    flags = WITHOUT_KL.get(name, [])
+    wanted = train(name, mode, WHOLE, *flags)
+    for layout in [IN_TURN, *SPREAD]:
+        assert_same(train(name, mode, layout, *flags), wanted, layout)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.parametrize("name", WITHOUT_KL)
+def test_the_engine_does_not_change_a_loss_with_a_batch_estimate(name, mode, train):
+    first, *others = SPREAD
+    wanted = train(name, mode, first)
+    for layout in others:
+        assert_same(train(name, mode, layout), wanted, layout)
