@@ -19,6 +19,11 @@ RENAMED = {
     "lora_r": "lora_rank",
     "torch_dtype": "dtype",
 }
+# Flags that others have and we do not -> what to type.
+ELSEWHERE = {
+    "load_in_4bit": "Type --train_mode qlora",
+    "load_in_8bit": "Type --train_mode qlora, which holds the weights in 4 bits; 8-bit ones are not supported",
+}
 
 
 def expand(argv):
@@ -151,8 +156,15 @@ def no_such_flag(flag, name, known):
     bare = flag[2:].replace("-", "_")
     others = [other for other, method in METHODS.items() if bare in {f.name for f in fields(load(method.config))}]
     near = difflib.get_close_matches(bare, sorted(known), 1)
-    guess = f"Did you mean --{near[0]}?" if near else f"`python train_rlhf.py --rlhf_type {name} --help` lists them"
-    return f"{flag}: no such flag for {name}. " + (f"It is one of {', '.join(others)}" if others else guess)
+    if bare in ELSEWHERE:
+        way_out = ELSEWHERE[bare]
+    elif others:
+        way_out = f"It is one of {', '.join(others)}"
+    elif near:
+        way_out = f"Did you mean --{near[0]}?"
+    else:
+        way_out = f"`python train_rlhf.py --rlhf_type {name} --help` lists them"
+    return f"{flag}: no such flag for {name}. {way_out}"
 
 
 def resolve_dtype(dtype, bf16, fp16, name, method):

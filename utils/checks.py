@@ -97,6 +97,12 @@ def check_model(path, name, method):
         return [*problems, f"{file}: not valid JSON. Copy it from the original model"]
     if not isinstance(described, dict):
         return [*problems, f"{file}: not a JSON object. Copy it from the original model"]
+    quantised = described.get("quantization_config")
+    if quantised:
+        problems.append(
+            f"{path}: its weights are quantised already ({quantised.get('quant_method', 'unknown')}). Take the "
+            "original; --train_mode qlora holds it in 4 bits"
+        )
     if method.task == "CAUSAL_LM" and is_reward_model(described):
         problems.append(
             f"{path}: a trained reward model, which scores and cannot answer. {name} starts from a language model"
@@ -182,6 +188,11 @@ def check_config(common, config, name, method):
             f"{config.n_gpu} GPUs are visible to one process. Start it with bash rlhf_run.sh, or with "
             "CUDA_VISIBLE_DEVICES=0 for one of them"
         )
+    if getattr(config, "model_init_kwargs", None):
+        problems.append(
+            "--model_init_kwargs: not used here. --dtype, --attn_implementation, --model_revision and --train_mode "
+            "say how the model is loaded (qlora: in 4 bits; 8-bit weights are not supported)"
+        )
     from transformers.integrations import get_available_reporting_integrations
 
     trackers = get_available_reporting_integrations()
@@ -194,8 +205,41 @@ def check_config(common, config, name, method):
             f"--resume_from_checkpoint {checkpoint}: no such folder. Type auto for the newest checkpoint "
             "in output_dir, or leave the flag out to start afresh"
         )
+    problems += check_launch(common, config)
     # of several processes the first one owns the folder, and may have begun to write
     return problems + check_output_dir(common, config) if environment.is_main() else problems
+
+
+def check_launch(common, config):
+    """Problems of these flags under the engine and the processes that are asked for, with the nearest that works."""
+    engine, processes, mode = environment.engine(), environment.processes_asked(), common.train_mode
+    problems = []
+    if not common.check and config.world_size != processes:
+        problems.append(
+            f"{processes} processes were asked for, and each sees {config.world_size}: they would train alone"
+        )
+    if engine in ("zero3", "fsdp2") and mode == "qlora" and common.use_dora:
+        problems.append(
+            f"--use_dora with qlora under {engine}: DoRA needs whole weights, and 4-bit ones are in pieces there. "
+            "Type LAUNCH=zero2, or --train_mode lora"
+        )
+    if engine == "zero3" and mode == "full" and (Path(common.model_name_or_path) / "adapter_config.json").exists():
+        path = common.model_name_or_path
+        problems.append(
+            f"{path}: an adapter, and {engine} holds its base in pieces, into which it cannot be merged. "
+            f"Type python -m utils.merge_lora {path} {path}-merged, and give that; or LAUNCH=zero2"
+        )
+    if processes > 1 and getattr(config, "precompute_ref_log_probs", False):
+        problems.append(
+            f"--precompute_ref_log_probs with {processes} processes: each would look for the values in a cache of its "
+            "own. Leave it out (LAUNCH=zero3 shards the reference), or type NUM_PROCESSES=1"
+        )
+    if environment.offloads() and config.optim not in ("adamw_torch", "adamw_torch_fused"):
+        problems.append(
+            f"--optim {config.optim.value} with the optimizer offloaded: DeepSpeed's CPU optimizer is AdamW. "
+            f"Leave --optim out, or type LAUNCH={engine}"
+        )
+    return problems
 
 
 def check_output_dir(common, config):

@@ -63,6 +63,11 @@ def engine():
     return "fsdp2" if "FSDP_VERSION" in os.environ else ""
 
 
+def offloads():
+    """Whether DeepSpeed is to keep the optimizer in host memory."""
+    return os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none") != "none"
+
+
 def processes_asked():
     """How many processes utils/launch.py, or accelerate launch itself, was asked for, on all nodes together."""
     return int(os.environ.get("LAUNCH_PROCESSES") or os.environ.get("WORLD_SIZE") or 1)

@@ -9,8 +9,10 @@ Exit status: that of the training script; 2 also where this launch cannot start.
 
 import difflib
 import logging
+import math
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -160,9 +162,9 @@ def search_path():
 def set_environment(plan):
     """What the check and every process inherit; the engine's variables are those that accelerate sets again later."""
     env = {"LAUNCH_PROCESSES": str(plan.world), "PATH": search_path()}
-    stage = plan.described.get("deepspeed_config", {}).get("zero_stage")
-    if stage is not None:
-        env["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = str(stage)
+    for name in ("zero_stage", "offload_optimizer_device"):
+        if name in plan.described.get("deepspeed_config", {}):
+            env[f"ACCELERATE_DEEPSPEED_{name.upper()}"] = str(plan.described["deepspeed_config"][name])
     if "fsdp_config" in plan.described:
         env["FSDP_VERSION"] = str(plan.described["fsdp_config"]["fsdp_version"])
     if not count_gpus():
@@ -211,7 +213,9 @@ def launch(plan, job):
 
 
 def when(failure):
-    """When a process failed. One that a signal ended left no time: it comes first, the others lost touch with it."""
+    """When a process failed. One that was killed left no time and comes first: the others only lost touch with it."""
+    if failure.exitcode == -signal.SIGTERM:  # by the launcher, because of another
+        return math.inf
     message = failure.message if isinstance(failure.message, dict) else {}
     return message.get("extraInfo", {}).get("exactly", 0.0)
 

@@ -3,8 +3,8 @@
 Four rows a step, as one batch, as two batches of two in turn, and as two processes with two each under every engine.
 In float32 these differ in the order of summation alone, which moves a sum by some 1e-7 of its size and a gradient here
 by less than 1e-8. Adam divides a gradient by its size, and so noise by the size of noise: with its epsilon raised to
-1e-4 a step is off by a ten-thousandth of the learning rate at most. Hence the tolerances: losses to 2e-6 of their size,
-weights to a thousandth of the learning rate, over three steps. The spread ones also recompute activations
+1e-4 a step is off by a ten-thousandth of the learning rate at most. Hence the tolerances: losses to 2e-6 of their
+size, weights to a thousandth of the learning rate, over three steps. The spread ones also recompute activations
 (gradient checkpointing), which must change nothing.
 """
 

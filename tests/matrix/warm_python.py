@@ -42,8 +42,9 @@ asked = json.dumps([sys.argv, dict(os.environ), os.getcwd()]).encode()
 socket.send_fds(server, [struct.pack("i", len(asked))], [0, 1, 2])
 server.sendall(asked)
 status = struct.unpack("i", server.recv(4))[0]
-if status < 0:
+if status < 0 and status != -signal.SIGKILL:
     signal.signal(-status, signal.SIG_DFL)
+if status < 0:
     os.kill(os.getpid(), -status)
 sys.exit(status)
 """

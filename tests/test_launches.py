@@ -1,0 +1,226 @@
+"""Launches through rlhf_run.sh: a few cells of the matrix, several nodes, and what is refused before anything starts.
+
+Everything here runs without a GPU, in processes that talk over gloo; the whole matrix is tests/matrix.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from itertools import cycle
+
+import pytest
+from safetensors.torch import load_file
+
+from rlhf_args.methods import METHODS
+from tests.conftest import ROOT, read_rows
+from tests.matrix.cells import LAUNCHES, MODES, expected, judge, run_cell, run_script
+from utils import launch
+from utils.checks import Refused
+
+# every launch with every mode, and over them each method in turn
+FEW = [(name, mode, kind) for (kind, mode), name in zip(
+    [(kind, mode) for kind in LAUNCHES for mode in MODES], cycle(METHODS), strict=False
+)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "mode", "kind"), FEW)
+def test_a_few_cells_of_the_matrix(name, mode, kind, warm, tiny_model, tmp_path):
+    outcome = judge(warm, tiny_model, tmp_path / "out", name, mode, kind)
+    assert outcome.state == expected(name, mode), outcome
+
+
+# ── what a launch is asked for ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def plan(gpus=8, **env):
+    return launch.read_plan(env, gpus)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "env", "name", "processes"),
+    [
+        (0, {}, "cpu", 1),
+        (0, {"NUM_PROCESSES": "2"}, "cpu", 2),
+        (1, {}, "single_gpu", 1),
+        (4, {}, "multi_gpu", 4),
+        (4, {"LAUNCH": "zero3"}, "zero3", 4),
+        (4, {"LAUNCH": "zero3", "NUM_PROCESSES": "2"}, "zero3", 2),
+        (4, {"LAUNCH": "single_gpu"}, "single_gpu", 1),
+        (0, {"LAUNCH": "zero3"}, "zero3", 1),
+        (1, {"NNODES": "2", "MASTER_ADDR": "h", "MASTER_PORT": "29511", "NODE_RANK": "1"}, "multi_gpu", 1),
+    ],
+)
+def test_the_devices_decide_unless_told(gpus, env, name, processes):
+    found = plan(gpus, **env)
+    assert (found.name, found.processes) == (name, processes)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "env", "said"),
+    [
+        (2, {"LAUNCH": "zero3", "NUM_PROCESSES": "8"}, "one process a GPU, and 2 can be seen. Type NUM_PROCESSES=2"),
+        (8, {"LAUNCH": "zero33"}, "LAUNCH=zero33: no such file in accelerate_configs/"),
+        (8, {"LAUNCH": "zero33"}, "Did you mean zero3?"),
+        (8, {"NUM_PROCESSES": "two"}, "NUM_PROCESSES=two: a whole number, 1 or more"),
+        (8, {"NUM_PROCESSES": "0"}, "NUM_PROCESSES=0: a whole number, 1 or more"),
+        (0, {"LAUNCH": "multi_gpu"}, "no GPU is visible. Type LAUNCH=cpu"),
+        (0, {"LAUNCH": "single_gpu"}, "no GPU is visible. Type LAUNCH=cpu"),
+        (2, {"LAUNCH": "single_gpu", "NUM_PROCESSES": "2"}, "Type LAUNCH=multi_gpu"),
+        (2, {"LAUNCH": "multi_gpu", "NUM_PROCESSES": "1"}, "Type LAUNCH=single_gpu"),
+        (8, {"NNODES": "2"}, "Type MASTER_ADDR=HOST MASTER_PORT=29500"),
+        (8, {"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "h", "MASTER_PORT": "1"}, "ranks count from 0 to 1"),
+    ],
+)
+def test_what_cannot_start_is_refused(gpus, env, said):
+    with pytest.raises(Refused, match="(?s).*") as refusal:
+        plan(gpus, **env)
+    assert said in str(refusal.value)
+
+
+def test_offload_without_a_compiler_is_refused(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(launch, "search_path", lambda: "")
+    with pytest.raises(Refused) as refusal:
+        plan(8, LAUNCH="zero3_offload")
+    assert "c++ and ninja is not here" in str(refusal.value) and "LAUNCH=zero3" in str(refusal.value)
+    assert plan(8, LAUNCH="zero3").name == "zero3"  # on GPUs nothing is compiled without offload
+
+
+def test_a_busy_port_is_refused():
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(Refused, match=f"MASTER_PORT={port}: in use here"):
+            plan(8, MASTER_PORT=str(port))
+
+
+# ── what is refused before it is launched ────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "flags", "said"),
+    [
+        ("qlora", "zero3", ["--use_dora"], "--use_dora with qlora under zero3"),
+        ("qlora", "fsdp2", ["--use_dora"], "--use_dora with qlora under fsdp2"),
+        ("full", "ddp", ["--precompute_ref_log_probs"], "--precompute_ref_log_probs with 2 processes"),
+        ("full", "zero2_offload", ["--optim", "adafactor"], "--optim adafactor with the optimizer offloaded"),
+        ("full", "zero3", ["--model_init_kwargs", '{"load_in_8bit": true}'], "8-bit weights are not supported"),
+        ("full", "zero3", ["--load_in_8bit", "True"], "8-bit ones are not supported"),
+    ],
+)
+def test_what_an_engine_cannot_do_is_refused_once(mode, kind, flags, said, warm, tiny_model, tmp_path):
+    done = run_cell(warm, tiny_model, tmp_path / "out", "DPO", mode, kind, *flags)
+    assert done.returncode == 2
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and said in lines[0], done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_is_not_merged_into_a_sharded_base(warm, tiny_model, tmp_path):
+    adapter = tmp_path / "adapter"
+    assert run_cell(warm, tiny_model, adapter, "SFT", "lora", "one process", steps=1).returncode == 0
+    done = run_cell(warm, adapter, tmp_path / "out", "DPO", "full", "zero3")
+    assert done.returncode == 2 and f"python -m utils.merge_lora {adapter}" in done.stderr
+
+
+# ── several processes, several nodes ─────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("kind", ["ddp", "zero3", "fsdp2"])
+def test_a_resumed_run_ends_as_an_unbroken_one(kind, warm, tiny_model, tmp_path):
+    out = tmp_path / "out"
+    saving = ["--save_strategy", "steps", "--save_steps", "1"]
+    assert run_cell(warm, tiny_model, out, "DPO", "lora", kind, *saving).returncode == 0
+    unbroken, lines = load_file(out / "adapter_model.safetensors"), read_rows(out / "metrics.jsonl")
+    for gone in ("run_card.json", "adapter_model.safetensors"):
+        (out / gone).unlink()
+    subprocess.run(["rm", "-r", str(out / "checkpoint-2")], check=True)
+
+    done = run_cell(warm, tiny_model, out, "DPO", "lora", kind, *saving)
+    assert done.returncode == 0, done.stderr
+    resumed = load_file(out / "adapter_model.safetensors")
+    assert all(resumed[name].equal(tensor) for name, tensor in unbroken.items())
+    assert [line["loss"] for line in read_rows(out / "metrics.jsonl")] == [line["loss"] for line in lines]
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return str(probe.getsockname()[1])
+
+
+@pytest.mark.parametrize("launched", ["cpu", "zero3"])
+def test_two_nodes_train_what_one_does(launched, warm, tiny_model, tmp_path):
+    """Two launchers of one process each, as on two machines, against one launcher of two."""
+    asked = {"OMP_NUM_THREADS": "1", "PYTHON": warm, "LAUNCH": launched, "RLHF_TYPE": "DPO", "MODEL": tiny_model}
+    asked |= {"MAX_STEPS": "2", "EVAL_FRACTION": "0", "LEARNING_RATE": "1e-2"}
+    one = run_script(warm, "--max_samples", 16, **asked, NUM_PROCESSES=2, OUTPUT_DIR=tmp_path / "one")
+    assert one.returncode == 0, one.stderr
+    nodes = {"NNODES": "2", "NUM_PROCESSES": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    both = [
+        subprocess.Popen(
+            ["bash", "rlhf_run.sh", "--max_samples", "16"],
+            cwd=ROOT,
+            env={**os.environ, **asked, **nodes, "NODE_RANK": rank, "OUTPUT_DIR": str(tmp_path / "two")},
+            stdout=subprocess.DEVNULL,
+        )
+        for rank in "01"
+    ]
+    assert [process.wait(timeout=300) for process in both] == [0, 0]
+    assert json.loads((tmp_path / "two" / "run_card.json").read_text())["world_size"] == 2
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys() and all(one[name].equal(two[name]) for name in one)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_node_that_nobody_joins_ends_with_its_reason(rank, warm, tiny_model, tmp_path):
+    nodes = {"NNODES": "2", "NODE_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    began = time.monotonic()
+    done = run_cell(
+        warm, tiny_model, tmp_path / "out", "DPO", "lora", "ddp", **nodes, NUM_PROCESSES=1, NODE_TIMEOUT=3
+    )  # fmt: skip
+    assert time.monotonic() - began < 60
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and last.startswith("failed: the nodes did not find each other within 3 s"), last
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("action", "status", "said"),
+    [
+        ("raise ValueError('rank one is ill')", 1, "failed: process 1 of 2: ValueError: rank one is ill"),
+        ("os._exit(7)", 7, "failed: process 1 of 2: exit status 7"),
+        ("os.kill(os.getpid(), 9)", 137, "failed: process 1 of 2: killed by signal 9, which is what the system does"),
+    ],
+)
+def test_a_process_that_dies_is_named_last(action, status, said, warm, tmp_path):
+    """Not after forty lines of launcher output: nothing but the process's own words, and then that line."""
+    script = tmp_path / "script.py"
+    body = "import os, sys, time\nsys.path.insert(0, os.getcwd())\nfrom utils.environment import record_failure\n"
+    body += "if '--check' in sys.argv: sys.exit(0)\n"
+    body += f"try:\n    if os.environ['RANK'] == '1': {action}\n    time.sleep(60)\n"
+    body += "except ValueError as error:\n    record_failure(error)\n    raise\n"
+    script.write_text(body)
+    env = {**os.environ, "LAUNCH": "cpu", "NUM_PROCESSES": "2", "PYTHON": warm}
+    done = subprocess.run(
+        [warm, "-m", "utils.launch", str(script)], cwd=ROOT, env=env, text=True, capture_output=True, timeout=60
+    )
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == status and lines[-1].startswith(said), done.stderr
+    assert all("torch/distributed" not in line and "ChildFailed" not in line for line in lines), done.stderr
+
+
+def test_a_signal_ends_every_process(warm, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("import sys, time\nif '--check' not in sys.argv: print('started', flush=True), time.sleep(60)\n")
+    env = {**os.environ, "LAUNCH": "cpu", "NUM_PROCESSES": "2"}
+    process = subprocess.Popen(
+        [warm, "-m", "utils.launch", str(script)], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE
+    )
+    assert [process.stdout.readline() for _ in range(2)] == ["started\n"] * 2
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=40) == 128 + signal.SIGTERM
