@@ -30,7 +30,7 @@ for ((i = 1; i < $#; i++)); do               # flags that decide what the variab
     --train_mode) TRAIN_MODE=${!value} ;;
     --train_data_path) TRAIN_DATA=${!value} ;;
     --eval_data_path) EVAL_FRACTION=0 ;;
-    --config) echo "refused: --config: a recipe has values of its own. Type: accelerate launch train_rlhf.py $*" >&2; exit 2 ;;
+    --config) echo "refused: --config: a recipe has values of its own. Type: python -m utils.launch train_rlhf.py $*" >&2; exit 2 ;;
   esac
 done
 OUTPUT_DIR=${OUTPUT_DIR:-output/$RLHF_TYPE-$TRAIN_MODE}

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.matrix.cells import CELLS, Outcome
+from tests.matrix.page import write_page
 from tests.matrix.warm_python import warm_python
 
+MATRIX = {}  # (method, mode, launch) -> Outcome
 ROOT = Path(__file__).resolve().parent.parent
 os.environ["OMP_NUM_THREADS"] = "1"  # two threads on a tiny model wait for each other
 os.environ["DS_ACCELERATOR"] = "cpu"
@@ -75,6 +78,18 @@ def warm(tmp_path_factory):
     """A Python to give to the run scripts as PYTHON, whose libraries are imported already."""
     with warm_python(tmp_path_factory.mktemp("warm")) as path:
         yield path
+
+
+def pytest_runtest_logreport(report):
+    """Collects what the cells of the matrix came to, of all workers."""
+    cell = dict(report.user_properties).get("cell") if report.when == "call" else None
+    if cell:
+        MATRIX[tuple(cell[:3])] = Outcome(*cell[3:])
+
+
+def pytest_sessionfinish(session):
+    if len(MATRIX) == len(CELLS) and not hasattr(session.config, "workerinput"):
+        (ROOT / "docs" / "matrix.md").write_text(write_page(MATRIX), encoding="utf-8")
 
 
 def command(*words, env=None, timeout=900):

@@ -5,10 +5,11 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from rlhf_args.methods import METHODS
-from tests.conftest import ROOT, read_rows
 
+ROOT = Path(__file__).resolve().parents[2]
 MODES = ("full", "lora", "qlora")
 # what the table calls a launch -> LAUNCH and NUM_PROCESSES
 LAUNCHES = {
@@ -55,8 +56,10 @@ def judge(python, model, out, name, mode, launch):
     if done.returncode:
         return Outcome("fails", said[-1])
     card = json.loads((out / "run_card.json").read_text())
-    if card["world_size"] != LAUNCHES[launch][1] or len(read_rows(out / "metrics.jsonl")) != 2:
-        return Outcome("fails", f"world size {card['world_size']}, or a step is missing in metrics.jsonl")
+    if card["world_size"] != LAUNCHES[launch][1]:
+        return Outcome("fails", f"{card['world_size']} processes trained together")
+    if len((out / "metrics.jsonl").read_text().splitlines()) != 2:
+        return Outcome("fails", "a step is missing in metrics.jsonl")
     verified = subprocess.run(
         [python, "-m", "tests.matrix.verify", str(out), METHODS[name].task, str(model)],
         cwd=ROOT,
@@ -74,6 +77,4 @@ def expected(name, mode):
 
 
 if __name__ == "__main__":  # one cell by hand: python -m tests.matrix.cells MODEL OUT DPO qlora zero3
-    from pathlib import Path
-
     print(judge(sys.executable, sys.argv[1], Path(sys.argv[2]), *sys.argv[3:]))
