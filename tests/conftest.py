@@ -89,6 +89,7 @@ def pytest_runtest_logreport(report):
 
 def pytest_sessionfinish(session):
     if len(MATRIX) == len(CELLS) and not hasattr(session.config, "workerinput"):
+        (ROOT / "docs").mkdir(exist_ok=True)
         (ROOT / "docs" / "matrix.md").write_text(write_page(MATRIX), encoding="utf-8")
 
 

@@ -189,6 +189,45 @@ def test_a_node_that_nobody_joins_ends_with_its_reason(rank, warm, tiny_model, t
     assert not (tmp_path / "out").exists()
 
 
+LOADER = """
+import os, sys
+sys.path.insert(0, os.getcwd())
+if "--check" in sys.argv:
+    sys.exit()
+from utils import arguments, environment, models
+environment.calm_libraries()
+_, name = arguments.parse_common(sys.argv[1:])
+common, config = arguments.parse(sys.argv[1:], name)
+path = common.model_name_or_path
+policy = models.load_policy(
+    path, task="CAUSAL_LM", train_mode=common.train_mode, dtype="float32", tokenizer=models.load_tokenizer(path),
+    seed=0, deepspeed=config.deepspeed_plugin is not None
+)
+held = sum(p.ds_tensor.numel() if hasattr(p, "ds_tensor") else p.numel() for p in policy.parameters())
+print("HELD", held / sum(getattr(p, "ds_numel", p.numel()) for p in policy.parameters()), flush=True)
+"""
+
+
+@pytest.mark.parametrize(("launched", "share"), [("cpu", 1.0), ("zero3", 0.5)])
+def test_zero3_holds_a_share_of_a_model_from_its_loading_on(launched, share, warm, tiny_model, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(LOADER)
+    job = ["--rlhf_type", "SFT", "--train_mode", "full", "--model_name_or_path", tiny_model, "--output_dir", tmp_path]
+    env = {**os.environ, "LAUNCH": launched, "NUM_PROCESSES": "2"}
+    command = [warm, "-m", "utils.launch", str(script), *map(str, job)]
+    done = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=120)
+    shares = [float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("HELD")]
+    assert shares == pytest.approx([share, share], abs=0.01), done.stderr
+
+
+def test_a_failure_in_training_is_the_last_line(warm, tiny_model, tmp_path):
+    out = tmp_path / "out"
+    done = run_cell(warm, tiny_model, out, "DPO", "full", "ddp", LEARNING_RATE="1e30")
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1
+    assert last.startswith(f"failed: process 0 of 2: RuntimeError: {out} is not a sound save:"), done.stderr
+
+
 @pytest.mark.parametrize(
     ("action", "status", "said"),
     [

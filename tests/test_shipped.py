@@ -20,10 +20,10 @@ def run_script(out, *flags, **variables):
     return subprocess.run(
         ["bash", "rlhf_run.sh", *flags],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "2", "PYTHON": sys.executable, "OUTPUT_DIR": str(out), **variables},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, "OUTPUT_DIR": str(out), **variables},
         text=True,
         capture_output=True,
-        timeout=1200,
+        timeout=1800,  # two of them run side by side
     )
 
 

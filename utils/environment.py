@@ -1,5 +1,6 @@
 """The machine and the process: what hardware there is, which rank this is, and libraries that keep quiet."""
 
+import contextlib
 import json
 import logging
 import os
@@ -19,7 +20,15 @@ def calm_libraries():
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # DeepSpeed sets its logger's level when it is imported; a filter stays
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
-    for module in ("transformers", "torch.utils.data", "trl", "peft", "torch.utils.checkpoint"):
+    noisy = (
+        "transformers",
+        "torch.utils.data",
+        "torch.utils.checkpoint",
+        "torch.distributed.c10d_logger",
+        "trl",
+        "peft",
+    )
+    for module in noisy:
         warnings.filterwarnings("ignore", module=module.replace(".", r"\."))
 
 
@@ -102,7 +111,8 @@ def join_processes():
     """
     from accelerate import DistributedType, PartialState
 
-    state = PartialState(cpu=not engine(), backend="gloo")
+    with contextlib.redirect_stdout(None):  # DeepSpeed prints what it compiled
+        state = PartialState(cpu=not engine(), backend="gloo")
     if engine() == "fsdp2":
         state.distributed_type = DistributedType.MULTI_GPU
 

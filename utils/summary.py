@@ -1,5 +1,6 @@
 """What is said of a run before and after it: the plan, and where the result is."""
 
+import os
 import shlex
 import sys
 
@@ -57,4 +58,6 @@ def say_result(common, config, name, method, tensors, size):
     again = {"RLHF_TYPE": name, "TRAIN_MODE": common.train_mode, "MODEL": out, "OUTPUT_DIR": f"{out}-2"}
     again |= {"TRAIN_DATA": common.train_data_path[0]} if len(common.train_data_path) == 1 else {}
     again |= {"MAX_STEPS": str(config.max_steps)} if config.max_steps > 0 else {}
+    launch = {key: os.environ.get(key, "") for key in ("LAUNCH", "NUM_PROCESSES")}
+    again |= {key: value for key, value in launch.items() if value not in ("", "auto")}
     say(f"continue  {' '.join(f'{key}={shlex.quote(value)}' for key, value in again.items())} bash rlhf_run.sh")
