@@ -20,8 +20,8 @@ def main(argv=None):
     try:
         return run(argv)
     except checks.Refused as refusal:
-        environment.let_main_speak()
-        refusal.say()
+        if environment.has_the_word():
+            refusal.say()
         return 2
     except KeyboardInterrupt:
         if environment.is_main():

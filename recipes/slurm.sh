@@ -1,5 +1,5 @@
 #!/bin/bash
-# Several nodes under SLURM: edit the six lines below, then sbatch recipes/slurm.sh from the project's folder.
+# Several nodes under SLURM: edit the sizes and the exports, then sbatch recipes/slurm.sh from the project's folder.
 # The project, MODEL, TRAIN_DATA and OUTPUT_DIR lie on a disk that every node sees.
 #SBATCH --job-name=rlhf
 #SBATCH --nodes=2
@@ -18,4 +18,4 @@ export MASTER_ADDR MASTER_PORT=29500
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
 # one launcher a node; when one node fails, the others are ended with it
-srun --kill-on-bad-exit=1 bash -c 'NODE_RANK=$SLURM_NODEID bash rlhf_run.sh "$@"' rlhf "$@"
+srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 bash -c 'NODE_RANK=$SLURM_NODEID bash rlhf_run.sh "$@"' rlhf "$@"

@@ -16,6 +16,7 @@ MATRIX = {}  # (method, mode, launch) -> Outcome
 ROOT = Path(__file__).resolve().parent.parent
 os.environ["OMP_NUM_THREADS"] = "1"  # two threads on a tiny model wait for each other
 os.environ["DS_ACCELERATOR"] = "cpu"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what needs a GPU is not tested here
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -44,8 +45,8 @@ def make_tokenizer(template=TEMPLATE, bos=None, pad="<|im_end|>"):
     return tokenizer
 
 
-def make_model(folder, tokenizer=None, seed=0):
-    """A Qwen2 of 0.1M parameters with its tokenizer in `folder`."""
+def make_model(folder, tokenizer=None, seed=0, width=64):
+    """A Qwen2 of 0.1M parameters with its tokenizer in `folder`; `width` is that of its MLP."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -54,7 +55,7 @@ def make_model(folder, tokenizer=None, seed=0):
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=64,
-        intermediate_size=64,
+        intermediate_size=width,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
@@ -71,6 +72,16 @@ def make_model(folder, tokenizer=None, seed=0):
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     return make_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def wide_model(tmp_path_factory):
+    """3M parameters, most of them in matrices that ZeRO-3 really takes apart.
+
+    It keeps whole what has less than 100,000 elements (stage3_param_persistence_threshold), where in bfloat16 a 4-bit
+    matrix counts as a quarter of what it stands for.
+    """
+    return make_model(tmp_path_factory.mktemp("wide"), width=8192)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import json
+import os
 import re
 import sys
 from dataclasses import fields
@@ -67,7 +68,7 @@ def translate(flag):
     name = flag[2:].replace("-", "_")
     if name not in RENAMED:
         return flag
-    if environment.is_main():
+    if environment.is_main() and "LAUNCH_CHECKED" not in os.environ:  # said when utils/launch.py had it checked
         print(f"note: {flag} is called --{RENAMED[name]} here, and is read as that", file=sys.stderr)
     return f"--{RENAMED[name]}"
 

@@ -216,8 +216,12 @@ def check_launch(common, config):
     problems = []
     if not common.check and config.world_size != processes:
         problems.append(
-            f"{processes} processes were asked for, and each sees {config.world_size}: they would train alone"
+            f"{processes} processes were asked for, and {config.world_size} found each other. Type the same "
+            "NUM_PROCESSES on every node"
         )
+    for flag in ("deepspeed", "fsdp", "fsdp_config"):
+        if getattr(config, flag):
+            problems.append(f"--{flag}: the launch chooses the engine. Type LAUNCH=zero3 (or zero2, fsdp2, ...)")
     if engine in ("zero3", "fsdp2") and mode == "qlora" and common.use_dora:
         problems.append(
             f"--use_dora with qlora under {engine}: DoRA needs whole weights, and 4-bit ones are in pieces there. "

@@ -1,6 +1,7 @@
 """The machine and the process: what hardware there is, which rank this is, and libraries that keep quiet."""
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -37,10 +38,14 @@ def is_main():
     return int(os.environ.get("RANK", 0)) == 0
 
 
-def let_main_speak():
-    """In a process that is not the main one: waits until the launcher ends it, as the main one refuses the same."""
+def has_the_word():
+    """Whether this process says why it refuses. The main one does; another waits to be ended with it.
+
+    Where the main one did not refuse the same, the first process of a node speaks after all.
+    """
     if not is_main():
         time.sleep(30)
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def record_failure(error):
@@ -67,8 +72,10 @@ def has_bf16():
 
 def engine():
     """What this process runs under, or is checked for: zero1, zero2, zero3, fsdp2, or "" (DDP, or one process)."""
-    if "ACCELERATE_DEEPSPEED_ZERO_STAGE" in os.environ:
-        return "zero" + os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"]
+    if "ACCELERATE_DEEPSPEED_ZERO_STAGE" in os.environ or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        return "zero" + os.environ.get(
+            "ACCELERATE_DEEPSPEED_ZERO_STAGE", "3"
+        )  # unsaid in a DeepSpeed file of one's own
     return "fsdp2" if "FSDP_VERSION" in os.environ else ""
 
 
@@ -84,10 +91,10 @@ def processes_asked():
 
 def check_world(accelerator):
     """Raises RuntimeError where not all the processes asked for train together, under the engine asked for."""
-    wanted = {"zero": "DEEPSPEED", "fsdp": "FSDP"}.get(engine()[:4], "MULTI" if processes_asked() > 1 else "NO")
+    wanted = {"zero": "DEEPSPEED", "fsdp": "FSDP"}.get(engine()[:4], "MULTI" if processes_asked() > 1 else "")
     seen, kind = accelerator.num_processes, accelerator.distributed_type.value
     if seen != processes_asked() or not kind.startswith(wanted):
-        asked = f"{processes_asked()} processes ({engine() or wanted})"
+        asked = f"{processes_asked()} processes ({engine() or 'DDP'})"
         raise RuntimeError(f"{asked} were asked for, but the trainer sees {seen} ({kind}): each would train alone")
 
 
@@ -111,7 +118,7 @@ def join_processes():
     """
     from accelerate import DistributedType, PartialState
 
-    with contextlib.redirect_stdout(None):  # DeepSpeed prints what it compiled
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints what it compiled
         state = PartialState(cpu=not engine(), backend="gloo")
     if engine() == "fsdp2":
         state.distributed_type = DistributedType.MULTI_GPU

@@ -8,6 +8,7 @@ Exit status: that of the training script; 2 also where this launch cannot start.
 """
 
 import difflib
+import errno
 import logging
 import math
 import os
@@ -16,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,15 +47,18 @@ class Plan:
 def main(job):
     try:
         plan = read_plan(os.environ, count_gpus())
+        set_environment(plan)
+        if {"--check", "--help", "-h"} & set(job):
+            return subprocess.call([sys.executable, *job])
+        # a refusal is one message and status 2, however many processes follow
+        status = subprocess.call([sys.executable, *job, "--check"], stdout=subprocess.DEVNULL)
+        os.environ["LAUNCH_CHECKED"] = "1"
+        return status or launch(plan, job)
     except Refused as refusal:
         refusal.say()
         return 2
-    set_environment(plan)
-    if {"--check", "--help", "-h"} & set(job):
-        return subprocess.call([sys.executable, *job])
-    # a refusal is one message and status 2, however many processes follow
-    status = subprocess.call([sys.executable, *job, "--check"], stdout=subprocess.DEVNULL)
-    return status or launch(plan, job)
+    except KeyboardInterrupt:
+        return 130
 
 
 # ── what was asked for ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -63,9 +68,19 @@ def read_plan(env, gpus):
     """The Plan that `env` asks for on a machine with so many visible GPUs. Raises Refused."""
     import yaml
 
-    name = env.get("LAUNCH") or "auto"
+    problems = []
+
+    def number(name, default, least=1, most=10**6):
+        value = env.get(name) or str(default)
+        if value.isdecimal() and least <= int(value) <= most:
+            return int(value)
+        problems.append(f"{name}={value}: a whole number from {least} to {most}")
+        return default
+
+    name, nodes = env.get("LAUNCH") or "auto", number("NNODES", 1)
+    processes = number("NUM_PROCESSES", 1 if name in ("cpu", "single_gpu") else max(gpus, 1))
     if name == "auto":
-        name = "cpu" if not gpus else "single_gpu" if gpus == 1 and read_number(env, "NNODES", 1) == 1 else "multi_gpu"
+        name = "cpu" if not gpus else "single_gpu" if processes * nodes == 1 else "multi_gpu"
     file = CONFIGS / f"{name}.yaml"
     if not file.exists():
         known = ["auto", *sorted(path.stem for path in CONFIGS.glob("*.yaml"))]
@@ -75,24 +90,17 @@ def read_plan(env, gpus):
     plan = Plan(
         name=name,
         described=yaml.safe_load(file.read_text(encoding="utf-8")),
-        processes=read_number(env, "NUM_PROCESSES", 1 if name in ("cpu", "single_gpu") else max(gpus, 1)),
-        nodes=read_number(env, "NNODES", 1),
-        node=read_number(env, "NODE_RANK", 0, least=0),
+        processes=processes,
+        nodes=nodes,
+        node=number("NODE_RANK", 0, least=0),
         address=env.get("MASTER_ADDR") or "",
-        port=read_number(env, "MASTER_PORT", 0, least=0),
-        timeout=read_number(env, "NODE_TIMEOUT", 600),
+        port=number("MASTER_PORT", 0, least=0, most=65535),
+        timeout=number("NODE_TIMEOUT", 600),
     )
-    problems = [*check_processes(plan, gpus), *check_nodes(plan), *check_compiler(plan, gpus)]
+    problems += [*check_processes(plan, gpus), *check_nodes(plan), *check_compiler(plan, gpus)]
     if problems:
         raise Refused(problems)
     return plan
-
-
-def read_number(env, name, default, least=1):
-    value = env.get(name) or str(default)
-    if not value.isdecimal() or int(value) < least:
-        raise Refused([f"{name}={value}: a whole number, {least} or more"])
-    return int(value)
 
 
 def check_processes(plan, gpus):
@@ -101,12 +109,12 @@ def check_processes(plan, gpus):
         return
     if plan.name in ("single_gpu", "multi_gpu") and not gpus:
         yield f"LAUNCH={plan.name}: no GPU is visible. Type LAUNCH=cpu; NUM_PROCESSES=2 with it is DDP on the CPU"
-    elif plan.name == "single_gpu" and plan.world > 1:
-        yield f"{asked} on {plan.nodes} nodes: one GPU is one process. Type LAUNCH=multi_gpu"
-    elif plan.name == "multi_gpu" and plan.world == 1:
-        yield f"{asked}: DDP needs two processes or more. Type LAUNCH=single_gpu"
     elif gpus and plan.processes > gpus:
         yield f"{asked}: one process a GPU, and {gpus} can be seen. Type NUM_PROCESSES={gpus}"
+    elif plan.name == "single_gpu" and plan.world > 1:
+        yield f"LAUNCH=single_gpu with {plan.world} processes: one GPU is one process. Type LAUNCH=multi_gpu"
+    elif plan.name == "multi_gpu" and plan.world == 1:
+        yield f"{asked}: DDP needs two processes or more. Type LAUNCH=single_gpu"
 
 
 def check_nodes(plan):
@@ -115,9 +123,8 @@ def check_nodes(plan):
     if plan.nodes > 1 and not (plan.address and plan.port):
         yield f"NNODES={plan.nodes}: the first node's address is missing. Type MASTER_ADDR=HOST MASTER_PORT=29500"
     elif plan.port and plan.node == 0 and is_taken(plan.port):
-        yield f"MASTER_PORT={plan.port}: in use here. Name another, the same on every node" + (
-            ", or none: a free one is taken" if plan.nodes == 1 else ""
-        )
+        free = ", or none: a free one is taken" if plan.nodes == 1 else ""
+        yield f"MASTER_PORT={plan.port}: in use here. Name another, the same on every node{free}"
 
 
 def is_taken(port):
@@ -125,8 +132,8 @@ def is_taken(port):
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", port))
-        except OSError:
-            return True
+        except OSError as error:
+            return error.errno == errno.EADDRINUSE
     return False
 
 
@@ -135,14 +142,18 @@ def check_compiler(plan, gpus):
     settings = plan.described.get("deepspeed_config")
     if settings is None or gpus and settings.get("offload_optimizer_device", "none") != "cpu":
         return
-    compiler = os.environ.get("CXX", "c++")
-    missing = [tool for tool in (compiler, "ninja") if not shutil.which(tool, path=search_path())]
+    missing = [tool for tool in ("c++", "ninja") if not shutil.which(tool, path=search_path())]
     if missing:
         yield (
             f"LAUNCH={plan.name}: DeepSpeed compiles what runs on the CPU, and {' and '.join(missing)} is not here. "
             f"Install it (apt-get install g++; pip install ninja), or type "
             f"LAUNCH={plan.name.removesuffix('_offload') if gpus else 'cpu'}"
         )
+    from torch.utils.cpp_extension import get_default_build_root
+
+    for lock in Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()).glob("**/lock"):
+        if time.time() - lock.stat().st_mtime > 600:  # whoever comes next would wait for it for ever
+            yield f"{lock}: left by a run that was killed while DeepSpeed compiled. Type rm {lock}"
 
 
 def count_gpus():
@@ -166,7 +177,7 @@ def set_environment(plan):
         if name in plan.described.get("deepspeed_config", {}):
             env[f"ACCELERATE_DEEPSPEED_{name.upper()}"] = str(plan.described["deepspeed_config"][name])
     if "fsdp_config" in plan.described:
-        env["FSDP_VERSION"] = str(plan.described["fsdp_config"]["fsdp_version"])
+        env["FSDP_VERSION"] = str(plan.described["fsdp_config"].get("fsdp_version", 2))
     if not count_gpus():
         # Large tensors come and go at every step: keep their memory instead of returning it (a fifth of the time).
         env |= {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
@@ -174,12 +185,14 @@ def set_environment(plan):
     elif plan.name == "single_gpu":
         env["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     os.environ.update(env)
-    os.environ.setdefault("OMP_NUM_THREADS", str(-(-os.cpu_count() // plan.processes)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // plan.processes)))
 
 
 def launch(plan, job):
     """Runs the job under accelerate and returns its exit status; after a failure the last line names its reason."""
-    from accelerate.commands.launch import launch_command, launch_command_parser
+    from accelerate.commands.launch import _validate_launch_command, launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_simple_launcher_cmd_env
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -194,10 +207,12 @@ def launch(plan, job):
     if plan.name == "cpu" and plan.world > 1:
         words.append("--multi_gpu")  # accelerate's word for a process group of its own making
     args = launch_command_parser().parse_args([*words, *job])
+    if plan.world == 1 and plan.described["distributed_type"] == "NO":
+        # this process becomes the job, so that a signal or an exit status is the job's own
+        command, env = prepare_simple_launcher_cmd_env(_validate_launch_command(args)[0])
+        os.execvpe(command[0], command, env)
     try:
         launch_command(args)
-    except subprocess.CalledProcessError as error:  # one process: it has said why
-        return error.returncode
     except ChildFailedError as error:
         rank, failure = min(error.failures.items(), key=lambda item: when(item[1]))
         if failure.exitcode != 2:
@@ -213,11 +228,13 @@ def launch(plan, job):
 
 
 def when(failure):
-    """When a process failed. One that was killed left no time and comes first: the others only lost touch with it."""
-    if failure.exitcode == -signal.SIGTERM:  # by the launcher, because of another
+    """When a process failed, in seconds, as far as it tells who failed first: what follows from another comes last."""
+    if failure.exitcode == -signal.SIGTERM:  # ended by the launcher, because of another
         return math.inf
-    message = failure.message if isinstance(failure.message, dict) else {}
-    return message.get("extraInfo", {}).get("exactly", 0.0)
+    if isinstance(failure.message, dict):  # what environment.record_failure left
+        return failure.message["extraInfo"]["exactly"]
+    # an abort is how NCCL and gloo end a process that lost touch with another; the rest was killed, or left
+    return failure.timestamp + 3600 * (failure.exitcode == -signal.SIGABRT)
 
 
 def say_failure(failure):

@@ -109,7 +109,10 @@ class Report(TrainerCallback):
         model.eval()
         accelerator = self.trainer.accelerator
         # autocast: accelerate wraps forward alone in it, and generate goes around that
-        with unwrap_model_for_generation(model, accelerator) as unwrapped, torch.no_grad(), accelerator.autocast():
+        # ZeRO-3 was chosen against the whole model on one GPU; on a CPU there is room, and gloo is slow
+        gather = accelerator.device.type == "cpu"
+        unwrapping = unwrap_model_for_generation(model, accelerator, gather_deepspeed3_params=gather)
+        with unwrapping as unwrapped, torch.no_grad(), accelerator.autocast():
             for question, prompt, answers in self.examples:
                 if self.method.task == "SEQ_CLS":
                     for answer in answers:

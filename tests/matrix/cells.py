@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf_args.methods import METHODS
+from rlhf_args.methods import DIALOGUE, METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
 MODES = ("full", "lora", "qlora")
@@ -38,18 +38,38 @@ def run_script(python, *flags, timeout=300, **variables):
     return subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=timeout)
 
 
-def run_cell(python, model, out, name, mode, launch, *flags, steps=2, **variables):
+def make_rows(columns, one_length):
+    """Sixteen chats for a method with these columns; `one_length`: prompts and answers of one length each."""
+    words = ["amber", "birch", "cedar", "delta", "eagle", "flint", "grape", "heron"]
+    for number in range(16):
+        word, other = words[number % 8], words[(number + 3) % 8]
+        more = "" if one_length else " It took quite some time to find this out." * (number % 3)
+        asked = [{"role": "user", "content": f"Name {word} {number:02}:"}]
+        right = [{"role": "assistant", "content": f"A {word}, {number:02}.{more}"}]
+        wrong = [{"role": "assistant", "content": f"No {other} {number:02}"}]
+        if columns == DIALOGUE:
+            yield {"messages": asked + right}
+        else:
+            yield {"prompt": asked, "chosen": right, "rejected": wrong}
+
+
+def run_cell(python, model, out, name, mode, launch, *flags, steps=2, one_length=False, **variables):
     """Trains one cell; the finished process."""
     launch, processes = LAUNCHES[launch]
+    data = out.parent / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in make_rows(METHODS[name].columns, one_length)))
     asked = {"RLHF_TYPE": name, "TRAIN_MODE": mode, "LAUNCH": launch, "NUM_PROCESSES": processes}
     asked |= {"MODEL": model, "OUTPUT_DIR": out, "MAX_STEPS": steps, "LEARNING_RATE": "1e-2"}
-    asked |= {"BATCH_SIZE": 2, "ACCUMULATION": 1, "EVAL_FRACTION": 0.25}
-    return run_script(python, "--max_samples", 16, "--save_strategy", "no", *flags, **{**asked, **variables})
+    asked |= {"TRAIN_DATA": data, "BATCH_SIZE": 2, "ACCUMULATION": 1, "EVAL_FRACTION": 0.25}
+    return run_script(python, "--save_strategy", "no", *flags, **{**asked, **variables})
 
 
 def judge(python, model, out, name, mode, launch):
     """One cell of the matrix, in bfloat16 and with gradient checkpointing as on a GPU: its Outcome."""
-    done = run_cell(python, model, out, name, mode, launch, "--bf16", "--gradient_checkpointing")
+    try:
+        done = run_cell(python, model, out, name, mode, launch, "--bf16", "--gradient_checkpointing")
+    except subprocess.TimeoutExpired as error:
+        return Outcome("fails", f"no end within {error.timeout:g} s")
     said = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
     if done.returncode == 2:
         return Outcome("refused", next(line for line in said if line.startswith("refused:")))

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlhf_args.methods import DIALOGUE, METHODS
-from tests.conftest import read_rows, write_rows
+from rlhf_args.methods import METHODS
+from tests.conftest import read_rows
 from tests.matrix.cells import run_cell
 
 RATE, STEPS = 1e-3, 3
@@ -31,32 +31,18 @@ TOKEN_MEAN = ("CPO", "CPOSimPO", "ORPO")
 WITHOUT_KL = {"KTO": ["--loss_type", "apo_zero_unpaired"]}
 
 
-def make_rows(columns, one_length):
-    """Sixteen rows; `one_length`: with answers and prompts of one length each."""
-    words = ["amber", "birch", "cedar", "delta", "eagle", "flint", "grape", "heron"]
-    rows = []
-    for number in range(16):
-        word, other = words[number % 8], words[(number + 3) % 8]
-        more = "" if one_length else f" It took {number * 37} steps to find out." * (number % 3)
-        sides = {"chosen": f"A {word}, {number:02}.{more}", "rejected": f"No {other} {number:02}"}
-        if columns == DIALOGUE:
-            rows.append({"prompt": f"Name {word} {number:02}:", "completion": sides["chosen"]})
-        else:
-            rows.append({"prompt": f"Name {word} {number:02}:"} | sides)
-    return rows
-
-
 @pytest.fixture
-def train(warm, tiny_model, tmp_path):
+def train(warm, wide_model, tmp_path):
     """Trains in one layout: (the losses, the tensors that were saved)."""
 
     def run(name, mode, layout, *flags):
         launch, batch, accumulation = layout
-        data = write_rows(tmp_path / "rows.jsonl", make_rows(METHODS[name].columns, name in TOKEN_MEAN))
         out = tmp_path / f"{launch}-{batch}-{accumulation}"
         sizes = {"BATCH_SIZE": batch, "ACCUMULATION": accumulation, "LEARNING_RATE": RATE, "EVAL_FRACTION": 0}
         more = ("--lora_dropout", 0, "--adam_epsilon", 1e-4, "--gradient_checkpointing", layout in SPREAD, *flags)
-        done = run_cell(warm, tiny_model, out, name, mode, launch, *more, TRAIN_DATA=data, steps=STEPS, **sizes)
+        done = run_cell(
+            warm, wide_model, out, name, mode, launch, *more, steps=STEPS, one_length=name in TOKEN_MEAN, **sizes
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         losses = torch.tensor([line["loss"] for line in read_rows(out / "metrics.jsonl")])
         assert len(losses) == STEPS
