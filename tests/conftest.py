@@ -1,5 +1,6 @@
 """Tiny models made offline, and one way to run the commands a user types. `pytest` runs all but the slow part."""
 
+import functools
 import json
 import os
 import subprocess
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.matrix.cells import CELLS, Outcome
+from tests.matrix.cells import CELLS, Outcome, width
 from tests.matrix.page import write_page
 from tests.matrix.warm_python import warm_python
 
@@ -75,13 +76,14 @@ def tiny_model(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def wide_model(tmp_path_factory):
-    """3M parameters, most of them in matrices that ZeRO-3 really takes apart.
+def model_for(tmp_path_factory):
+    """A tiny model, as wide as a cell of the matrix needs it."""
 
-    It keeps whole what has less than 100,000 elements (stage3_param_persistence_threshold), where in bfloat16 a 4-bit
-    matrix counts as a quarter of what it stands for.
-    """
-    return make_model(tmp_path_factory.mktemp("wide"), width=8192)
+    @functools.cache
+    def make(wide):
+        return make_model(tmp_path_factory.mktemp(f"width-{wide}"), width=wide)
+
+    return lambda mode, launch: make(width(mode, launch))
 
 
 @pytest.fixture(scope="session")

@@ -27,8 +27,8 @@ FEW = [(name, mode, kind) for (kind, mode), name in zip(
 
 
 @pytest.mark.parametrize(("name", "mode", "kind"), FEW)
-def test_a_few_cells_of_the_matrix(name, mode, kind, warm, wide_model, tmp_path):
-    outcome = judge(warm, wide_model, tmp_path / "out", name, mode, kind)
+def test_a_few_cells_of_the_matrix(name, mode, kind, warm, model_for, tmp_path):
+    outcome = judge(warm, model_for(mode, kind), tmp_path / "out", name, mode, kind)
     assert outcome.state == expected(name, mode), outcome
 
 
@@ -139,17 +139,17 @@ def test_a_busy_port_is_refused():
         ("full", "zero3", ["--load_in_8bit", "True"], "8-bit ones are not supported"),
     ],
 )
-def test_what_an_engine_cannot_do_is_refused_once(mode, kind, flags, said, warm, wide_model, tmp_path):
-    done = run_cell(warm, wide_model, tmp_path / "out", "DPO", mode, kind, *flags)
+def test_what_an_engine_cannot_do_is_refused_once(mode, kind, flags, said, warm, tiny_model, tmp_path):
+    done = run_cell(warm, tiny_model, tmp_path / "out", "DPO", mode, kind, *flags)
     assert done.returncode == 2
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1 and said in lines[0], done.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_an_adapter_is_not_merged_into_a_sharded_base(warm, wide_model, tmp_path):
+def test_an_adapter_is_not_merged_into_a_sharded_base(warm, tiny_model, tmp_path):
     adapter = tmp_path / "adapter"
-    assert run_cell(warm, wide_model, adapter, "SFT", "lora", "one process", steps=1).returncode == 0
+    assert run_cell(warm, tiny_model, adapter, "SFT", "lora", "one process", steps=1).returncode == 0
     done = run_cell(warm, adapter, tmp_path / "out", "DPO", "full", "zero3")
     assert done.returncode == 2 and f"python -m utils.merge_lora {adapter}" in done.stderr
 
@@ -158,16 +158,16 @@ def test_an_adapter_is_not_merged_into_a_sharded_base(warm, wide_model, tmp_path
 
 
 @pytest.mark.parametrize("kind", ["ddp", "zero3", "fsdp2"])
-def test_a_resumed_run_ends_as_an_unbroken_one(kind, warm, wide_model, tmp_path):
+def test_a_resumed_run_ends_as_an_unbroken_one(kind, warm, model_for, tmp_path):
     out = tmp_path / "out"
     saving = ["--save_strategy", "steps", "--save_steps", "1"]
-    assert run_cell(warm, wide_model, out, "DPO", "lora", kind, *saving).returncode == 0
+    assert run_cell(warm, model_for("lora", kind), out, "DPO", "lora", kind, *saving).returncode == 0
     unbroken, lines = load_file(out / "adapter_model.safetensors"), read_rows(out / "metrics.jsonl")
     for gone in ("run_card.json", "adapter_model.safetensors"):
         (out / gone).unlink()
     subprocess.run(["rm", "-r", str(out / "checkpoint-2")], check=True)
 
-    done = run_cell(warm, wide_model, out, "DPO", "lora", kind, *saving)
+    done = run_cell(warm, model_for("lora", kind), out, "DPO", "lora", kind, *saving)
     assert done.returncode == 0, done.stderr
     resumed = load_file(out / "adapter_model.safetensors")
     assert all(resumed[name].equal(tensor) for name, tensor in unbroken.items())
@@ -181,9 +181,9 @@ def free_port():
 
 
 @pytest.mark.parametrize("launched", ["cpu", "zero3"])
-def test_two_nodes_train_what_one_does(launched, warm, wide_model, tmp_path):
+def test_two_nodes_train_what_one_does(launched, warm, tiny_model, tmp_path):
     """Two launchers of one process each, as on two machines, against one launcher of two."""
-    asked = {"OMP_NUM_THREADS": "1", "PYTHON": warm, "LAUNCH": launched, "RLHF_TYPE": "DPO", "MODEL": wide_model}
+    asked = {"OMP_NUM_THREADS": "1", "PYTHON": warm, "LAUNCH": launched, "RLHF_TYPE": "DPO", "MODEL": tiny_model}
     asked |= {"MAX_STEPS": "2", "EVAL_FRACTION": "0", "LEARNING_RATE": "1e-2"}
     one = run_script(warm, "--max_samples", 16, **asked, NUM_PROCESSES=2, OUTPUT_DIR=tmp_path / "one")
     assert one.returncode == 0, one.stderr
@@ -208,11 +208,11 @@ def test_two_nodes_train_what_one_does(launched, warm, wide_model, tmp_path):
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_a_node_that_nobody_joins_ends_with_its_reason(rank, warm, wide_model, tmp_path):
+def test_a_node_that_nobody_joins_ends_with_its_reason(rank, warm, tiny_model, tmp_path):
     nodes = {"NNODES": "2", "NODE_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     began = time.monotonic()
     done = run_cell(
-        warm, wide_model, tmp_path / "out", "DPO", "lora", "ddp", **nodes, NUM_PROCESSES=1, NODE_TIMEOUT=3
+        warm, tiny_model, tmp_path / "out", "DPO", "lora", "ddp", **nodes, NUM_PROCESSES=1, NODE_TIMEOUT=3
     )  # fmt: skip
     assert time.monotonic() - began < 60
     last = done.stderr.strip().splitlines()[-1]
@@ -240,10 +240,10 @@ print("HELD", held / sum(getattr(p, "ds_numel", p.numel()) for p in policy.param
 
 
 @pytest.mark.parametrize(("launched", "share"), [("cpu", 1.0), ("zero3", 0.5)])
-def test_zero3_holds_a_share_of_a_model_from_its_loading_on(launched, share, warm, wide_model, tmp_path):
+def test_zero3_holds_a_share_of_a_model_from_its_loading_on(launched, share, warm, tiny_model, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(LOADER)
-    job = ["--rlhf_type", "SFT", "--train_mode", "full", "--model_name_or_path", wide_model, "--output_dir", tmp_path]
+    job = ["--rlhf_type", "SFT", "--train_mode", "full", "--model_name_or_path", tiny_model, "--output_dir", tmp_path]
     env = {**os.environ, "LAUNCH": launched, "NUM_PROCESSES": "2"}
     command = [warm, "-m", "utils.launch", str(script), *map(str, job)]
     done = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=120)
@@ -251,9 +251,9 @@ def test_zero3_holds_a_share_of_a_model_from_its_loading_on(launched, share, war
     assert shares == pytest.approx([share, share], abs=0.01), done.stderr
 
 
-def test_a_failure_in_training_is_the_last_line(warm, wide_model, tmp_path):
+def test_a_failure_in_training_is_the_last_line(warm, tiny_model, tmp_path):
     out = tmp_path / "out"
-    done = run_cell(warm, wide_model, out, "DPO", "full", "ddp", LEARNING_RATE="1e30")
+    done = run_cell(warm, tiny_model, out, "DPO", "full", "ddp", LEARNING_RATE="1e30")
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 1
     assert last.startswith(f"failed: process 0 of 2: RuntimeError: {out} is not a sound save:"), done.stderr

@@ -38,6 +38,17 @@ def run_script(python, *flags, timeout=300, **variables):
     return subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=timeout)
 
 
+def width(mode, launch):
+    """Of the test model's MLP, so that ZeRO-3 really takes it apart.
+
+    It keeps whole what has less than 100,000 elements (stage3_param_persistence_threshold); the other side of these
+    matrices is 64, and in bfloat16 a 4-bit matrix counts as a quarter of what it stands for.
+    """
+    if not launch.startswith("zero3"):
+        return 64
+    return 8192 if mode == "qlora" else 2048
+
+
 def make_rows(columns, one_length):
     """Sixteen chats for a method with these columns; `one_length`: prompts and answers of one length each."""
     words = ["amber", "birch", "cedar", "delta", "eagle", "flint", "grape", "heron"]

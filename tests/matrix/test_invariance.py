@@ -32,7 +32,7 @@ WITHOUT_KL = {"KTO": ["--loss_type", "apo_zero_unpaired"]}
 
 
 @pytest.fixture
-def train(warm, wide_model, tmp_path):
+def train(warm, model_for, tmp_path):
     """Trains in one layout: (the losses, the tensors that were saved)."""
 
     def run(name, mode, layout, *flags):
@@ -41,7 +41,16 @@ def train(warm, wide_model, tmp_path):
         sizes = {"BATCH_SIZE": batch, "ACCUMULATION": accumulation, "LEARNING_RATE": RATE, "EVAL_FRACTION": 0}
         more = ("--lora_dropout", 0, "--adam_epsilon", 1e-4, "--gradient_checkpointing", layout in SPREAD, *flags)
         done = run_cell(
-            warm, wide_model, out, name, mode, launch, *more, steps=STEPS, one_length=name in TOKEN_MEAN, **sizes
+            warm,
+            model_for(mode, "zero3"),
+            out,
+            name,
+            mode,
+            launch,
+            *more,
+            steps=STEPS,
+            one_length=name in TOKEN_MEAN,
+            **sizes,
         )
         assert done.returncode == 0, done.stderr[-3000:]
         losses = torch.tensor([line["loss"] for line in read_rows(out / "metrics.jsonl")])

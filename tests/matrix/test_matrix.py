@@ -15,8 +15,8 @@ from tests.matrix.page import write_page
 
 @pytest.mark.matrix
 @pytest.mark.parametrize(("name", "mode", "launch"), CELLS)
-def test_cell(name, mode, launch, warm, wide_model, tmp_path, record_property):
-    outcome = judge(warm, wide_model, tmp_path / "out", name, mode, launch)
+def test_cell(name, mode, launch, warm, model_for, tmp_path, record_property):
+    outcome = judge(warm, model_for(mode, launch), tmp_path / "out", name, mode, launch)
     record_property("cell", [name, mode, launch, outcome.state, outcome.reason])  # for tests/conftest.py
     assert outcome.state == expected(name, mode), outcome
 
