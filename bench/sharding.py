@@ -1,8 +1,8 @@
 """What each process holds once it trains, under DDP, ZeRO-3 and FSDP2: python bench/sharding.py
 
-Trains DPO for one step in each mode with two processes, through the real command, on a made-up model of 34M parameters
-in float32. When training ends, every process adds up the tensors that live in it: parameters, optimizer state, the
-reference; activations are gone by then. The last line is JSON: megabytes a process, and the share of what DDP holds.
+Trains DPO for one step in each mode with two processes, through the real command, on SmolLM2-135M in float32. When
+training ends, every process adds up the tensors that live in it: parameters, optimizer state, the reference;
+activations are gone by then. The last line is JSON: megabytes a process, and the share of what DDP holds.
 """
 
 import gc
@@ -20,16 +20,16 @@ MODES = ("full", "lora", "qlora")
 
 
 def main():
-    from tests.conftest import make_tokenizer
+    from utils.demo_model import make_demo_model
 
     found = {}
+    model = make_demo_model(ROOT / "models" / "SmolLM2-135M-Instruct")
     with tempfile.TemporaryDirectory() as folder:
-        base = make_model(Path(folder) / "model", make_tokenizer())
         for mode in MODES:
             for name, launch in LAUNCHES.items():
-                found[mode, name] = measure(Path(folder), mode, launch)
+                found[mode, name] = measure(model, Path(folder), mode, launch)
                 print(f"{mode:6} {name:6} {found[mode, name]} MB a process", flush=True)
-    line = {"bench": "sharding", "method": "DPO", "processes": 2, "dtype": "float32", "base_megabytes": base}
+    line = {"bench": "sharding", "method": "DPO", "model": model.name, "processes": 2, "dtype": "float32"}
     for mode in MODES:
         whole = found[mode, "ddp"]
         line[mode] = {"ddp_megabytes": whole}
@@ -39,26 +39,15 @@ def main():
     print(json.dumps(line))
 
 
-def make_model(folder, tokenizer):
-    """Saves a Qwen2 whose weights lie in its layers, as in a large model; returns their megabytes."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 8}
-    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
-    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tokenizer), num_key_value_heads=8, **sizes, **ids))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return round(sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6)
-
-
-def measure(folder, mode, launch):
+def measure(model, folder, mode, launch):
     """[megabytes that process 0 holds, that process 1 holds]."""
     out = folder / f"{mode}-{launch}"
-    job = ["--rlhf_type", "DPO", "--train_mode", mode, "--model_name_or_path", folder / "model"]
-    job += ["--train_data_path", "data/preference.jsonl", "--max_samples", 8, "--max_steps", 1, "--output_dir", out]
-    job += ["--per_device_train_batch_size", 1, "--save_strategy", "no"]
+    flags = (
+        f"--rlhf_type DPO --train_mode {mode} --model_name_or_path {model} --train_data_path data/preference.jsonl "
+    )
+    flags += f"--max_samples 8 --max_steps 1 --max_length 256 --output_dir {out} --save_strategy no"
     env = {**os.environ, "LAUNCH": launch, "NUM_PROCESSES": "2", "HELD_FOLDER": str(folder)}
-    command = [sys.executable, "-m", "utils.launch", "bench/sharding.py", *map(str, job)]
+    command = [sys.executable, "-m", "utils.launch", "bench/sharding.py", *flags.split()]
     done = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True)
     if done.returncode:
         sys.exit(done.stderr)
