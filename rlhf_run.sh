@@ -21,6 +21,7 @@ NNODES=${NNODES:-1}                          # nodes, each of which runs this sc
 NODE_RANK=${NODE_RANK:-0}
 MASTER_ADDR=${MASTER_ADDR:-}                 # the first node and a free port there; one node needs neither
 MASTER_PORT=${MASTER_PORT:-}
+NODE_TIMEOUT=${NODE_TIMEOUT:-600}            # seconds that the nodes wait for each other
 PYTHON=${PYTHON:-$(command -v python || command -v python3)}
 
 for ((i = 1; i < $#; i++)); do               # flags that decide what the variables below mean
@@ -51,5 +52,5 @@ job=(train_rlhf.py --rlhf_type "$RLHF_TYPE" --train_mode "$TRAIN_MODE" --model_n
   ${LEARNING_RATE:+--learning_rate "$LEARNING_RATE"} ${MAX_STEPS:+--max_steps "$MAX_STEPS"}
   --resume_from_checkpoint auto "$@")
 
-export LAUNCH NUM_PROCESSES NNODES NODE_RANK MASTER_ADDR MASTER_PORT
+export LAUNCH NUM_PROCESSES NNODES NODE_RANK MASTER_ADDR MASTER_PORT NODE_TIMEOUT
 exec "$PYTHON" -m utils.launch "${job[@]}"

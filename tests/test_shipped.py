@@ -64,7 +64,7 @@ def test_the_shipped_job_learns_and_its_next_commands_work(tmp_path):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_runs_on_the_shipped_data(name, tmp_path):
-    done = run_script(tmp_path / "out", RLHF_TYPE=name, MAX_STEPS="2", EVAL_FRACTION="0.04")
+    done = run_script(tmp_path / "out", RLHF_TYPE=name, MAX_STEPS="1", EVAL_FRACTION="0.02")
     assert done.returncode == 0, done.stderr[-2000:]
     assert said(done, "method").startswith(f"method    {name}:")
     assert "reopened and verified" in said(done, "result")
@@ -72,6 +72,6 @@ def test_every_method_runs_on_the_shipped_data(name, tmp_path):
 
 @pytest.mark.parametrize("mode", ["full", "qlora"])
 def test_the_other_train_modes_run_on_the_real_model(mode, tmp_path):
-    done = run_script(tmp_path / "out", TRAIN_MODE=mode, MAX_STEPS="2", EVAL_FRACTION="0.02")
+    done = run_script(tmp_path / "out", TRAIN_MODE=mode, MAX_STEPS="1", EVAL_FRACTION="0.02")
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((tmp_path / "out" / "run_card.json").read_text())["arguments"]["train_mode"] == mode
