@@ -1,11 +1,11 @@
-"""What each process holds once it trains, under DDP, ZeRO-3 and FSDP2: python bench/sharding.py
+"""What each process holds of parameters and optimizer state under DDP, ZeRO-3 and FSDP2: python bench/sharding.py
 
-Trains DPO for one step in each mode with two processes, through the real command, on SmolLM2-135M in float32. When
-training ends, every process adds up the tensors that live in it: parameters, optimizer state, the reference;
-activations are gone by then. The last line is JSON: megabytes a process, and the share of what DDP holds.
+Trains DPO with full weights for one step with two processes, through the real command, on a made-up model of 3M
+parameters in float32, and adds up when training ends. The last line is JSON: kilobytes a process, and its share of
+what DDP holds.
+Not counted: DeepSpeed's float32 copy of its share, and its buffers (reduce_bucket_size, 5e8 elements as it comes).
 """
 
-import gc
 import json
 import os
 import subprocess
@@ -16,36 +16,32 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 LAUNCHES = {"ddp": "cpu", "zero3": "zero3", "fsdp2": "fsdp2"}
-MODES = ("full", "lora", "qlora")
 
 
 def main():
-    from utils.demo_model import make_demo_model
+    from tests.conftest import make_model
 
-    found = {}
-    model = make_demo_model(ROOT / "models" / "SmolLM2-135M-Instruct")
+    line = {"bench": "sharding", "method": "DPO", "processes": 2, "dtype": "float32"}
     with tempfile.TemporaryDirectory() as folder:
-        for mode in MODES:
-            for name, launch in LAUNCHES.items():
-                found[mode, name] = measure(model, Path(folder), mode, launch)
-                print(f"{mode:6} {name:6} {found[mode, name]} MB a process", flush=True)
-    line = {"bench": "sharding", "method": "DPO", "model": model.name, "processes": 2, "dtype": "float32"}
-    for mode in MODES:
-        whole = found[mode, "ddp"]
-        line[mode] = {"ddp_megabytes": whole}
-        for name in ("zero3", "fsdp2"):
-            shares = [round(mine / of, 3) for mine, of in zip(found[mode, name], whole, strict=True)]
-            line[mode] |= {f"{name}_megabytes": found[mode, name], f"{name}_share": shares}
+        model = make_model(Path(folder) / "model", width=8192)
+        for mode in ("full",):
+            held = {name: measure(model, Path(folder), mode, launch) for name, launch in LAUNCHES.items()}
+            line[mode] = {name: {"kilobytes": kilobytes} for name, kilobytes in held.items()}
+            for name in ("zero3", "fsdp2"):
+                line[mode][name]["share"] = {
+                    what: [round(mine[what] / of[what], 3) for mine, of in zip(held[name], held["ddp"], strict=True)]
+                    for what in held["ddp"][0]
+                }
+            print(mode, line[mode], flush=True)
     print(json.dumps(line))
 
 
 def measure(model, folder, mode, launch):
-    """[megabytes that process 0 holds, that process 1 holds]."""
-    out = folder / f"{mode}-{launch}"
+    """[{"parameters": kilobytes, "optimizer_state": kilobytes}] of process 0 and of process 1."""
     flags = (
         f"--rlhf_type DPO --train_mode {mode} --model_name_or_path {model} --train_data_path data/preference.jsonl "
     )
-    flags += f"--max_samples 8 --max_steps 1 --max_length 256 --output_dir {out} --save_strategy no"
+    flags += f"--max_samples 8 --max_steps 1 --output_dir {folder / f'{mode}-{launch}'} --save_strategy no"
     env = {**os.environ, "LAUNCH": launch, "NUM_PROCESSES": "2", "HELD_FOLDER": str(folder)}
     command = [sys.executable, "-m", "utils.launch", "bench/sharding.py", *flags.split()]
     done = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True)
@@ -60,25 +56,22 @@ def train(argv):
     from utils import report
 
     def weigh(self, *args, **kwargs):
-        rank = os.environ["RANK"]
-        (Path(os.environ["HELD_FOLDER"]) / f"held-{rank}").write_text(json.dumps(held_megabytes()))
+        optimizer = self.trainer.optimizer
+        while hasattr(optimizer, "optimizer"):  # accelerate's and DeepSpeed's wrappers
+            optimizer = optimizer.optimizer
+        parameters = [getattr(p, "ds_tensor", p) for p in self.trainer.model.parameters()]
+        states = [tensor for state in optimizer.state.values() for tensor in state.values()]
+        held = {"parameters": kilobytes(parameters), "optimizer_state": kilobytes(states)}
+        (Path(os.environ["HELD_FOLDER"]) / f"held-{os.environ['RANK']}").write_text(json.dumps(held))
 
     report.Report.on_train_end = weigh
     return train_rlhf.main(argv)
 
 
-def held_megabytes():
-    """The storages of all live tensors, each counted once."""
-    import torch
-
-    gc.collect()
-    storages = {}
-    for thing in gc.get_objects():
-        if isinstance(thing, torch.Tensor) and thing.device.type != "meta":
-            thing = getattr(thing, "_local_tensor", thing)  # an FSDP2 parameter's own piece
-            storage = thing.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return round(sum(storages.values()) / 1e6)
+def kilobytes(tensors):
+    """Of the pieces that this process holds."""
+    pieces = [getattr(tensor, "_local_tensor", tensor) for tensor in tensors if hasattr(tensor, "numel")]
+    return round(sum(piece.numel() * piece.element_size() for piece in pieces) / 1e3)
 
 
 if __name__ == "__main__":
