@@ -49,6 +49,22 @@ class CommonArgs:
         default=False, metadata={"help": "DoRA: also trains the weights' magnitude. Not with full."}
     )
 
+    # ── rewards, for the methods that learn from one ─────────────────────────────────────────────────────────────────
+    reward_model_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "A trained reward model that scores the policy's answers: a folder or Hub id, or an adapter made by "
+            "--rlhf_type Reward. It may be of another family than the policy: it reads text, in its own template."
+        },
+    )
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Functions that score answers, one or several, as FILE.py:FUNCTION, called as TRL calls them: "
+            "data/rewards.py has one. Their sum is the reward, each by its --reward_weights."
+        },
+    )
+
     # ── data ─────────────────────────────────────────────────────────────────────────────────────────────────────────
     train_data_path: list[str] | None = field(
         default=None,

@@ -4,15 +4,16 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
-RLHF_TYPE=${RLHF_TYPE:-DPO}                  # a row of rlhf_args/methods.py: DPO CPO SimPO CPOSimPO ORPO KTO Reward SFT
+RLHF_TYPE=${RLHF_TYPE:-DPO}                  # a row of rlhf_args/methods.py: DPO CPO SimPO CPOSimPO ORPO KTO Reward SFT RLOO GRPO PPO
 TRAIN_MODE=${TRAIN_MODE:-lora}               # full, lora or qlora
 MODEL=${MODEL:-}                             # model folder or Hub id; empty: SmolLM2-135M, made without a hub
 TRAIN_DATA=${TRAIN_DATA:-}                   # file, folder or Hub id; empty: the method's sample in data/
+REWARD=${REWARD:-}                           # RLOO, GRPO, PPO: FILE.py:FUNCTION or a reward model; empty: with the sample, one
 EVAL_FRACTION=${EVAL_FRACTION:-0.07}         # share of the data held out, on which the result is measured
 OUTPUT_DIR=${OUTPUT_DIR:-}                   # empty: output/METHOD-MODE
 LEARNING_RATE=${LEARNING_RATE:-}             # empty: the method's own for full weights, 1e-4 for adapters
-BATCH_SIZE=${BATCH_SIZE:-2}                  # rows a device and forward pass; KTO needs 2
-ACCUMULATION=${ACCUMULATION:-2}              # forward passes a step; rows a step = batch x accumulation x devices
+BATCH_SIZE=${BATCH_SIZE:-}                   # rows a device and forward pass; empty: 2, of sampled answers 16
+ACCUMULATION=${ACCUMULATION:-}               # passes a step, empty: 2, or 1; rows a step = batch x accumulation x devices
 EPOCHS=${EPOCHS:-1}                          # passes over the data
 MAX_STEPS=${MAX_STEPS:-}                     # stop after so many steps; empty: all (the shipped data: 12)
 LAUNCH=${LAUNCH:-auto}                       # a name in accelerate_configs/; auto: by the GPUs that are there
@@ -31,6 +32,7 @@ for ((i = 1; i < $#; i++)); do               # flags that decide what the variab
     --train_mode) TRAIN_MODE=${!value} ;;
     --train_data_path) TRAIN_DATA=${!value} ;;
     --eval_data_path) EVAL_FRACTION=0 ;;
+    --reward_funcs | --reward_model_path) REWARD= GIVEN_REWARD=1 ;;
     --config) echo "refused: --config: a recipe has values of its own. Type: python -m utils.launch train_rlhf.py $*" >&2; exit 2 ;;
   esac
 done
@@ -39,15 +41,23 @@ if [ -z "$MODEL" ]; then
   MODEL=models/SmolLM2-135M-Instruct
   [ -e $MODEL ] || "$PYTHON" -m utils.demo_model $MODEL
 fi
+read -r sample batch accumulation reward < <("$PYTHON" -m rlhf_args.methods "$RLHF_TYPE")
 if [ -z "$TRAIN_DATA" ]; then
-  TRAIN_DATA=$("$PYTHON" -m rlhf_args.methods "$RLHF_TYPE")
+  TRAIN_DATA=$sample
+  [ -n "${GIVEN_REWARD:-}" ] || REWARD=${REWARD:-$reward}
   MAX_STEPS=${MAX_STEPS:-12}                 # a taste within minutes; MAX_STEPS=-1 trains on all of it
 fi
+BATCH_SIZE=${BATCH_SIZE:-$batch} ACCUMULATION=${ACCUMULATION:-$accumulation}
 [ "$TRAIN_MODE" = full ] || LEARNING_RATE=${LEARNING_RATE:-1e-4}
+case $REWARD in
+  "") judge=() ;;
+  *.py:*) judge=(--reward_funcs "$REWARD") ;;
+  *) judge=(--reward_model_path "$REWARD") ;;
+esac
 
 job=(train_rlhf.py --rlhf_type "$RLHF_TYPE" --train_mode "$TRAIN_MODE" --model_name_or_path "$MODEL"
   --train_data_path "$TRAIN_DATA" --eval_fraction "$EVAL_FRACTION" --output_dir "$OUTPUT_DIR"
-  --per_device_train_batch_size "$BATCH_SIZE" --per_device_eval_batch_size 4
+  --per_device_train_batch_size "$BATCH_SIZE" --per_device_eval_batch_size 4 ${judge[@]+"${judge[@]}"}
   --gradient_accumulation_steps "$ACCUMULATION" --num_train_epochs "$EPOCHS" --logging_steps 1
   ${LEARNING_RATE:+--learning_rate "$LEARNING_RATE"} ${MAX_STEPS:+--max_steps "$MAX_STEPS"}
   --resume_from_checkpoint auto "$@")

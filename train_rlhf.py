@@ -1,4 +1,4 @@
-"""Train a model with one of the methods of rlhf_args/methods.py: preferences, reward models, supervised.
+"""Train a model with one of the methods of rlhf_args/methods.py: preferences, reward models, online RL, supervised.
 
     bash rlhf_run.sh                                    the shipped job, through accelerate launch
     python train_rlhf.py --rlhf_type SimPO --help       every flag of a method
@@ -11,7 +11,7 @@ Exit status: 0 done, 2 refused before a model was loaded (one line a problem, no
 import sys
 
 from rlhf_args.methods import METHODS, load
-from utils import arguments, checks, data, environment
+from utils import arguments, checks, data, environment, rewards
 
 
 def main(argv=None):
@@ -27,6 +27,10 @@ def main(argv=None):
         if environment.is_main():
             print("interrupted. --resume_from_checkpoint auto goes on from the newest checkpoint", file=sys.stderr)
         return 130
+    except rewards.RewardFailed as error:
+        environment.record_failure(error)
+        print(f"failed: {error}", file=sys.stderr)
+        return 1
     except Exception as error:
         environment.record_failure(error)
         raise
@@ -41,12 +45,15 @@ def run(argv):
     # ── the text that is trained on ──────────────────────────────────────────────────────────────────────────────────
     tokenizer = models.load_tokenizer(common.model_name_or_path, common.model_revision, config.trust_remote_code)
     rows.notes += text.fit_tokenizer(tokenizer, chat=data.is_chat(rows.train[0][1]))
-    train = text.prepare_rows(rows.train, tokenizer, method.columns, config.max_length)
-    held_out = text.prepare_rows(rows.held_out, tokenizer, method.columns, config.max_length)
+    limit = checks.length_limit(config, common.model_name_or_path)
+    train = text.prepare_rows(rows.train, tokenizer, method.columns, limit)
+    held_out = text.prepare_rows(rows.held_out, tokenizer, method.columns, limit)
     rows.dropped += train.dropped + held_out.dropped
     data.check_dropped(rows, common.max_drop_fraction)
     text.check_first(train, tokenizer, method.columns)
+    checks.check_rollout_fits(config, len(train.rows))
     summary.say_plan(common, config, name, method, tokenizer, rows, train, held_out)
+    judges = rewards.load_functions(common.reward_funcs, rows.train, tokenizer)
     if common.check:
         summary.say("checked   nothing stands in the way; no model was loaded, nothing was written")
         return 0
@@ -64,9 +71,22 @@ def run(argv):
         "seed": config.seed,
         "deepspeed": config.deepspeed_plugin is not None,
     }
+    judged = {
+        "policy_path": common.model_name_or_path,
+        "train_mode": common.train_mode,
+        "dtype": common.dtype,
+        "device": config.device,
+        "batch_size": max(8, config.per_device_train_batch_size),
+        "trust_remote_code": config.trust_remote_code,
+    }
+    others = {}
+    if method.sample_reward:
+        others["reward_funcs"] = judges
+        if common.reward_model_path:
+            judges.append(rewards.load_model(common.reward_model_path, rows.train, **judged))
     policy = models.load_policy(**source)
-    precomputed = getattr(config, "precompute_ref_log_probs", False)
-    others = {} if precomputed else models.load_other_models(method.models, **source)
+    if models.needs_reference(config):
+        others |= models.load_other_models(method.models, **source)
     lora = None  # full weights, or an adapter that goes on being trained
     if common.train_mode != "full" and not models.read_adapter(common.model_name_or_path):
         shape = common.lora_rank, common.lora_alpha, common.lora_dropout, common.lora_target_modules
@@ -117,6 +137,7 @@ def parse_and_check(argv):
     words = arguments.expand(argv)
     common, name = arguments.parse_common(words)
     method = METHODS[name]
+    words = arguments.translate(words, dict(method.renamed))
     if not arguments.asks_help(words):
         problems = checks.check_common(common, name, method)
         paths = common.train_data_path, common.eval_data_path

@@ -1,7 +1,7 @@
 """The table of methods: what differs between them is a column here, or stands in the method's config or trainer.
 
 A new method is one row, one config file beside this one, and one sample file if its data columns are new.
-`python -m rlhf_args.methods` prints the table that README.md and README_zh.md hold, with a name its sample data.
+`python -m rlhf_args.methods` prints the table that README.md and README_zh.md hold, with a name what rlhf_run.sh takes.
 Standard library only: rows hold dotted paths, so that choosing DPO never imports PPO.
 """
 
@@ -13,6 +13,28 @@ PAIR = ("prompt", "chosen", "rejected")
 UNPAIRED = ("prompt", "completion", "label")
 RANKED = ("chosen", "rejected")
 DIALOGUE = ("messages",)
+PROMPT = ("prompt",)
+
+# What is shown of a run, and what its log calls it.
+PAIRWISE = (("accuracy", "rewards/accuracies"), ("margin", "rewards/margins"))
+ROLLOUT = (
+    ("reward", "reward"),
+    ("kl", "kl"),
+    ("entropy", "entropy"),
+    ("tokens", "completions/mean_length"),
+    ("not ended", "completions/clipped_ratio"),
+)
+CRITIC = (("value loss", "value_loss"), ("explained variance", "explained_variance"))
+CLIPPED = (("clipped", "clip_ratio/region_mean"),)
+
+# What older PPO and RLOO trainers call a flag -> what TRL's current ones call it.
+OLD_NAMES = {
+    "num_ppo_epochs": "num_iterations",
+    "response_length": "max_completion_length",
+    "kl_coef": "beta",
+    "cliprange": "epsilon",
+    "rloo_k": "num_generations",
+}
 
 
 @dataclass(frozen=True)
@@ -29,8 +51,11 @@ class Method:
     precisions: tuple[str, ...] = ("bfloat16", "float16", "float32")
     losses: tuple[str, ...] = ()  # what --loss_type takes; none where there is no such flag
     min_batch_size: int = 1  # rows a device and step that the loss needs
-    accuracy: str | None = "rewards/accuracies"  # the logged metric that tells right from wrong, and
-    margin: str | None = "rewards/margins"  # the one that says by how much; None where there is none
+    batch: tuple[int, int] = (2, 2)  # rows a device and forward pass, passes a step, that rlhf_run.sh takes unless told
+    metrics: tuple[tuple[str, str], ...] = PAIRWISE  # (label, name in the log) of what is shown of a run, and
+    curves: tuple[tuple[str, str], ...] = ()  # of what report.png alone shows beside it
+    sample_reward: str | None = None  # a reward function that ships; None: the data say what is good, not a reward
+    renamed: tuple[tuple[str, str], ...] = ()  # flags of its ancestors -> what they are called here
 
 
 DPO_LOSSES = (
@@ -39,8 +64,21 @@ DPO_LOSSES = (
 )  # fmt: skip
 CPO_LOSSES = ("sigmoid", "hinge", "ipo", "simpo")
 
-# float16 makes the summed log-probabilities of the CPO family overflow (trl#878)
+# float16 makes summed log-probabilities overflow (trl#878)
 NO_FLOAT16 = ("bfloat16", "float32")
+
+# What the online methods share: prompts alone, answered by the policy itself and judged by a reward.
+ONLINE = {
+    "columns": PROMPT,
+    "sample_data": "data/prompts.jsonl",
+    "sample_reward": "data/rewards.py:brevity",
+    "models": ("ref_model",),
+    "precisions": NO_FLOAT16,
+    "batch": (16, 1),
+    "metrics": ROLLOUT,
+    "curves": CLIPPED,
+    "renamed": tuple(OLD_NAMES.items()),
+}
 
 METHODS = {
     "DPO": Method(
@@ -102,7 +140,7 @@ METHODS = {
         models=("ref_model",),
         losses=("kto", "apo_zero_unpaired"),
         min_batch_size=2,  # its KL term pairs each prompt with another row's answer (trl#2554)
-        accuracy=None,
+        metrics=(("margin", "rewards/margins"),),
     ),
     "Reward": Method(
         title="Bradley-Terry reward model",
@@ -112,8 +150,7 @@ METHODS = {
         columns=RANKED,
         sample_data="data/reward.jsonl",
         task="SEQ_CLS",
-        accuracy="accuracy",
-        margin="margin",
+        metrics=(("accuracy", "accuracy"), ("margin", "margin")),
     ),
     "SFT": Method(
         title="Supervised fine-tuning on the assistant's turns",
@@ -123,8 +160,30 @@ METHODS = {
         columns=DIALOGUE,
         sample_data="data/sft.jsonl",
         losses=("nll", "dft"),
-        accuracy="mean_token_accuracy",
-        margin=None,
+        metrics=(("accuracy", "mean_token_accuracy"),),
+    ),
+    "RLOO": Method(
+        title="REINFORCE Leave-One-Out, online: each answer against the others to its prompt",
+        source="arXiv 2402.14740",
+        config="rlhf_args.rloo_config:RLOOConfig",
+        trainer="trainers.online_trainer:RLOOTrainer",
+        **ONLINE,
+    ),
+    "GRPO": Method(
+        title="Group Relative Policy Optimization, online: as RLOO, with rewards scaled within each group",
+        source="arXiv 2402.03300",
+        config="rlhf_args.grpo_config:GRPOConfig",
+        trainer="trainers.online_trainer:GRPOTrainer",
+        losses=("dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo"),
+        **ONLINE,
+    ),
+    "PPO": Method(
+        title="Proximal Policy Optimization, online, with a critic that values each token",
+        source="arXiv 1707.06347, 2403.17031",
+        config="rlhf_args.ppo_config:PPOConfig",
+        trainer="trainers.ppo_trainer:PPOTrainer",
+        losses=("dapo", "grpo", "dr_grpo", "bnpo"),
+        **{**ONLINE, "curves": (*CLIPPED, *CRITIC)},
     ),
 }
 
@@ -146,10 +205,11 @@ def method_table():
     lines.append("|---|---|---|---|---|---|---|")
     for name, method in METHODS.items():
         reference = "frozen copy (full), adapter off (lora, qlora)" if "ref_model" in method.models else "none"
+        reward = ", and a reward" if method.sample_reward else ""
         cells = (
             f"`{name}`",
             method.title,
-            ", ".join(method.columns),
+            ", ".join(method.columns) + reward,
             f"`{method.sample_data}`",
             ", ".join(method.train_modes),
             reference,
@@ -162,6 +222,6 @@ def method_table():
 if __name__ == "__main__":
     if len(sys.argv) == 1:
         print(method_table())
-    else:  # rlhf_run.sh asks for a method's sample data; an unknown name is left for train_rlhf.py to refuse
-        found = find_method(sys.argv[1])
-        print(METHODS[found].sample_data if found else "data/preference.jsonl")
+    else:  # rlhf_run.sh asks what a method takes; an unknown name is left for train_rlhf.py to refuse
+        asked = METHODS[find_method(sys.argv[1]) or "DPO"]
+        print(asked.sample_data, *asked.batch, asked.sample_reward or "")

@@ -37,7 +37,7 @@ def expand(argv):
             raise Refused(["--config: no file given. Type --config recipes/NAME.yaml"])
         recipe += read_recipe(argv[at + 1])
         del argv[at : at + 2]
-    return [translate(word) if word.startswith("--") else word for word in recipe + argv]
+    return translate(recipe + argv, RENAMED)
 
 
 def read_recipe(path):
@@ -64,13 +64,18 @@ def read_recipe(path):
     return words
 
 
-def translate(flag):
-    name = flag[2:].replace("-", "_")
-    if name not in RENAMED:
-        return flag
-    if environment.is_main() and "LAUNCH_CHECKED" not in os.environ:  # said when utils/launch.py had it checked
-        print(f"note: {flag} is called --{RENAMED[name]} here, and is read as that", file=sys.stderr)
-    return f"--{RENAMED[name]}"
+def translate(words, renamed):
+    """`words` with the flags of {old name: name here} under their names here, each said."""
+    translated = []
+    for word in words:
+        name = word[2:].replace("-", "_")
+        if not word.startswith("--") or name not in renamed:
+            translated.append(word)
+            continue
+        if environment.is_main() and "LAUNCH_CHECKED" not in os.environ:  # said when utils/launch.py had it checked
+            print(f"note: {word} is called --{renamed[name]} here, and is read as that", file=sys.stderr)
+        translated.append(f"--{renamed[name]}")
+    return translated
 
 
 def parse_common(argv):
@@ -155,7 +160,7 @@ def flag_first(message):
 
 def no_such_flag(flag, name, known):
     bare = flag[2:].replace("-", "_")
-    others = [other for other, method in METHODS.items() if bare in {f.name for f in fields(load(method.config))}]
+    others = [other for other, method in METHODS.items() if bare in {*flags_of(method), *dict(method.renamed)}]
     near = difflib.get_close_matches(bare, sorted(known), 1)
     if bare in ELSEWHERE:
         way_out = ELSEWHERE[bare]
@@ -166,6 +171,10 @@ def no_such_flag(flag, name, known):
     else:
         way_out = f"`python train_rlhf.py --rlhf_type {name} --help` lists them"
     return f"{flag}: no such flag for {name}. {way_out}"
+
+
+def flags_of(method):
+    return [field.name for field in fields(load(method.config))]
 
 
 def resolve_dtype(dtype, bf16, fp16, name, method):

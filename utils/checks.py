@@ -7,7 +7,11 @@ import os
 import sys
 from pathlib import Path
 
+from rlhf_args.methods import METHODS
 from utils import environment
+
+
+VLLM = "0.22.0", "0.31.0"  # the versions that trl 1.16.0 takes (trl/import_utils.py)
 
 
 class Refused(ValueError):
@@ -57,20 +61,39 @@ def check_common(common, name, method):
             "--model_name_or_path: missing. A model folder or Hub id; `python -m utils.demo_model` makes one"
         )
         return problems
-    return problems + check_model(common.model_name_or_path, name, method)
+    return problems + check_rewards(common, name, method) + check_model(common.model_name_or_path, name, method)
 
 
 def check_model(path, name, method):
-    """Problems of a model or adapter folder; a Hub id is left to the loader."""
+    """Problems of the policy's folder; a Hub id is left to the loader."""
+    problems, described = check_folder(path, "--model_name_or_path")
+    if not described:
+        return problems
+    quantised = described.get("quantization_config")
+    if quantised:
+        problems.append(
+            f"{path}: its weights are quantised already ({quantised.get('quant_method', 'unknown')}). Take the "
+            "original; --train_mode qlora holds it in 4 bits"
+        )
+    if method.task == "CAUSAL_LM" and is_reward_model(described):
+        problems.append(
+            f"{path}: a trained reward model, which scores and cannot answer. {name} starts from a language model"
+        )
+    adapter = (Path(path) / "adapter_config.json").exists()
+    return problems + check_adapter(path, described, name, method) if adapter else problems
+
+
+def check_folder(path, flag):
+    """(problems, its config.json or adapter_config.json as a dict) of a model or adapter folder; {} for a Hub id."""
     folder = Path(path)
     if not folder.exists():
         if looks_local(path):
             way_out = near_path(path) or ". `python -m utils.demo_model` makes models/SmolLM2-135M-Instruct"
-            return [f"--model_name_or_path {path}: no such folder{way_out}"]
-        return []
+            return [f"{flag} {path}: no such folder{way_out}"], {}
+        return [], {}
     adapter, config = folder / "adapter_config.json", folder / "config.json"
     if not adapter.exists() and not config.exists():
-        return [f"--model_name_or_path {path}: no config.json (nor adapter_config.json) in it, so not a model folder"]
+        return [f"{flag} {path}: no config.json (nor adapter_config.json) in it, so not a model folder"], {}
     problems = []
     if not any((folder / file).exists() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         problems.append(
@@ -94,20 +117,27 @@ def check_model(path, name, method):
     try:
         described = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
-        return [*problems, f"{file}: not valid JSON. Copy it from the original model"]
+        return [*problems, f"{file}: not valid JSON. Copy it from the original model"], {}
     if not isinstance(described, dict):
-        return [*problems, f"{file}: not a JSON object. Copy it from the original model"]
-    quantised = described.get("quantization_config")
-    if quantised:
-        problems.append(
-            f"{path}: its weights are quantised already ({quantised.get('quant_method', 'unknown')}). Take the "
-            "original; --train_mode qlora holds it in 4 bits"
-        )
-    if method.task == "CAUSAL_LM" and is_reward_model(described):
-        problems.append(
-            f"{path}: a trained reward model, which scores and cannot answer. {name} starts from a language model"
-        )
-    return problems + check_adapter(path, described, name, method) if adapter.exists() else problems
+        return [*problems, f"{file}: not a JSON object. Copy it from the original model"], {}
+    return problems, described
+
+
+def check_rewards(common, name, method):
+    """Problems of the rewards asked for: of a method that has none, none where there should be, files that are not."""
+    asked = {"--reward_model_path": common.reward_model_path, "--reward_funcs": common.reward_funcs}
+    asked = [flag for flag, value in asked.items() if value]
+    if not method.sample_reward:
+        takers = ", ".join(other for other, m in METHODS.items() if m.sample_reward)
+        return [f"{flag}: {name} learns from the answers in the data, not from a reward. {takers} take it" for flag in asked]
+    if not asked:
+        return [
+            f"no reward: {name} needs one. Type --reward_funcs {method.sample_reward} to try, or --reward_model_path FOLDER"
+        ]
+    from utils import rewards  # it builds upon this module
+
+    problems = list(rewards.check_reward_functions(common.reward_funcs or ()))
+    return problems + (rewards.check_reward_model(common.reward_model_path) if common.reward_model_path else [])
 
 
 def is_reward_model(described):
@@ -178,9 +208,11 @@ def check_config(common, config, name, method):
     for loss in [asked] if isinstance(asked, str) else asked:
         if loss not in method.losses:
             problems.append(f"--loss_type {loss}: {name} takes {', '.join(method.losses)}")
-    length = config.max_length
+    length = getattr(config, "max_length", None)
     if length is not None and length < 2:
         problems.append(f"--max_length {length}: too short for a prompt and an answer. TRL's default is 1024")
+    if method.sample_reward:
+        problems += check_rollouts(common, config)
     if not math.isfinite(config.learning_rate) or config.learning_rate <= 0:
         problems.append(f"--learning_rate {config.learning_rate}: a positive number, like 1e-5")
     if config.n_gpu > 1 and not common.check:
@@ -208,6 +240,104 @@ def check_config(common, config, name, method):
     problems += check_launch(common, config)
     # of several processes the first one owns the folder, and may have begun to write
     return problems + check_output_dir(common, config) if environment.is_main() else problems
+
+
+def check_rollouts(common, config):
+    """Problems of how answers are sampled and judged."""
+    judges = len(common.reward_funcs or ()) + bool(common.reward_model_path)
+    if config.reward_weights and len(config.reward_weights) != judges:
+        yield f"--reward_weights: {len(config.reward_weights)} of them for {judges} rewards. Give each its weight"
+    held = model_positions(common.model_name_or_path)
+    if config.max_completion_length < 1:
+        yield f"--max_completion_length {config.max_completion_length}: 1 or more"
+    elif held and held <= config.max_completion_length:
+        yield (
+            f"--max_completion_length {config.max_completion_length}: the model holds {held} tokens, prompt and answer. "
+            f"Type --max_completion_length {held // 2}"
+        )
+    if config.max_prompt_length is not None and config.max_prompt_length < 1:
+        yield f"--max_prompt_length {config.max_prompt_length}: 1 or more"
+    if config.temperature <= 0:
+        yield f"--temperature {config.temperature:g}: answers are sampled, so above 0"
+    if config.use_vllm:
+        yield from check_vllm()
+    if getattr(config, "value_model_path", None):
+        yield from check_value_model(config.value_model_path, common)
+
+
+def length_limit(config, path):
+    """The tokens that a row may have: prompt and answer, or the prompt alone where the policy is to answer."""
+    if not hasattr(config, "max_prompt_length"):
+        return config.max_length
+    held = model_positions(path)
+    room = [held - config.max_completion_length] if held else []
+    return min([*room, *([config.max_prompt_length] if config.max_prompt_length else [])], default=None)
+
+
+def check_rollout_fits(config, prompts):
+    """Raises Refused where the prompts do not fill one rollout: TRL would train on nothing."""
+    if hasattr(config, "rollout_size") and prompts < config.rollout_size() // config.num_generations:
+        needed = config.rollout_size() // config.num_generations
+        raise Refused(
+            [
+                f"{prompts} prompts, and a rollout takes {needed} ({config.rollout_size()} answers, "
+                f"{config.num_generations} each). Give more prompts, or type --per_device_train_batch_size, "
+                "--gradient_accumulation_steps or NUM_PROCESSES smaller"
+            ]
+        )
+
+
+def check_vllm():
+    import importlib.metadata
+    import importlib.util
+
+    if importlib.util.find_spec("vllm") is None:
+        yield "--use_vllm: vLLM is not installed. Type pip install -r requirements-vllm.txt, or leave the flag out"
+        return
+    from packaging.version import Version
+
+    found = importlib.metadata.version("vllm")
+    if not Version(VLLM[0]) <= Version(Version(found).base_version) <= Version(VLLM[1]):
+        yield f"--use_vllm: vLLM {found} is installed; this TRL takes {VLLM[0]} to {VLLM[1]}. See requirements-vllm.txt"
+
+
+def check_value_model(path, common):
+    """A critic of its own reads the policy's tokens, so its tokenizer is the policy's; and it is trained in full."""
+    flag = f"--value_model_path {path}"
+    problems, _ = check_folder(path, "--value_model_path")
+    yield from problems
+    if common.train_mode != "full":
+        yield f"{flag} with --train_mode {common.train_mode}: there the critic is a head on the policy. Leave it out"
+    if (Path(path) / "adapter_config.json").exists():
+        yield f"{flag}: an adapter. Merge it first: python -m utils.merge_lora {path} MERGED"
+    ours, theirs = (read_vocabulary(folder) for folder in (common.model_name_or_path, path))
+    if ours and theirs and ours != theirs:
+        token = next((t for t in sorted(ours | theirs, key=str) if ours.get(t) != theirs.get(t)), "")
+        yield (
+            f"{flag}: its tokenizer is not the policy's: {token!r} is {theirs.get(token, 'nothing')} in it and "
+            f"{ours.get(token, 'nothing')} in {common.model_name_or_path}. A critic reads the policy's tokens"
+        )
+
+
+def read_vocabulary(folder):
+    """{token: id} of a folder's tokenizer.json, {} where there is none."""
+    file = Path(folder) / "tokenizer.json"
+    if not file.exists():
+        return {}
+    described = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary = described["model"].get("vocab", {})
+    if isinstance(vocabulary, list):  # of pairs (token, score)
+        vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
+    return vocabulary | {token["content"]: token["id"] for token in described.get("added_tokens", ())}
+
+
+def model_positions(path):
+    """How many tokens a model's config says it holds, of an adapter its base's; None where it does not say."""
+    from utils.models import read_adapter, read_config
+
+    adapter = read_adapter(path)
+    config = read_config(adapter["base_model_name_or_path"] if adapter else path)
+    return config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings")
 
 
 def check_launch(common, config):

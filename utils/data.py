@@ -10,7 +10,7 @@ import random
 import re
 from dataclasses import dataclass, field
 
-from rlhf_args.methods import DIALOGUE, METHODS, PAIR, RANKED, UNPAIRED
+from rlhf_args.methods import DIALOGUE, METHODS, PAIR, PROMPT, RANKED, UNPAIRED
 from utils.checks import Refused, refuse_if
 from utils.files import MESSAGES, read_rows, say_type
 
@@ -22,10 +22,13 @@ ACCEPTED = {
     UNPAIRED: (UNPAIRED, PAIR, RANKED),
     RANKED: (RANKED, PAIR),
     DIALOGUE: (DIALOGUE, ("prompt", "completion")),
+    PROMPT: (PROMPT, RANKED),
 }
 SAMPLE = {method.columns: method.sample_data for method in METHODS.values()}
 ROLES = ("system", "developer", "user", "assistant", "tool")
 LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+# Further columns that a reward function cannot be given: TRL passes things of these names, or takes them for images
+RESERVED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "image", "images")
 HALVED = "holds half a character (\\ud800 to \\udfff), as of an emoji that was cut in two. Mend it"
 
 
@@ -94,17 +97,21 @@ def make_rows(rows, columns, notes, problems=()):
         if reason:
             dropped.append((where, reason, values))
         else:
-            made += [(where, converted) for converted in convert(row, columns)]
+            made += [(where, converted) for converted in convert(row, columns, values)]
     if len(spoken) == 2:
         problems.append(f"{spoken[True]} is a chat and {spoken[False]} is plain text. One run takes one of the two")
     if len(margins) == 2 and columns == RANKED:
         problems.append(f'{margins[False]}: no "margin", and {margins[True]} has one. All rows have one, or none has')
+    if columns == PROMPT:
+        problems += check_further(rows)
     refuse_rows(problems)
     if columns == UNPAIRED and kind != UNPAIRED:
         made = keep_apart(made)
     extra = sorted({name for _, values in rows for name in values} - {n for k in ACCEPTED[columns] for n in k})
     extra = [name for name in extra if name != "margin"]
-    if extra:
+    if extra and columns == PROMPT:
+        notes.append(f"columns that the reward functions are given: {', '.join(extra)}")
+    elif extra:
         notes.append(f"columns not used: {', '.join(extra)}")
     messages = (
         message for _, values in rows for name in kind if isinstance(values[name], list) for message in values[name]
@@ -155,6 +162,21 @@ def check_row(values, kind, columns):
     return None
 
 
+def check_further(rows):
+    """Problems of the columns beside the prompt, which go to the reward functions: names that TRL needs, mixed types."""
+    kinds = {}
+    for where, values in rows:
+        for name, value in values.items():
+            if value is not None and name != "prompt":
+                kinds.setdefault(name, {}).setdefault(say_type(value), where)
+    for name, found in kinds.items():
+        if name in RESERVED:
+            yield f'{next(iter(found.values()))}: a column "{name}", which TRL uses itself. Rename it'
+        elif len(found) > 1:
+            (kind, where), (other, there) = list(found.items())[:2]
+            yield f'{there}: "{name}" is {other}, and {where} has {kind}. A column has values of one type'
+
+
 def check_label(label):
     return None if str(label).lower() in LABELS else f'"label" is {label!r}. It is true or false (1 or 0)'
 
@@ -203,7 +225,7 @@ def normalize(values, kind, notes):
         notes += [] if note in notes or str(row["label"]).lower() in ("true", "false") else [note]
         row["label"] = LABELS[str(row["label"]).lower()]
     sides = [name for name in ("chosen", "rejected", "completion") if name in row]
-    if isinstance(row.get("prompt"), list) and all(row[s][: len(row["prompt"])] == row["prompt"] != [] for s in sides):
+    if sides and isinstance(row.get("prompt"), list) and all(row[s][: len(row["prompt"])] == row["prompt"] != [] for s in sides):
         note = "answers that repeat their prompt are read without it"
         notes += [] if note in notes else [note]
         row |= {side: row[side][len(row["prompt"]) :] for side in sides}
@@ -245,6 +267,8 @@ def is_chat(row):
 
 def useless(row, columns):
     """Why a well-formed row cannot be trained on, or None."""
+    if columns == PROMPT:
+        return None if text_of(row["prompt"]).strip() else "no prompt"
     if isinstance(row.get("messages"), list):
         answers = ["".join(m["content"] for m in row["messages"] if m["role"] == "assistant")]
     else:
@@ -262,8 +286,13 @@ def text_of(value):
     return value if isinstance(value, str) else "".join(message["content"] for message in value)
 
 
-def convert(row, columns):
-    """The rows that a method of `columns` makes of one: a pair is two thumbs for KTO."""
+def convert(row, columns, values):
+    """The rows that a method of `columns` makes of one, read from `values`: a pair is two thumbs for KTO.
+
+    Of a prompt the other columns are kept aside as "further": they are the reward functions', not text to train on.
+    """
+    if columns == PROMPT:
+        return [{"prompt": row["prompt"], "further": {n: value for n, value in values.items() if n != "prompt"}}]
     if columns == UNPAIRED and "chosen" in row:
         return [
             {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
@@ -305,8 +334,9 @@ def check_dropped(rows, max_drop_fraction):
     """Too many rows that cannot be used mean that the file is not what its owner thinks. None left: no training."""
     share = len({where for where, _, _ in rows.dropped}) / rows.total
     if share > max_drop_fraction or share == 1:
-        too_long = any("max_length" in reason for _, reason, _ in rows.dropped)
-        way_out = "Mend them" + ", or raise --max_length" * too_long
+        limits = [re.search(r"max_\w*length", reason) for _, reason, _ in rows.dropped]
+        flag = next((limit[0] for limit in limits if limit), None)
+        way_out = "Mend them" + (f", or raise --{flag}" if flag else "")
         if share < 1:
             way_out = f"More than --max_drop_fraction {max_drop_fraction:g}. {way_out}, or type --max_drop_fraction 1"
         raise Refused([f"{say_dropped(rows.dropped, rows.total)}. {way_out}"])

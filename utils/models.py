@@ -6,7 +6,7 @@ from pathlib import Path
 from utils.checks import Refused
 
 
-def load_tokenizer(path, revision=None, trust_remote_code=False):
+def load_tokenizer(path, revision=None, trust_remote_code=False, flag="--model_name_or_path"):
     """The tokenizer in a model's or adapter's folder, right-padding."""
     from transformers import AutoTokenizer
 
@@ -15,7 +15,7 @@ def load_tokenizer(path, revision=None, trust_remote_code=False):
             path, revision=revision, trust_remote_code=trust_remote_code, padding_side="right"
         )
     except (OSError, ValueError) as error:
-        raise Refused([f"--model_name_or_path {path}: its tokenizer cannot be loaded ({first_line(error)})"]) from None
+        raise Refused([f"{flag} {path}: its tokenizer cannot be loaded ({first_line(error)})"]) from None
 
 
 def read_adapter(path):
@@ -55,14 +55,19 @@ def load_other_models(names, path, *, train_mode, dtype, deepspeed, **source):
     return {name: model.eval().requires_grad_(False) for name, model in loaded.items()}
 
 
+def needs_reference(config):
+    """Whether the method's loss compares with the start: not where that was computed before, or has no weight."""
+    return not getattr(config, "precompute_ref_log_probs", False) and getattr(config, "beta", None) != 0
+
+
 def held_in(dtype, deepspeed):
     return dtype if deepspeed else "float32"
 
 
-def describe_reference(names, path, train_mode, precomputed):
-    if not names:
+def describe_reference(names, path, train_mode, config):
+    if not names or getattr(config, "beta", None) == 0:
         return "none needed"
-    if precomputed:
+    if not needs_reference(config):
         return f"{path} before training, its log-probabilities computed once (no second copy)"
     if train_mode == "full":
         return f"a frozen copy of {path}"

@@ -20,6 +20,18 @@ SAMPLES = 2
 SAMPLE_TOKENS = 48
 
 
+# What a log of sampled answers shows when a run goes wrong -> whether this one does
+WARNINGS = {
+    "all answers got the same reward, so there is nothing to learn from. Look at completions.jsonl; a reward that "
+    "differs, a higher --temperature or more --num_generations would help": lambda logs: logs.get("reward_std") == 0,
+    "the policy runs away from the reference (KL above 1 a token). A lower --learning_rate or a higher --beta holds "
+    "it": lambda logs: (logs.get("kl") or 0) > 1,
+    "no answer ends by itself: all are cut at --max_completion_length. Raise it, or add --missing_eos_penalty 1": (
+        lambda logs: logs.get("completions/clipped_ratio") == 1
+    ),
+}
+
+
 class Report(TrainerCallback):
     """Follows one run of `trainer`. `examples`: (where, values) rows, answered or scored before and after."""
 
@@ -30,7 +42,8 @@ class Report(TrainerCallback):
         self.examples = [e for e in rendered if tokenize(tokenizer, e[1]) or method.task == "SEQ_CLS"][:SAMPLES]
         self.folder = Path(trainer.args.output_dir)
         self.main = trainer.accelerator.is_main_process
-        self.before, self.bar, self.seconds, self.steps = [], None, 0.0, 0
+        self.before, self.bar, self.seconds, self.steps, self.warned = [], None, 0.0, 0, set()
+        trainer.generating = self.show_generating
         for callback in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(callback)
         trainer.add_callback(self)
@@ -42,7 +55,7 @@ class Report(TrainerCallback):
         say(f"start     {state.max_steps} steps of {rows} rows, learning rate {args.learning_rate:g}; measured first")
         self.before = self.first_samples(state.global_step)
         if self.main:
-            for name in ("metrics.jsonl", "eval.jsonl"):
+            for name in ("metrics.jsonl", "eval.jsonl", "completions.jsonl"):
                 keep_until(self.folder / name, state.global_step)
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -63,6 +76,10 @@ class Report(TrainerCallback):
             dynamic_ncols=live,
         )
 
+    def show_generating(self, tokens, limit):
+        if self.bar:
+            self.bar.set_description(f"training, answer token {tokens} of {limit}" if tokens < limit else "training")
+
     def on_step_end(self, args, state, control, **kwargs):
         self.seconds += time.perf_counter() - self.step_began
         self.steps += 1
@@ -75,14 +92,34 @@ class Report(TrainerCallback):
         if "loss" in logs:
             append_line(self.folder / "metrics.jsonl", {"step": state.global_step, "epoch": state.epoch, **logs})
             if self.bar:
-                shown = {"loss": logs["loss"], "margin": logs.get(self.method.margin)}
+                shown = {"loss": logs["loss"]} | {label: logs.get(key) for label, key in self.method.metrics[:3]}
                 self.bar.set_postfix({k: f"{float(v):.3f}" for k, v in shown.items() if v is not None})
+            self.warn(state.global_step, logs)
+            if state.global_step * 10 // state.max_steps > (state.global_step - 1) * 10 // state.max_steps:
+                self.say_sampled(state.global_step)
         elif "eval_loss" in logs:
             line = {"step": state.global_step, "epoch": state.epoch, **logs}
             # Before its first step the policy is its own reference: every pair ties, which TRL counts as wrong.
-            if line.get(f"eval_{self.method.margin}") == line.get(f"eval_{self.method.accuracy}") == 0:
-                line |= {f"eval_{self.method.accuracy}": 0.5, "tied": True}
+            accuracy, margin = (f"eval_{dict(self.method.metrics).get(label)}" for label in ("accuracy", "margin"))
+            if line.get(margin) == line.get(accuracy) == 0:
+                line |= {accuracy: 0.5, "tied": True}
             append_line(self.folder / "eval.jsonl", line)
+
+    def say_sampled(self, step):
+        """The newest of the answers that the policy learns from, with its rewards, ten times a run."""
+        logs = getattr(self.trainer, "_logs", None)
+        if logs and logs["prompt"]:
+            rewards = ", ".join(f"{name} {values[-1]:.3g}" for name, values in logs["rewards"].items())
+            asked, answer = (last_words({"prompt": logs[name][-1]}) for name in ("prompt", "completion"))
+            said = f"sampled   step {step}: {shorten(asked, 60)} -> {shorten(answer, 120)} [{rewards}]"
+            (self.bar.write if self.bar else print)(said, file=sys.stdout)
+
+    def warn(self, step, logs):
+        """Says in plain words, once each, what the log shows when a run goes wrong."""
+        for text, wrong in WARNINGS.items():
+            if text not in self.warned and wrong(logs):
+                self.warned.add(text)
+                (self.bar.write if self.bar else print)(f"warning   step {step}: {text}", file=sys.stderr)
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.bar:
@@ -142,15 +179,14 @@ class Report(TrainerCallback):
             draw_report(self.folder, self.method)
 
     def held_out(self):
-        """{"loss", "accuracy", "margin"} at the first and the last evaluation, or None where nothing is held out."""
+        """The method's figures at the first and the last evaluation, or None where nothing is held out."""
         lines = read_lines(self.folder / "eval.jsonl")
         return [self.read_eval(lines[0]), self.read_eval(lines[-1])] if lines else None
 
     def read_eval(self, line):
-        found = {"loss": line["eval_loss"]}
-        for name, metric in (("accuracy", self.method.accuracy), ("margin", self.method.margin)):
-            if f"eval_{metric}" in line:
-                found[name] = line[f"eval_{metric}"]
+        # the loss of a policy upon its own answers says nothing
+        found = {} if self.method.sample_reward else {"loss": line["eval_loss"]}
+        found |= {label: line[f"eval_{key}"] for label, key in self.method.metrics if f"eval_{key}" in line}
         return found | {"tied": True} if line.get("tied") else found
 
     def speed(self):
@@ -207,9 +243,8 @@ class Report(TrainerCallback):
             before, after = held
             notes = {"accuracy": "  (before: policy = reference, every pair ties)"} if before.get("tied") else {}
             say(f"\n{'held out':10}{'before':>10}{'after':>10}")
-            for name in ("loss", "accuracy", "margin"):
-                if name in after:
-                    say(f"{name:10}{before[name]:10.4f}{after[name]:10.4f}{notes.get(name, '')}")
+            for name in (name for name in after if name in before and name != "tied"):
+                say(f"{name:10}{before[name]:10.4f}{after[name]:10.4f}{notes.get(name, '')}")
 
 
 def draw_report(folder, method):
@@ -221,18 +256,17 @@ def draw_report(folder, method):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = [
-        ("loss", "loss"),
-        ("reward margin", method.margin),
-        ("accuracy", method.accuracy),
-        ("learning rate", "learning_rate"),
-    ]
-    panels = [(title, key) for title, key in panels if key and any(key in line for line in train)]
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 3.2), squeeze=False, layout="constrained")
-    for axis, (title, key) in zip(axes[0], panels, strict=True):
-        lines = [line for line in train if key in line]
+    panels = [("loss", "loss"), *method.metrics, *method.curves, ("learning rate", "learning_rate")]
+    panels = [(title, key) for title, key in panels if any(line.get(key) is not None for line in train)]
+    columns = min(len(panels), 5)
+    rows = -(-len(panels) // columns)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(4 * columns, 3.2 * rows), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (title, key) in zip(axes.flat, panels, strict=False):
+        lines = [line for line in train if line.get(key) is not None]
         axis.plot([line["step"] for line in lines], [line[key] for line in lines], label="training")
-        points = [line for line in held if f"eval_{key}" in line]
+        points = [line for line in held if line.get(f"eval_{key}") is not None]
         if points:
             axis.plot([p["step"] for p in points], [p[f"eval_{key}"] for p in points], "o-", label="held out")
             axis.legend()
@@ -288,7 +322,7 @@ def last_words(values):
     if isinstance(asked, str):
         return asked[-200:]
     users = [message["content"] for message in asked if message["role"] != "assistant"]
-    return users[-1] if users else ""
+    return users[-1] if users else asked[-1]["content"] if asked else ""
 
 
 def shorten(text, length):

@@ -20,14 +20,15 @@ def save(trainer, tokenizer):
     Returns how many trained numbers the save must hold.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
-    if "ref" in getattr(model, "peft_config", {}):
-        model.delete_adapter("ref")  # TRL's frozen twin of an adapter that was trained on: not part of the result
+    for adapter in [name for name in getattr(model, "peft_config", {}) if name in ("ref", "reward")]:
+        model.delete_adapter(adapter)  # frozen: the twin of an adapter that was trained on, a judge on the same base
     trainer.save_model()
     if trainer.accelerator.is_main_process:
         tokenizer.save_pretrained(trainer.args.output_dir)
     trainer.accelerator.wait_for_everyone()
-    # sharded (ZeRO-3) parameters know their whole size as ds_numel
-    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+    # sharded (ZeRO-3) parameters know their whole size as ds_numel; a critic is no part of the result
+    trained = [p for name, p in model.named_parameters() if p.requires_grad and "critic." not in name]
+    return sum(getattr(p, "ds_numel", p.numel()) for p in trained)
 
 
 def verify_save(folder, start, expected):

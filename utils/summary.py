@@ -4,7 +4,7 @@ import os
 import shlex
 import sys
 
-from utils import environment, models, text
+from utils import environment, models, rewards, text
 from utils.data import count_reasons
 
 
@@ -18,21 +18,35 @@ def say_plan(common, config, name, method, tokenizer, rows, train, held_out):
     path, mode, dropped = common.model_name_or_path, common.train_mode, count_reasons(rows.dropped)
     refused = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
     held = f"{len(held_out.rows)} held out" if held_out.rows else "none held out (--eval_fraction 0.1 would)"
-    precomputed = getattr(config, "precompute_ref_log_probs", False)
     count, engine = environment.processes_asked(), environment.engine()
     devices = f"{count} process{'es' * (count > 1)} on {config.device.type}{', ' * bool(engine)}{engine}"
     say(f"method    {name}: {method.title} ({method.source})")
     say(f"model     {path}")
     say(f"mode      {mode}{describe_lora(common, rows.notes)}; {common.dtype}, {devices}")
-    say(f"reference {models.describe_reference(method.models, path, mode, precomputed)}")
+    say(f"reference {models.describe_reference(method.models, path, mode, config)}")
+    if method.sample_reward:
+        say(f"reward    {describe_reward(common, config)}")
+        say(f"rollouts  {config.describe_rollouts(len(train.rows))}")
     say(f"data      {len(train.rows)} rows to train on, {held}; refused: {refused}")
     if train.cut + held_out.cut:
         say(f"          {train.cut + held_out.cut} answers are cut at --max_length {config.max_length}")
     if train.reshaped:
         say(f"          in {train.reshaped} rows the template writes the prompt differently once an answer follows")
-    for note in rows.notes:
+    for note in [*rows.notes, *getattr(config, "notes", ())]:
         say(f"note      {note}")
     say(f"first row {text.mark(train, tokenizer, sys.stdout.isatty())}")
+
+
+def describe_reward(common, config):
+    judges = [*(common.reward_funcs or ()), *([common.reward_model_path] if common.reward_model_path else [])]
+    weights = config.reward_weights or [1.0] * len(judges)
+    if common.reward_model_path and rewards.shares_base(
+        common.reward_model_path, common.model_name_or_path, common.train_mode
+    ):
+        judges[-1] += " (an adapter on the policy's own base: no second copy)"
+    said = " + ".join(f"{weight:g} x {judge}" if weight != 1 else judge for weight, judge in zip(weights, judges))
+    penalty = config.missing_eos_penalty
+    return said + (f" - {penalty:g} for an answer that is cut" if penalty else "")
 
 
 def describe_lora(common, notes):

@@ -7,7 +7,7 @@ TRL's trainers get this as plain text, which each of them tokenises the same way
 from dataclasses import dataclass, field
 from itertools import groupby
 
-from rlhf_args.methods import DIALOGUE, RANKED
+from rlhf_args.methods import DIALOGUE, PROMPT, RANKED
 from utils.checks import Refused
 from utils.data import refuse_rows
 
@@ -24,7 +24,10 @@ class Prepared:
 
 
 def prepare_rows(rows, tokenizer, columns, max_length):
-    """Text rows for the trainer of a method with these columns. Raises Refused where the template rejects a row."""
+    """Text rows for the trainer of a method with these columns. Raises Refused where the template rejects a row.
+
+    `max_length`: tokens of prompt and answer together; where the policy answers itself, of the prompt.
+    """
     prepared, problems = Prepared(), []
     for where, values in rows:
         try:
@@ -41,7 +44,8 @@ def prepare_rows(rows, tokenizer, columns, max_length):
         elif longest > limit and columns == RANKED:
             prepared.dropped.append((where, "longer than max_length", values))
         elif longest > limit and starts_training_at(tokenizer, row, prompt) >= limit:
-            prepared.dropped.append((where, "prompt longer than max_length", values))
+            limited = "max_prompt_length" if columns == PROMPT else "max_length"
+            prepared.dropped.append((where, f"prompt longer than {limited}", values))
         else:
             prepared.cut += longest > limit
             prepared.reshaped += reshaped
@@ -61,6 +65,8 @@ def starts_training_at(tokenizer, row, prompt):
 def trainer_row(tokenizer, values, prompt, answers, columns):
     if columns == DIALOGUE:
         return label_turns(tokenizer, values, prompt + answers[0])
+    if columns == PROMPT:  # as it came: TRL gives it to the reward functions too
+        return {"prompt": values["prompt"], **values["further"]}
     if columns == RANKED:
         row = {"chosen": prompt + answers[0], "rejected": prompt + answers[1]}
     else:
@@ -73,7 +79,10 @@ def trainer_row(tokenizer, values, prompt, answers, columns):
 
 
 def render(tokenizer, values):
-    """(prompt, [answer, ...], reshaped): texts, each answer with exactly one end of turn behind it."""
+    """(prompt, [answer, ...], reshaped): texts, each answer with exactly one end of turn behind it.
+
+    Of a row that has a prompt alone, the answer is "".
+    """
     names = [name for name in ("chosen", "rejected", "completion") if name in values]
     if "messages" in values:
         if isinstance(values["messages"], str):
@@ -82,6 +91,9 @@ def render(tokenizer, values):
         messages, names, sides = values["messages"][:last], ["messages"], [values["messages"][last : last + 1]]
     else:
         messages, sides = values["prompt"], [values[name] for name in names]
+    if not sides:
+        prompt = values["prompt"]
+        return prompt if isinstance(prompt, str) else template(tokenizer, prompt, add_generation_prompt=True), [""], False
     if not isinstance(sides[0], list):
         return messages, [end_turn(tokenizer, side) for side in sides], False
     prompt = template(tokenizer, messages, add_generation_prompt=True) if messages else ""
@@ -216,7 +228,7 @@ def check_first(prepared, tokenizer, columns):
     ids = prepared.rows[0]["input_ids"] if columns == DIALOGUE else tokenize(tokenizer, "".join(prepared.first))
     doubled = tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2
     ends = next((n for n, token in enumerate(reversed(ids)) if token != tokenizer.eos_token_id), len(ids))
-    if doubled or ends != 1:
+    if doubled or ends != 1 and columns != PROMPT:
         given = "two BOS" if doubled else f"{ends} ends of turn"
         raise Refused(
             [
@@ -248,7 +260,7 @@ def mark(prepared, tokenizer, colour):
     row = prepared.rows[0]
     if "labels" not in row:
         prompt, answer = prepared.first
-        return f"{prompt}{on}{answer}{off}"
+        return f"{prompt}{on}{answer or '(the policy answers)'}{off}"
     runs = groupby(zip(row["input_ids"], row["labels"], strict=True), key=lambda token: token[1] != -100)
     texts = [(trained, tokenizer.decode([token for token, _ in run])) for trained, run in runs]
     return "".join(f"{on}{part}{off}" if trained else part for trained, part in texts)

@@ -1,0 +1,123 @@
+"""One run of TRL 1.12's PPOTrainer on the toy, for bench/ppo.py, which starts it with that TRL in front of its path.
+
+python bench/trl_ppo.py TOY OUT ROLLOUTS SEED [save]: prints one JSON line. The reward is bench/toy.py's, as the score
+model that TRL 1.12 asks for; policy and critic are two whole models there, and the critic starts from the policy.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # behind the TRL of this run
+
+import torch
+import trl
+from datasets import Dataset
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    TrainerCallback,
+)
+from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+from bench.toy import ALPHABET, BETA, LETTERS, MINI_BATCHES, PASSES, RATE, ROLLOUT, TOKENS
+
+
+class Share(nn.Module):
+    """bench/toy.py's share as TRL 1.12 has a reward model: "hidden states" with the reward so far, an identity head."""
+
+    base_model_prefix = "trunk"
+
+    def __init__(self, tokenizer):
+        super().__init__()
+        self.pad, self.letters = tokenizer.pad_token_id, tokenizer.convert_tokens_to_ids(list(LETTERS))
+        self.length = len("c17:")
+        self.trunk, self.score = self.read, nn.Identity()
+
+    def read(self, input_ids, attention_mask, **kwargs):
+        letter, answers = input_ids[:, :1], input_ids[:, self.length :]
+        counted = (answers == letter).cumsum(1) / attention_mask[:, self.length :].cumsum(1).clamp(min=1)
+        states = torch.cat([torch.zeros_like(input_ids[:, : self.length], dtype=counted.dtype), counted], 1)
+        return SimpleNamespace(hidden_states=[states[:, :, None]])
+
+
+class Clock(TrainerCallback):
+    def __init__(self):
+        self.times = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.times.append(time.perf_counter())
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.times.append(time.perf_counter())
+
+
+def main(toy, out, rollouts, seed, *flags):
+    assert trl.__version__.startswith("1.12."), trl.__version__
+    assert ALPHABET
+    path, rollouts = Path(toy) / "policy", int(rollouts)
+    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+    prompts = [json.loads(line)["prompt"] for line in open(Path(toy) / "prompts.jsonl")]
+    rows = Dataset.from_list([{"input_ids": tokenizer(prompt)["input_ids"]} for prompt in prompts])
+    load = {"dtype": torch.float32}
+    torch.manual_seed(int(seed))
+    value = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, **load)
+    value.config.pad_token_id = tokenizer.pad_token_id
+    config = PPOConfig(
+        output_dir=out,
+        per_device_train_batch_size=ROLLOUT,  # its mini-batches are taken out of this
+        gradient_accumulation_steps=1,
+        num_mini_batches=MINI_BATCHES,
+        num_ppo_epochs=PASSES,
+        local_rollout_forward_batch_size=ROLLOUT,
+        total_episodes=rollouts * ROLLOUT,
+        response_length=TOKENS,
+        stop_token="eos",
+        temperature=1.0,
+        kl_coef=BETA,
+        learning_rate=RATE,
+        lr_scheduler_type="constant",
+        num_sample_generations=0,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        bf16=False,
+        use_cpu=True,
+        gradient_checkpointing=False,
+        seed=int(seed),
+    )
+    clock = Clock()
+    trainer = PPOTrainer(
+        args=config,
+        processing_class=tokenizer,
+        model=AutoModelForCausalLM.from_pretrained(path, **load),
+        ref_model=AutoModelForCausalLM.from_pretrained(path, **load),
+        reward_model=Share(tokenizer),
+        value_model=value,
+        train_dataset=rows,
+        eval_dataset=rows.select(range(8)),
+        data_collator=DataCollatorWithPadding(tokenizer),
+        callbacks=[clock],
+    )
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "objective/scores" in line]
+    last = lines[-3:]
+    found = {
+        "rewards": [line["objective/scores"] for line in lines],
+        "reward": sum(line["objective/scores"] for line in last) / len(last),
+        "reward_minus_kl": sum(line["objective/rlhf_reward"] for line in last) / len(last),
+        "episodes_per_second": rollouts * ROLLOUT / (clock.times[-1] - clock.times[0]),
+    }
+    if "save" in flags:
+        trainer.save_model(out)
+        found["saved"] = sorted(file.name for file in Path(out).glob("*.safetensors"))
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,127 @@
+"""What RLOO, GRPO and PPO share beside TRL's flags: a few limits, and the arithmetic of rollouts, checked early."""
+
+import math
+import os
+from dataclasses import dataclass, field
+
+from utils import environment
+
+
+@dataclass
+class OnlineConfig:
+    """Mixin before TRL's config. `notes`: what was translated, for the plan that a run prints."""
+
+    # TRL's None asks num_generations answers to each held-out prompt, and an evaluation batch that divides by them.
+    num_generations_eval: int | None = field(
+        default=1, metadata={"help": "Answers to each held-out prompt when the policy is measured, 1 or more."}
+    )
+    max_prompt_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Prompts of more tokens are dropped and counted; unset: those that leave no room for "
+            "max_completion_length in the model."
+        },
+    )
+    missing_eos_penalty: float | None = field(
+        default=None,
+        metadata={"help": "Taken off the reward of an answer that max_completion_length cut short; unset: nothing."},
+    )
+    num_mini_batches: int | None = field(
+        default=None,
+        metadata={
+            "help": "Optimizer steps over one rollout and pass, 1 or more: sets steps_per_generation to so many times "
+            "gradient_accumulation_steps. Unset: 1, or what steps_per_generation says."
+        },
+    )
+    total_episodes: int | None = field(
+        default=None,
+        metadata={"help": "Answers to sample in the whole run: sets max_steps. Unset: num_train_epochs decides."},
+    )
+    local_rollout_forward_batch_size: int | None = field(
+        default=None, metadata={"help": "Accepted from older scripts; has no effect any more."}
+    )
+
+    def __post_init__(self):
+        self.notes = []
+        if self.local_rollout_forward_batch_size is not None:
+            self.notes.append("--local_rollout_forward_batch_size has no effect any more")
+        if self.missing_eos_penalty is not None and self.missing_eos_penalty < 0:
+            raise ValueError(f"--missing_eos_penalty {self.missing_eos_penalty:g}: it is taken off, so 0 or more")
+        if self.num_generations_eval is not None and self.num_generations_eval < 1:
+            raise ValueError(f"--num_generations_eval {self.num_generations_eval}: 1 or more")
+        self.split_rollout()
+        self.check_groups()
+        if self.total_episodes is not None:
+            rollouts = math.ceil(self.total_episodes / self.rollout_size())
+            self.max_steps = rollouts * self.steps_per_rollout()
+            self.notes.append(
+                f"--total_episodes {self.total_episodes} is --max_steps {self.max_steps} here: {rollouts} rollouts of "
+                f"{self.rollout_size()} answers, {self.steps_per_rollout()} optimizer steps each"
+            )
+        super().__post_init__()
+
+    @property
+    def world_size(self):
+        """Processes that share a rollout: those that are there, or, when one checks for them all, those asked for."""
+        return super().world_size if "LOCAL_RANK" in os.environ else environment.processes_asked()
+
+    def split_rollout(self):
+        if self.num_mini_batches is None:
+            return
+        if self.num_mini_batches < 1:
+            raise ValueError(f"--num_mini_batches {self.num_mini_batches}: 1 or more")
+        if self.steps_per_generation is not None or self.generation_batch_size is not None:
+            raise ValueError(
+                "--num_mini_batches beside --steps_per_generation or --generation_batch_size: they say the same. "
+                "Keep one of them"
+            )
+        self.steps_per_generation = self.num_mini_batches * self.gradient_accumulation_steps
+        self.notes.append(
+            f"--num_mini_batches {self.num_mini_batches} is --steps_per_generation {self.steps_per_generation} here "
+            f"({self.num_mini_batches} x {self.gradient_accumulation_steps} gradient_accumulation_steps)"
+        )
+
+    def rollout_size(self):
+        """Answers in one rollout, over all processes: TRL's generation_batch_size."""
+        steps = self.steps_per_generation or self.gradient_accumulation_steps
+        return self.generation_batch_size or self.per_device_train_batch_size * self.world_size * steps
+
+    def steps_per_rollout(self):
+        """Optimizer steps that one rollout serves: its mini-batches, each num_iterations times."""
+        step = self.per_device_train_batch_size * self.world_size * self.gradient_accumulation_steps
+        return max(1, self.num_iterations * self.rollout_size() // step)
+
+    def describe_rollouts(self, prompts):
+        """One line: what a rollout is and how many optimizer steps come of it."""
+        size, answers = self.rollout_size(), self.num_generations
+        left = prompts % (size // answers)
+        return (
+            f"{size} answers of up to {self.max_completion_length} tokens to {size // answers} prompts, then "
+            f"{self.steps_per_rollout()} optimizer steps ({self.num_iterations} passes); {prompts // (size // answers)} "
+            f"rollouts an epoch" + (f", {left} prompts (others each time) left over" if left else "")
+        )
+
+    def check_groups(self):
+        """Raises ValueError where the answers to a prompt are too few, or no whole number of groups fills a rollout."""
+        answers, rollout = self.num_generations, self.rollout_size()
+        if answers < self.least_generations:
+            raise ValueError(
+                f"--num_generations {answers}: answers to a prompt are compared with each other, and "
+                f"{self.least_generations} are the fewest. Type --num_generations {max(2, self.least_generations)}"
+            )
+        if rollout % answers == 0:
+            return
+        fitting = [n for n in range(self.least_generations, rollout + 1) if rollout % n == 0]
+        near = min(fitting, key=lambda n: abs(n - answers), default=None)
+        others = rollout // self.per_device_train_batch_size
+        batch = next(b for b in range(self.per_device_train_batch_size, 10**9) if b * others % answers == 0)
+        ways = [f"--num_generations {near}"] * (near is not None) + [f"--per_device_train_batch_size {batch}"]
+        raise ValueError(
+            f"--num_generations {answers}: a rollout has {rollout} answers (per_device_train_batch_size "
+            f"{self.per_device_train_batch_size} x {others} processes and steps), which is no whole number of prompts. "
+            f"Type {' or '.join(ways)}"
+        )
+
+    @property
+    def least_generations(self):
+        return 2  # an advantage is the difference to the other answers

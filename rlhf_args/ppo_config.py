@@ -1,0 +1,71 @@
+from dataclasses import dataclass, field
+
+import trl
+
+from rlhf_args.online_config import OnlineConfig
+
+
+@dataclass
+class PPOConfig(OnlineConfig, trl.GRPOConfig):
+    """PPO on GRPO's rollouts: what is not said here is GRPO's. Defaults are those of TRL 1.12's PPO, its last."""
+
+    # A critic says what an answer should be worth, so no second answer to the same prompt is needed.
+    num_generations: int | None = field(default=1, metadata={"help": "Answers to a prompt in a rollout, 1 or more."})
+    # Each rollout is costly, and clipping allows to learn from it several times (TRL 1.12: num_ppo_epochs 4).
+    num_iterations: int = field(default=4, metadata={"help": "Passes over each rollout: PPO's epochs, 1 or more."})
+    # PPO keeps near the reference by a penalty within the reward, which GRPO leaves out (TRL 1.12: kl_coef 0.05).
+    beta: float = field(
+        default=0.05, metadata={"help": "KL penalty a token within the reward; 0: none, and no reference is held."}
+    )
+    kl_estimator: str = field(
+        default="k1",
+        metadata={
+            "help": "KL of a token: k1 = log p/q, unbiased; k3 = q/p - 1 - log q/p, never negative.",
+            "choices": ["k1", "k3"],
+        },
+    )
+    gamma: float = field(default=1.0, metadata={"help": "Discount of later rewards, 0 to 1; 1: none."})
+    lam: float = field(
+        default=0.95, metadata={"help": "GAE's lambda, 0 to 1: 0 trusts the critic, 1 what was really rewarded."}
+    )
+    cliprange_value: float = field(
+        default=0.2, metadata={"help": "How far a value may move from that of the rollout before it is clipped."}
+    )
+    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss, 0 or more."})
+    whiten_rewards: bool = field(
+        default=False, metadata={"help": "Scale the token rewards of a rollout to variance 1; their mean is kept."}
+    )
+    value_model_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "With train_mode full: the model that the critic starts from, a reward model or the policy's own "
+            "path, with the policy's tokenizer. Unset: the critic is a head on the policy's last hidden state."
+        },
+    )
+    critic_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "The critic's own; unset: 10 times learning_rate with a critic of its own, 1e-3 for a head."},
+    )
+    save_critic: bool = field(default=False, metadata={"help": "Save the critic too, as OUTPUT/critic.safetensors."})
+
+    def __post_init__(self):
+        for flag in ("gamma", "lam"):
+            if not 0 <= getattr(self, flag) <= 1:
+                raise ValueError(f"--{flag} {getattr(self, flag):g}: from 0 to 1")
+        for flag in ("cliprange_value", "vf_coef", "beta"):
+            if getattr(self, flag) < 0:
+                raise ValueError(f"--{flag} {getattr(self, flag):g}: 0 or more")
+        if self.scale_rewards not in ("group", True) or self.multi_objective_aggregation != "sum_then_normalize":
+            raise ValueError(
+                "--scale_rewards and --multi_objective_aggregation: not PPO's, which whitens advantages over the "
+                "rollout. --whiten_rewards scales rewards"
+            )
+        try:
+            super().__post_init__()
+        except ValueError as error:  # TRL's last check but those of vLLM's clipping
+            if self.num_generations != 1 or "at least 2 generations" not in str(error):
+                raise
+
+    @property
+    def least_generations(self):
+        return 1

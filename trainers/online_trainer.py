@@ -1,0 +1,113 @@
+"""TRL's RLOO and GRPO trainers with the project's reference model, prompts, rewards and records of what was said."""
+
+import json
+from pathlib import Path
+
+import trl
+from trl.models import prepare_deepspeed, prepare_fsdp
+from trl.trainer.callbacks import SyncRefModelCallback
+from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
+
+from utils.text import template, tokenize
+
+
+class Online:
+    """Mixin before a TRL trainer that samples answers and scores them.
+
+    `ref_model`: the frozen start of fully trained weights, as for DPO; TRL would load one from the name in the config
+    alone, without its revision, and without the adapter that was merged into it. With an adapter there is none.
+    `generating`: called with the tokens sampled so far of a rollout, for the progress bar.
+    """
+
+    generating = staticmethod(lambda tokens, limit: None)
+
+    def __init__(self, model, reward_funcs, args, ref_model=None, **kwargs):
+        reward_funcs = list(reward_funcs)
+        if args.missing_eos_penalty:
+            reward_funcs.append(self.missing_eos)
+            if args.reward_weights:
+                args.reward_weights = [*args.reward_weights, 1.0]
+        beta, sync = args.beta, args.sync_ref_model
+        if ref_model is not None:
+            args.beta, args.sync_ref_model = 0.0, False  # no reference of TRL's
+        super().__init__(model=model, reward_funcs=reward_funcs, args=args, **kwargs)
+        args.beta, args.sync_ref_model, self.beta = beta, sync, beta
+        if ref_model is not None:
+            self.ref_model = self.prepare_reference(ref_model)
+            if sync:
+                self.add_callback(SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator))
+        for reward in reward_funcs:
+            if hasattr(reward, "attach"):
+                reward.attach(self)
+
+    def prepare_reference(self, model):
+        """As TRL prepares its own. Source: trl 1.16.0, trainer/grpo_trainer.py, __init__."""
+        if self.args.disable_dropout:
+            disable_dropout_in_model(model)
+        add_fused_lm_head(
+            model,
+            temperature=self.temperature,
+            cast_lm_head_to_fp32=getattr(self.args, "cast_lm_head_to_fp32", False),
+        )
+        if self.is_deepspeed_enabled:
+            return prepare_deepspeed(model, self.accelerator)
+        if self.is_fsdp_enabled:
+            return prepare_fsdp(model, self.accelerator)
+        return self.accelerator.prepare_model(model, evaluation_mode=True)
+
+    def missing_eos(self, completion_ids, **kwargs):
+        """A reward function of its own, so that the log shows it: missing_eos_penalty for each answer that was cut."""
+        ended = [ids[-1] in self.eos_token_ids for ids in completion_ids]
+        return [0.0 if end else -self.args.missing_eos_penalty for end in ended]
+
+    def _tokenize_prompts(self, prompts):
+        """Prompts as all methods here tokenise them: one BOS where the tokenizer adds one, whatever the template says.
+
+        Returns (ids a prompt, no images, no further inputs), as TRL's does.
+        """
+        ids = [
+            tokenize(
+                self.processing_class,
+                prompt
+                if isinstance(prompt, str)
+                else template(self.processing_class, prompt, add_generation_prompt=True, **self.chat_template_kwargs),
+            )
+            for prompt in prompts
+        ]
+        return ids, None, {}
+
+    def _generate_single_turn(self, *args, **kwargs):
+        """TRL's, counting the steps of the model to show how far a rollout is."""
+        sampled = [0]
+
+        def count(model, inputs, outputs):
+            sampled[0] += 1
+            self.generating(sampled[0], self.max_completion_length)
+
+        hook = self.accelerator.unwrap_model(self.model).register_forward_hook(count)
+        try:
+            return super()._generate_single_turn(*args, **kwargs)
+        finally:
+            hook.remove()
+
+    def _generate_and_score_completions(self, inputs):
+        """TRL's, and each answer with its rewards as a line of completions.jsonl."""
+        output = super()._generate_and_score_completions(inputs)
+        if self.model.training and self.accelerator.is_main_process:
+            count = len(inputs) * self.accelerator.num_processes
+            newest = [list(self._logs[name])[-count:] for name in ("prompt", "completion")]
+            rewards = {name: list(values)[-count:] for name, values in self._logs["rewards"].items()}
+            with open(Path(self.args.output_dir) / "completions.jsonl", "a", encoding="utf-8") as handle:
+                for place, (prompt, completion) in enumerate(zip(*newest, strict=True)):
+                    line = {"step": self.state.global_step, "prompt": prompt, "completion": completion}
+                    line["rewards"] = {name: values[place] for name, values in rewards.items()}
+                    handle.write(json.dumps(line, ensure_ascii=False) + "\n")
+        return output
+
+
+class RLOOTrainer(Online, trl.RLOOTrainer):
+    pass
+
+
+class GRPOTrainer(Online, trl.GRPOTrainer):
+    pass
