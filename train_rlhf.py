@@ -117,6 +117,9 @@ def run(argv):
         trainer.train(resume_from_checkpoint=saves.find_checkpoint(config.output_dir, config.resume_from_checkpoint))
         if held_out.rows:
             trainer.evaluate()
+    except rewards.RewardFailed as error:
+        follow.write_error(error.details)
+        raise
     finally:
         follow.draw()
     after = follow.sample()

@@ -6,6 +6,17 @@ from dataclasses import dataclass, field
 
 from utils import environment
 
+COUNTS = (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "num_generations_eval",
+    "num_mini_batches",
+    "num_iterations",
+    "total_episodes",
+    "steps_per_generation",
+    "generation_batch_size",
+)
+
 
 @dataclass
 class OnlineConfig:
@@ -47,8 +58,9 @@ class OnlineConfig:
             self.notes.append("--local_rollout_forward_batch_size has no effect any more")
         if self.missing_eos_penalty is not None and self.missing_eos_penalty < 0:
             raise ValueError(f"--missing_eos_penalty {self.missing_eos_penalty:g}: it is taken off, so 0 or more")
-        if self.num_generations_eval is not None and self.num_generations_eval < 1:
-            raise ValueError(f"--num_generations_eval {self.num_generations_eval}: 1 or more")
+        for flag in COUNTS:
+            if getattr(self, flag) is not None and getattr(self, flag) < 1:
+                raise ValueError(f"--{flag} {getattr(self, flag)}: 1 or more")
         self.split_rollout()
         self.check_groups()
         if self.total_episodes is not None:
@@ -62,14 +74,13 @@ class OnlineConfig:
 
     @property
     def world_size(self):
-        """Processes that share a rollout: those that are there, or, when one checks for them all, those asked for."""
-        return super().world_size if "LOCAL_RANK" in os.environ else environment.processes_asked()
+        """Processes that share a rollout: those asked for, also before they met, or where one checks for them all."""
+        met = "LOCAL_RANK" in os.environ and hasattr(self, "distributed_state")
+        return super().world_size if met else environment.processes_asked()
 
     def split_rollout(self):
         if self.num_mini_batches is None:
             return
-        if self.num_mini_batches < 1:
-            raise ValueError(f"--num_mini_batches {self.num_mini_batches}: 1 or more")
         if self.steps_per_generation is not None or self.generation_batch_size is not None:
             raise ValueError(
                 "--num_mini_batches beside --steps_per_generation or --generation_batch_size: they say the same. "
@@ -94,32 +105,38 @@ class OnlineConfig:
     def describe_rollouts(self, prompts):
         """One line: what a rollout is and how many optimizer steps come of it."""
         size, answers = self.rollout_size(), self.num_generations
-        left = prompts % (size // answers)
+        rollouts, left = divmod(prompts, size // answers)
         return (
             f"{size} answers of up to {self.max_completion_length} tokens to {size // answers} prompts, then "
-            f"{self.steps_per_rollout()} optimizer steps ({self.num_iterations} passes); {prompts // (size // answers)} "
-            f"rollouts an epoch" + (f", {left} prompts (others each time) left over" if left else "")
+            f"{self.steps_per_rollout()} optimizer steps ({self.num_iterations} passes); {rollouts} rollouts an epoch"
+            + (f", {left} prompts (others each time) left over" if left else "")
         )
 
     def check_groups(self):
-        """Raises ValueError where the answers to a prompt are too few, or no whole number of groups fills a rollout."""
+        """Raises ValueError where a prompt has too few answers, or no whole number of prompts fills a rollout."""
         answers, rollout = self.num_generations, self.rollout_size()
         if answers < self.least_generations:
             raise ValueError(
                 f"--num_generations {answers}: answers to a prompt are compared with each other, and "
-                f"{self.least_generations} are the fewest. Type --num_generations {max(2, self.least_generations)}"
+                f"{self.least_generations} are the fewest. Type --num_generations {self.least_generations}"
             )
         if rollout % answers == 0:
             return
         fitting = [n for n in range(self.least_generations, rollout + 1) if rollout % n == 0]
         near = min(fitting, key=lambda n: abs(n - answers), default=None)
-        others = rollout // self.per_device_train_batch_size
-        batch = next(b for b in range(self.per_device_train_batch_size, 10**9) if b * others % answers == 0)
-        ways = [f"--num_generations {near}"] * (near is not None) + [f"--per_device_train_batch_size {batch}"]
+        ways = [f"--num_generations {near}"] * (near is not None)
+        if self.generation_batch_size:
+            made_of = "generation_batch_size"
+            fits = math.lcm(answers, self.per_device_train_batch_size * self.world_size)
+            ways.append(f"--generation_batch_size {math.ceil(rollout / fits) * fits}")
+        else:
+            batch, others = self.per_device_train_batch_size, rollout // self.per_device_train_batch_size
+            made_of = f"per_device_train_batch_size {batch} x {others} processes and steps"
+            batch = next(b for b in range(batch, 10**9) if b * others % answers == 0)
+            ways.append(f"--per_device_train_batch_size {batch}")
         raise ValueError(
-            f"--num_generations {answers}: a rollout has {rollout} answers (per_device_train_batch_size "
-            f"{self.per_device_train_batch_size} x {others} processes and steps), which is no whole number of prompts. "
-            f"Type {' or '.join(ways)}"
+            f"--num_generations {answers}: a rollout has {rollout} answers ({made_of}), which is no whole number of "
+            f"prompts. Type {' or '.join(ways)}"
         )
 
     @property

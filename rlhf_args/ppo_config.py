@@ -44,7 +44,9 @@ class PPOConfig(OnlineConfig, trl.GRPOConfig):
     )
     critic_learning_rate: float | None = field(
         default=None,
-        metadata={"help": "The critic's own; unset: 10 times learning_rate with a critic of its own, 1e-3 for a head."},
+        metadata={
+            "help": "The critic's own; unset: 10 times learning_rate with value_model_path, else 1 / hidden size."
+        },
     )
     save_critic: bool = field(default=False, metadata={"help": "Save the critic too, as OUTPUT/critic.safetensors."})
 

@@ -108,9 +108,9 @@ class Critic(nn.Module):
 
 @dataclass
 class PolicyOutput(FusedCausalLMOutput):
-    """TRL's fused output and `values` (B, L - 1): what the critic expects before each token but the first."""
+    """TRL's fused output and `token_values` (B, L - 1): what the critic expects before each token but the first."""
 
-    values: torch.Tensor | None = None
+    token_values: torch.Tensor | None = None
 
 
 def add_critic(model, critic):
@@ -130,7 +130,7 @@ def add_critic(model, critic):
         outputs = policy_forward(*args, fused_lm_head=True, **kwargs)
         hook.remove()
         values = self.critic(states[0], kwargs["input_ids"], kwargs["attention_mask"])
-        return PolicyOutput(**outputs, values=values[:, :-1])
+        return PolicyOutput(**outputs, token_values=values[:, :-1])
 
     model.forward = types.MethodType(forward, model)
 
@@ -177,7 +177,11 @@ class PPOTrainer(GRPOTrainer):
     def create_optimizer(self, *args, **kwargs):
         """TRL's, with the critic in groups of its own learning rate."""
         optimizer = super().create_optimizer(*args, **kwargs)
-        rate = self.args.critic_learning_rate or (10 * self.args.learning_rate if self.args.value_model_path else 1e-3)
+        rate = self.args.critic_learning_rate
+        if rate is None and self.args.value_model_path:
+            rate = 10 * self.args.learning_rate
+        elif rate is None:  # Adam moves each weight by the rate, and so a value by at most about one
+            rate = 1 / self.policy().config.get_text_config().hidden_size
         critic = {parameter for name, parameter in self.model.named_parameters() if "critic." in name}
         for group in list(optimizer.param_groups):
             theirs = [parameter for parameter in group["params"] if parameter in critic]
@@ -204,7 +208,7 @@ class PPOTrainer(GRPOTrainer):
 
         def with_values(**inputs):
             outputs = model(**inputs)
-            values.append(outputs.get("values"))
+            values.append(outputs.get("token_values"))
             return outputs
 
         found = super()._get_per_token_logps_and_entropies(with_values, *args, **kwargs)

@@ -10,7 +10,6 @@ from pathlib import Path
 from rlhf_args.methods import METHODS
 from utils import environment
 
-
 VLLM = "0.22.0", "0.31.0"  # the versions that trl 1.16.0 takes (trl/import_utils.py)
 
 
@@ -67,7 +66,7 @@ def check_common(common, name, method):
 def check_model(path, name, method):
     """Problems of the policy's folder; a Hub id is left to the loader."""
     problems, described = check_folder(path, "--model_name_or_path")
-    if not described:
+    if described is None:
         return problems
     quantised = described.get("quantization_config")
     if quantised:
@@ -84,16 +83,16 @@ def check_model(path, name, method):
 
 
 def check_folder(path, flag):
-    """(problems, its config.json or adapter_config.json as a dict) of a model or adapter folder; {} for a Hub id."""
+    """(problems, its config.json or adapter_config.json as a dict) of a model or adapter folder; None for a Hub id."""
     folder = Path(path)
     if not folder.exists():
         if looks_local(path):
             way_out = near_path(path) or ". `python -m utils.demo_model` makes models/SmolLM2-135M-Instruct"
-            return [f"{flag} {path}: no such folder{way_out}"], {}
-        return [], {}
+            return [f"{flag} {path}: no such folder{way_out}"], None
+        return [], None
     adapter, config = folder / "adapter_config.json", folder / "config.json"
     if not adapter.exists() and not config.exists():
-        return [f"{flag} {path}: no config.json (nor adapter_config.json) in it, so not a model folder"], {}
+        return [f"{flag} {path}: no config.json (nor adapter_config.json) in it, so not a model folder"], None
     problems = []
     if not any((folder / file).exists() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         problems.append(
@@ -117,9 +116,9 @@ def check_folder(path, flag):
     try:
         described = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
-        return [*problems, f"{file}: not valid JSON. Copy it from the original model"], {}
+        return [*problems, f"{file}: not valid JSON. Copy it from the original model"], None
     if not isinstance(described, dict):
-        return [*problems, f"{file}: not a JSON object. Copy it from the original model"], {}
+        return [*problems, f"{file}: not a JSON object. Copy it from the original model"], None
     return problems, described
 
 
@@ -129,14 +128,22 @@ def check_rewards(common, name, method):
     asked = [flag for flag, value in asked.items() if value]
     if not method.sample_reward:
         takers = ", ".join(other for other, m in METHODS.items() if m.sample_reward)
-        return [f"{flag}: {name} learns from the answers in the data, not from a reward. {takers} take it" for flag in asked]
+        return [
+            f"{flag}: {name} learns from the answers in the data, not from a reward. {takers} take it"
+            for flag in asked
+        ]
     if not asked:
         return [
-            f"no reward: {name} needs one. Type --reward_funcs {method.sample_reward} to try, or --reward_model_path FOLDER"
+            f"no reward: {name} needs one. Type --reward_funcs {method.sample_reward} to try, or "
+            "--reward_model_path FOLDER"
         ]
     from utils import rewards  # it builds upon this module
 
     problems = list(rewards.check_reward_functions(common.reward_funcs or ()))
+    names = [spec.rpartition(":")[2] for spec in common.reward_funcs or ()]
+    names += [Path(common.reward_model_path).name] if common.reward_model_path else []
+    for twice in sorted({judge for judge in names if names.count(judge) > 1}):
+        problems.append(f"two rewards are called {twice}, which the log would add up. Rename one")
     return problems + (rewards.check_reward_model(common.reward_model_path) if common.reward_model_path else [])
 
 
@@ -252,12 +259,17 @@ def check_rollouts(common, config):
         yield f"--max_completion_length {config.max_completion_length}: 1 or more"
     elif held and held <= config.max_completion_length:
         yield (
-            f"--max_completion_length {config.max_completion_length}: the model holds {held} tokens, prompt and answer. "
-            f"Type --max_completion_length {held // 2}"
+            f"--max_completion_length {config.max_completion_length}: the model holds {held} tokens, prompt and "
+            f"answer. Type --max_completion_length {held // 2}"
         )
     if config.max_prompt_length is not None and config.max_prompt_length < 1:
         yield f"--max_prompt_length {config.max_prompt_length}: 1 or more"
-    if config.temperature <= 0:
+    if not config.beta >= 0:
+        yield f"--beta {config.beta:g}: 0 or more; 0: nothing holds the policy near the reference"
+    for weight in config.reward_weights or ():
+        if not math.isfinite(weight):
+            yield f"--reward_weights {weight}: a finite number for each reward"
+    if not config.temperature > 0:
         yield f"--temperature {config.temperature:g}: answers are sampled, so above 0"
     if config.use_vllm:
         yield from check_vllm()
@@ -298,7 +310,9 @@ def check_vllm():
 
     found = importlib.metadata.version("vllm")
     if not Version(VLLM[0]) <= Version(Version(found).base_version) <= Version(VLLM[1]):
-        yield f"--use_vllm: vLLM {found} is installed; this TRL takes {VLLM[0]} to {VLLM[1]}. See requirements-vllm.txt"
+        yield (
+            f"--use_vllm: vLLM {found} is installed; this TRL takes {VLLM[0]} to {VLLM[1]}. See requirements-vllm.txt"
+        )
 
 
 def check_value_model(path, common):

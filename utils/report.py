@@ -178,6 +178,10 @@ class Report(TrainerCallback):
                 self.bar.close()
             draw_report(self.folder, self.method)
 
+    def write_error(self, details):
+        """error.log: the whole traceback of what ended the run in one line."""
+        (self.folder / "error.log").write_text(details, encoding="utf-8")
+
     def held_out(self):
         """The method's figures at the first and the last evaluation, or None where nothing is held out."""
         lines = read_lines(self.folder / "eval.jsonl")

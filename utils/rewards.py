@@ -1,4 +1,4 @@
-"""What judges an answer: functions from a user's file and trained reward models, each tried before the policy is loaded.
+"""What judges an answer: functions from a user's file and reward models, each tried before the policy is loaded.
 
 All are reward functions as TRL has them: called with prompts, completions, completion_ids and every further column of
 the data by keyword, they return a number for each completion.
@@ -10,7 +10,9 @@ import contextlib
 import difflib
 import importlib.util
 import inspect
+import json
 import math
+import sys
 import traceback
 from pathlib import Path
 
@@ -22,9 +24,9 @@ TRIED = 4  # rows that a reward is tried on
 class RewardFailed(RuntimeError):
     """A reward function raised, or returned what is no reward. One line; `details` is the whole traceback."""
 
-    def __init__(self, message, details=""):
+    def __init__(self, message, details=None):
         super().__init__(message)
-        self.details = details
+        self.details = details or message
 
 
 # ── functions ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -45,21 +47,31 @@ def check_reward_functions(specs):
             except SyntaxError as error:
                 yield f"{path}:{error.lineno}: {error.msg}, so --reward_funcs {spec} cannot be loaded"
                 continue
-            if name not in defined:
+            except ValueError as error:  # half a character, a null byte
+                yield f"{path}: not Python ({' '.join(str(error).split())}), so --reward_funcs {spec} cannot be loaded"
+                continue
+            if name not in defined and "*" not in defined:
                 near = difflib.get_close_matches(name, defined, 1)
                 guess = f"Did you mean {near[0]}?" if near else f"It has {', '.join(defined) or 'none'}"
                 yield f"--reward_funcs {spec}: no function {name} in {path}. {guess}"
 
 
 def names_in(tree):
-    """The names that a module's top level defines: functions, classes, assignments, imports."""
+    """The names that a module's top level defines: functions, classes, assignments, imports ("*": whatever it has)."""
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield node.name
         elif isinstance(node, ast.Assign):
             yield from (target.id for target in node.targets if isinstance(target, ast.Name))
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            yield node.target.id
         elif isinstance(node, ast.Import | ast.ImportFrom):
             yield from (alias.asname or alias.name for alias in node.names)
+        else:  # under an if, try or with
+            for part in ("body", "orelse", "finalbody"):
+                yield from names_in(ast.Module(getattr(node, part, []), []))
+            for handler in getattr(node, "handlers", []):
+                yield from names_in(handler)
 
 
 def load_reward_function(spec):
@@ -67,11 +79,11 @@ def load_reward_function(spec):
     path, _, name = spec.rpartition(":")
     file = Path(path).expanduser().resolve()
     loader = importlib.util.spec_from_file_location(f"reward_{file.stem}", file)
-    module = importlib.util.module_from_spec(loader)
+    module = sys.modules[loader.name] = importlib.util.module_from_spec(loader)  # where dataclasses and pickle look
     try:
         loader.loader.exec_module(module)
         function = getattr(module, name)
-    except Exception as error:  # noqa: BLE001  a user's file may raise anything
+    except (Exception, SystemExit) as error:  # a user's file may raise anything
         raise Refused([f"--reward_funcs {spec}: {say_where(error, file)}"]) from error
     if not callable(function):
         raise Refused([f"--reward_funcs {spec}: {name} is no function"])
@@ -79,27 +91,42 @@ def load_reward_function(spec):
 
 
 def careful(function, name, file):
-    """`function`, whose rewards are checked: as many as completions, each a finite number (or None: does not apply)."""
+    """`function`, whose rewards are checked: as many as completions, each a finite number (None: does not apply)."""
 
-    def explain(error, rows):
-        where = f"{name} raised {say_where(error, file)}, on {rows} completions"
-        return RewardFailed(where, "".join(traceback.format_exception(error)))
+    def explain(error, prompts, row):
+        row = "" if row is None else f", for row {row}, prompt {say_prompt(prompts[row])}"
+        return RewardFailed(f"{name} raised {say_where(error, file)}{row}", "".join(traceback.format_exception(error)))
 
-    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None)):
+    def call(**columns):
+        rewards = function(**columns)
+        return list(rewards) if inspect.isgenerator(rewards) else rewards  # it runs, and may raise, only now
+
+    def first_failing(**columns):
+        """The row that fails by itself, of a batch that failed; None where none does."""
+        for row in range(len(columns["prompts"])):
+            alone = {n: v[row : row + 1] if isinstance(v, list) else v for n, v in columns.items()}
+            try:
+                call(**alone)
+            except Exception:  # noqa: BLE001  as above
+                return row
+        return None
+
+    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
 
         async def checked(prompts, completions, **columns):
             try:
                 rewards = await function(prompts=prompts, completions=completions, **columns)
             except Exception as error:  # noqa: BLE001
-                raise explain(error, len(completions)) from error
+                raise explain(error, prompts, None) from error
             return check_rewards(rewards, name, file, prompts)
     else:
 
         def checked(prompts, completions, **columns):
             try:
-                rewards = function(prompts=prompts, completions=completions, **columns)
-            except Exception as error:  # noqa: BLE001
-                raise explain(error, len(completions)) from error
+                rewards = call(prompts=prompts, completions=completions, **columns)
+            except Exception as error:  # noqa: BLE001  a user's function may raise anything
+                row = first_failing(prompts=prompts, completions=completions, **columns)
+                raise explain(error, prompts, row) from error
             return check_rewards(rewards, name, file, prompts)
 
     checked.__name__ = name
@@ -107,7 +134,7 @@ def careful(function, name, file):
 
 
 def check_rewards(rewards, name, file, prompts):
-    """`rewards` as a list of floats or None. Raises RewardFailed, with the function and the first row that is wrong."""
+    """`rewards` as a list of floats or None. Raises RewardFailed, with the function and the first wrong row."""
     try:
         rewards = rewards.tolist() if hasattr(rewards, "tolist") else list(rewards)
     except TypeError:
@@ -115,13 +142,20 @@ def check_rewards(rewards, name, file, prompts):
     if len(rewards) != len(prompts):
         raise RewardFailed(f"{name} ({file}) returned {len(rewards)} rewards for {len(prompts)} completions")
     for row, reward in enumerate(rewards):
-        number = isinstance(reward, int | float) or hasattr(reward, "item")
-        if reward is not None and not (number and math.isfinite(reward)):
+        if reward is not None and not is_finite(reward):
             raise RewardFailed(
                 f"{name} ({file}) returned {reward!r} for row {row}, prompt {say_prompt(prompts[row])}. A reward is a "
                 "finite number"
             )
     return [None if reward is None else float(reward) for reward in rewards]
+
+
+def is_finite(reward):
+    """Whether it is one finite number, of Python, NumPy or PyTorch."""
+    try:
+        return math.isfinite(reward)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return False
 
 
 def say_where(error, file):
@@ -144,19 +178,35 @@ def check_reward_model(path):
     from utils.checks import check_folder
 
     problems, described = check_folder(path, "--reward_model_path")
-    if described and not is_reward_model(described):
+    if described is not None and not is_reward_model(described):
         problems.append(
             f"--reward_model_path {path}: a language model, whose score head would be random. Train one with "
             "--rlhf_type Reward"
         )
+    elif described and not problems and described.get("task_type") == "SEQ_CLS":
+        problems += check_adapters_head(path)
     return problems
+
+
+def check_adapters_head(path):
+    """Problems of an adapter's score head: loaded over its base, one that lacks it would score at random."""
+    shapes = {}
+    for file in Path(path).glob("*.safetensors"):
+        with open(file, "rb") as handle:
+            header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
+        shapes |= {name: tensor["shape"] for name, tensor in header.items() if name.endswith("score.weight")}
+    if not shapes:
+        yield f"--reward_model_path {path}: no weights for score.weight in it. A reward model has a trained head"
+    for shape in shapes.values():
+        if shape[0] != 1:
+            yield f"--reward_model_path {path}: scores {shape[0]} labels. A reward model has one"
 
 
 class RewardModel:
     """A sequence classifier of one label as a reward function, whatever its family, tokenizer and template.
 
-    Prompt and completion are written in the model's own template, as our Reward method trains them, cut at the front to
-    what the model holds, padded on the right, and scored in batches of like length.
+    Prompt and completion are written in the model's own template, as our Reward method trains them, cut at the front
+    to what the model holds, padded on the right, and scored in batches of like length.
     """
 
     def __init__(self, path, model, tokenizer, batch_size):
@@ -234,6 +284,14 @@ class SharedRewardModel(RewardModel):
                 parameter.requires_grad_(False)
         self.head = tensors[head[0]].float()
         self.trainer = trainer
+        save = model.save_pretrained
+
+        def save_without_judge(*args, **kwargs):
+            """Checkpoints hold what is trained; a judge in one would take the place of another one named on resume."""
+            kept = [name for name in model.peft_config if name != "reward"]
+            return save(*args, **{"selected_adapters": kept, **kwargs})
+
+        model.save_pretrained = save_without_judge
         text = model.get_base_model().config.get_text_config()
         self.longest = min(getattr(text, "max_position_embeddings", None) or 10**9, self.tokenizer.model_max_length)
 
@@ -254,7 +312,8 @@ class SharedRewardModel(RewardModel):
         trainer = self.trainer
         device = trainer.accelerator.device
         wrapped = trainer.accelerator.unwrap_model(trainer.model)
-        states = []
+        states, training = [], wrapped.training
+        wrapped.eval()  # rollouts are judged in mid-training: no dropout, neither the base's nor the judge's
         trunk = wrapped.get_base_model().base_model
         hook = trunk.register_forward_hook(lambda *call: states.append(call[-1].last_hidden_state))
         try:
@@ -262,7 +321,10 @@ class SharedRewardModel(RewardModel):
                 trainer.model(input_ids=ids.to(device), attention_mask=mask.to(device), logits_to_keep=1)
         finally:
             hook.remove()
-        last = states[0][torch.arange(len(ids)), mask.sum(1).to(device) - 1]
+            wrapped.train(training)
+        # where transformers puts a score: on the last token that is not the pad, which an end of turn may be
+        place = (torch.arange(ids.shape[1]) * (ids != self.tokenizer.pad_token_id)).argmax(1)
+        last = states[0][torch.arange(len(ids)), place]
         return (last.float() @ self.head.to(device).T)[:, 0]
 
 
@@ -280,7 +342,7 @@ def same_path(one, other):
 
 
 def load_reward_model(path, rows, dtype, device, batch_size, trust_remote_code=False):
-    """A whole RewardModel on `device`, never in pieces yet. Raises Refused where it has no trained head of one label."""
+    """A whole RewardModel on `device`, never in pieces yet. Raises Refused without a trained head of one label."""
     import torch
     from transformers import AutoModelForSequenceClassification
 
@@ -307,7 +369,9 @@ def load_reward_model(path, rows, dtype, device, batch_size, trust_remote_code=F
             model = PeftModel.from_pretrained(model, path).merge_and_unload()
         elif loaded["missing_keys"]:
             missing = ", ".join(sorted(loaded["missing_keys"])[:3])
-            raise Refused([f"--reward_model_path {path}: no weights for {missing} in it. A reward model has a trained head"])
+            raise Refused(
+                [f"--reward_model_path {path}: no weights for {missing} in it. A reward model has a trained head"]
+            )
     if model.config.num_labels != 1:
         raise Refused([f"--reward_model_path {path}: scores {model.config.num_labels} labels. A reward model has one"])
     fit_config(model, tokenizer)
@@ -337,7 +401,7 @@ def load_reward_tokenizer(path, rows, trust_remote_code=False):
 
 @contextlib.contextmanager
 def unsharded():
-    """Loads a model whole although ZeRO-3 loads the policy in pieces: its scores are tried before there is an engine."""
+    """Loads a model whole although ZeRO-3 loads the policy in pieces: it is tried before there is an engine."""
     from transformers.integrations import deepspeed
 
     config = deepspeed.deepspeed_config()
@@ -398,7 +462,9 @@ def try_reward_model(reward, rows, dtype):
     apart = max(abs(a - b) for a, b in zip(alone, together, strict=True))
     allowed = (1e-3 if dtype == "float32" else 5e-2) * (1 + max(map(abs, alone)))
     if not all(map(math.isfinite, alone + together)):
-        raise Refused([f"--reward_model_path {reward.path}: scores {alone[0]} on the first rows. Its weights are broken"])
+        raise Refused(
+            [f"--reward_model_path {reward.path}: scores {alone[0]} on the first rows. Its weights are broken"]
+        )
     if apart > allowed:
         raise Refused(
             [
@@ -407,7 +473,9 @@ def try_reward_model(reward, rows, dtype):
             ]
         )
     if max(alone) == min(alone):
-        raise Refused([f"--reward_model_path {reward.path}: the same score {alone[0]:.3g} for every one of {len(alone)}"])
+        raise Refused(
+            [f"--reward_model_path {reward.path}: the same score {alone[0]:.3g} for every one of {len(alone)}"]
+        )
 
 
 def example_answers(values):

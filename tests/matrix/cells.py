@@ -4,10 +4,10 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
-from rlhf_args.methods import DIALOGUE, METHODS
+from rlhf_args.methods import DIALOGUE, METHODS, load
 
 ROOT = Path(__file__).resolve().parents[2]
 MODES = ("full", "lora", "qlora")
@@ -64,6 +64,15 @@ def make_rows(columns, one_length):
             yield {"prompt": asked, "chosen": right, "rejected": wrong}
 
 
+def rollout_flags(name):
+    """What a method that samples needs on top: a reward, short answers, and two to a prompt where it compares them."""
+    if not METHODS[name].sample_reward:
+        return []
+    answers = next(f.default for f in fields(load(METHODS[name].config)) if f.name == "num_generations")
+    reward = ["--reward_funcs", "tests/matrix/answers.py:spread"]
+    return [*reward, "--max_completion_length", "8", "--num_generations", str(min(answers, 2)), "--beta", "0.05"]
+
+
 def run_cell(python, model, out, name, mode, launch, *flags, steps=2, one_length=False, **variables):
     """Trains one cell; the finished process."""
     launch, processes = LAUNCHES[launch]
@@ -72,7 +81,7 @@ def run_cell(python, model, out, name, mode, launch, *flags, steps=2, one_length
     asked = {"RLHF_TYPE": name, "TRAIN_MODE": mode, "LAUNCH": launch, "NUM_PROCESSES": processes}
     asked |= {"MODEL": model, "OUTPUT_DIR": out, "MAX_STEPS": steps, "LEARNING_RATE": "1e-2"}
     asked |= {"TRAIN_DATA": data, "BATCH_SIZE": 2, "ACCUMULATION": 1, "EVAL_FRACTION": 0.25}
-    return run_script(python, "--save_strategy", "no", *flags, **{**asked, **variables})
+    return run_script(python, "--save_strategy", "no", *rollout_flags(name), *flags, **{**asked, **variables})
 
 
 def judge(python, model, out, name, mode, launch):

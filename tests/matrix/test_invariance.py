@@ -40,6 +40,7 @@ def train(warm, model_for, tmp_path):
         launch, batch, accumulation = layout
         out = tmp_path / f"{launch}-{batch}-{accumulation}"
         sizes = {"BATCH_SIZE": batch, "ACCUMULATION": accumulation, "LEARNING_RATE": RATE, "EVAL_FRACTION": 0}
+        sizes["FIXED_ANSWERS"] = 1
         more = ("--lora_dropout", 0, "--adam_epsilon", 1e-4, "--gradient_checkpointing", layout in SPREAD, *flags)
         done = run_cell(
             warm,

@@ -1,0 +1,140 @@
+"""How well a reward model tells the better answer: `python -m utils.score_reward_model MODEL DATA`.
+
+DATA are pairs that the model was not trained on, in any form that --rlhf_type Reward reads. A model whose scores go
+with the length of an answer, and that is right no more often than "the longer answer wins", has learned to count.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from pathlib import Path
+
+from rlhf_args.methods import RANKED
+from utils import data, environment
+from utils.checks import Refused
+
+PAIRS = 32  # scored between two moves of the bar
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("model", help="folder of a reward model, whole or an adapter, or Hub id")
+    parser.add_argument("data", nargs="+", help="files, folders or Hub datasets of pairs, as for --rlhf_type Reward")
+    parser.add_argument("--output_dir", help="default: output/score-NAME, NAME being the model's folder")
+    asked = parser.parse_args(argv)
+    environment.calm_libraries()
+    folder = Path(asked.output_dir or Path("output") / f"score-{Path(asked.model).absolute().name}")
+    try:
+        rows, reward = load(asked.model, asked.data, folder)
+        scored = score_pairs(reward, rows.train)
+    except Refused as refusal:
+        Refused([say_here(problem) for problem in refusal.problems]).say()
+        return 2
+    found = {"model": asked.model, "data": asked.data, "data_hash": data.hash_rows(rows.train)}
+    found |= {"dropped_rows": data.count_reasons(rows.dropped)} | measure(**scored)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "reward_model.json").write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    draw(folder / "reward_model.png", found, **scored)
+    for note in rows.notes:
+        print(f"note      {note}")
+    dropped = ", ".join(f"{count} {reason}" for reason, count in found["dropped_rows"].items()) or "none"
+    cut = f"; {found['cut_answers']} answers cut at the front to what the model holds" if found["cut_answers"] else ""
+    print(f"pairs     {found['pairs']}; refused: {dropped}{cut}")
+    print(f"accuracy  {found['accuracy']:.3f}, ties counted half; mean margin {found['mean_margin']:.3g}")
+    longer = f"{found['longer_wins_accuracy']:.3f}"
+    print(f'length    {longer} is the accuracy of "the longer answer wins"; {say_r(found)}')
+    print(f"result    {folder}: reward_model.json, reward_model.png")
+    return 0
+
+
+def load(model, paths, folder):
+    """(Rows of pairs, RewardModel), tried on a few of them. Raises Refused."""
+    from utils.rewards import check_reward_model, load_reward_model, try_reward_model
+
+    problems = check_reward_model(model)
+    above = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        problems.append(f"--output_dir {folder}: nothing can be written in {above}. Name another folder")
+    rows = data.load_rows(paths, None, RANKED, "Reward", problems=problems)
+    # as prompts with their answers beside them, which is how a reward is tried
+    tried = [(where, {"prompt": pair["prompt"], "further": pair}) for where, pair in rows.train]
+    dtype, device = ("bfloat16" if environment.has_bf16() else "float32"), "cuda" if environment.has_gpu() else "cpu"
+    reward = load_reward_model(model, tried, dtype, device, batch_size=8)
+    try_reward_model(reward, tried, dtype)
+    return rows, reward
+
+
+def say_here(problem):
+    """What training says of its flags, of what the same things are called here."""
+    return problem.replace("--reward_model_path", "MODEL").replace("--train_data_path", "DATA")
+
+
+def score_pairs(reward, rows):
+    """{scores: [(of chosen, of rejected)], lengths: the same in answer tokens, cut: how many answers were}."""
+    from tqdm import tqdm
+
+    scores, lengths, cut = [], [], 0
+    for start in tqdm(range(0, len(rows), PAIRS), desc="scoring", unit="batch", leave=False, disable=None):
+        some = [pair for _, pair in rows[start : start + PAIRS]]
+        answers = [(pair["prompt"], pair[side]) for pair in some for side in RANKED]
+        tokens = [reward.tokens(prompt, answer) for prompt, answer in answers]
+        cut += sum(len(row) == reward.longest for row in tokens)
+        found = reward.score(tokens)
+        texts = [tokens_of(reward.tokenizer, answer) for _, answer in answers]
+        scores += zip(found[::2], found[1::2], strict=True)
+        lengths += zip(map(len, texts[::2]), map(len, texts[1::2]), strict=True)
+    return {"scores": scores, "lengths": lengths, "cut": cut}
+
+
+def tokens_of(tokenizer, answer):
+    return tokenizer(data.text_of(answer), add_special_tokens=False)["input_ids"]
+
+
+def measure(scores, lengths, cut):
+    """The figures of reward_model.json; the correlation is None where either never differs."""
+    flat = [[value for pair in pairs for value in pair] for pairs in (lengths, scores)]
+    varies = all(len(set(values)) > 1 for values in flat)
+    return {
+        "pairs": len(scores),
+        "cut_answers": cut,
+        "accuracy": accuracy(scores),
+        "mean_margin": statistics.fmean(chosen - rejected for chosen, rejected in scores),
+        "score_length_correlation": statistics.correlation(*flat) if varies else None,
+        "longer_wins_accuracy": accuracy(lengths),
+    }
+
+
+def accuracy(pairs):
+    """How often the chosen one has more, a tie counted half."""
+    return statistics.fmean((chosen > rejected) + (chosen == rejected) / 2 for chosen, rejected in pairs)
+
+
+def say_r(found):
+    r = found["score_length_correlation"]
+    return "no correlation to be had" if r is None else f"correlation of score and answer tokens {r:+.2f}"
+
+
+def draw(file, found, scores, lengths, cut):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    left.hist([chosen - rejected for chosen, rejected in scores], bins=40)
+    left.axvline(0, color="black", linewidth=1)
+    left.set_title(f"margin, chosen - rejected: accuracy {found['accuracy']:.3f}")
+    for number, side in enumerate(RANKED):
+        across, up = ([pair[number] for pair in pairs] for pairs in (lengths, scores))
+        right.scatter(across, up, s=8, alpha=0.6, label=side)
+    right.set_xlabel("answer tokens")
+    right.set_title(f"score: {say_r(found)}")
+    right.legend()
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
