@@ -53,8 +53,8 @@ class CommonArgs:
     reward_model_path: str | None = field(
         default=None,
         metadata={
-            "help": "A trained reward model that scores the policy's answers: a folder or Hub id, or an adapter made by "
-            "--rlhf_type Reward. It may be of another family than the policy: it reads text, in its own template."
+            "help": "A trained reward model that scores the policy's answers: a folder, a Hub id, or an adapter made "
+            "by --rlhf_type Reward. It may be of another family than the policy: it reads text, in its own template."
         },
     )
     reward_funcs: list[str] | None = field(

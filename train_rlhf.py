@@ -11,7 +11,7 @@ Exit status: 0 done, 2 refused before a model was loaded (one line a problem, no
 import sys
 
 from rlhf_args.methods import METHODS, load
-from utils import arguments, checks, data, environment, rewards
+from utils import arguments, checks, data, environment
 
 
 def main(argv=None):
@@ -27,7 +27,7 @@ def main(argv=None):
         if environment.is_main():
             print("interrupted. --resume_from_checkpoint auto goes on from the newest checkpoint", file=sys.stderr)
         return 130
-    except rewards.RewardFailed as error:
+    except checks.Failed as error:
         environment.record_failure(error)
         print(f"failed: {error}", file=sys.stderr)
         return 1
@@ -40,7 +40,7 @@ def run(argv):
     common, config, name, rows = parse_and_check(argv)
     method = METHODS[name]
 
-    from utils import models, report, saves, summary, text
+    from utils import models, report, reward_models, rewards, saves, summary, text
 
     # ── the text that is trained on ──────────────────────────────────────────────────────────────────────────────────
     tokenizer = models.load_tokenizer(common.model_name_or_path, common.model_revision, config.trust_remote_code)
@@ -83,7 +83,7 @@ def run(argv):
     if method.sample_reward:
         others["reward_funcs"] = judges
         if common.reward_model_path:
-            judges.append(rewards.load_model(common.reward_model_path, rows.train, **judged))
+            judges.append(reward_models.load_model(common.reward_model_path, rows.train, **judged))
     policy = models.load_policy(**source)
     if models.needs_reference(config):
         others |= models.load_other_models(method.models, **source)
@@ -117,7 +117,7 @@ def run(argv):
         trainer.train(resume_from_checkpoint=saves.find_checkpoint(config.output_dir, config.resume_from_checkpoint))
         if held_out.rows:
             trainer.evaluate()
-    except rewards.RewardFailed as error:
+    except checks.Failed as error:
         follow.write_error(error.details)
         raise
     finally:

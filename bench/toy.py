@@ -1,4 +1,4 @@
-"""A task that a small policy learns within a minute: answer with the letter that the prompt asks for, and nothing else.
+"""A task that a small policy learns within a minute: answer with the letter that the prompt asks for.
 
 A policy of 0.3M parameters that was taught to say random letters, prompts "c17:", answers of up to 16 tokens; the
 reward is the share of an answer's tokens that are the letter: 0.04 at the start, 1 at best.
@@ -90,7 +90,8 @@ def run_ours(method, toy, out, rollouts, seed, *flags, rate=RATE):
     words = ["--rlhf_type", method, "--train_mode", "full", "--model_name_or_path", toy / "policy"]
     words += ["--train_data_path", toy / "prompts.jsonl", "--reward_funcs", f"{ROOT}/bench/toy.py:share"]
     words += ["--output_dir", out, "--overwrite_output_dir", "--logging_steps", 1, "--save_strategy", "no"]
-    words += ["--max_completion_length", TOKENS, "--beta", BETA, "--learning_rate", rate, "--lr_scheduler_type", "constant"]
+    words += ["--max_completion_length", TOKENS, "--beta", BETA, "--learning_rate", rate]
+    words += ["--lr_scheduler_type", "constant"]
     words += ["--per_device_train_batch_size", MICRO, "--num_mini_batches", MINI_BATCHES, "--num_iterations", PASSES]
     words += ["--total_episodes", rollouts * ROLLOUT, "--seed", seed, "--dtype", "float32", *answers, *flags]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}

@@ -29,7 +29,7 @@ from bench.toy import ALPHABET, BETA, LETTERS, MINI_BATCHES, PASSES, RATE, ROLLO
 
 
 class Share(nn.Module):
-    """bench/toy.py's share as TRL 1.12 has a reward model: "hidden states" with the reward so far, an identity head."""
+    """bench/toy.py's share as a reward model of TRL 1.12: "hidden states" with the reward so far, an identity head."""
 
     base_model_prefix = "trunk"
 

@@ -6,7 +6,7 @@ TRL calls one with the prompts and completions of a batch (strings, or lists of 
 
 
 def brevity(completions, **columns):
-    """1 for an answer of up to 20 words, falling to 0 at 40: models that were tuned on long answers learn to be brief."""
+    """1 for an answer of up to 20 words, falling to 0 at 40. Models are tuned to talk; this one learns to be brief."""
     return [min(1.0, max(0.0, 2 - length(completion) / 20)) for completion in completions]
 
 

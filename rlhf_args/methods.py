@@ -1,7 +1,7 @@
 """The table of methods: what differs between them is a column here, or stands in the method's config or trainer.
 
 A new method is one row, one config file beside this one, and one sample file if its data columns are new.
-`python -m rlhf_args.methods` prints the table that README.md and README_zh.md hold, with a name what rlhf_run.sh takes.
+`python -m rlhf_args.methods` prints the table of README.md and README_zh.md, with a name what rlhf_run.sh takes.
 Standard library only: rows hold dotted paths, so that choosing DPO never imports PPO.
 """
 
@@ -51,7 +51,7 @@ class Method:
     precisions: tuple[str, ...] = ("bfloat16", "float16", "float32")
     losses: tuple[str, ...] = ()  # what --loss_type takes; none where there is no such flag
     min_batch_size: int = 1  # rows a device and step that the loss needs
-    batch: tuple[int, int] = (2, 2)  # rows a device and forward pass, passes a step, that rlhf_run.sh takes unless told
+    batch: tuple[int, int] = (2, 2)  # rows a device and pass, passes a step, that rlhf_run.sh takes unless told
     metrics: tuple[tuple[str, str], ...] = PAIRWISE  # (label, name in the log) of what is shown of a run, and
     curves: tuple[tuple[str, str], ...] = ()  # of what report.png alone shows beside it
     sample_reward: str | None = None  # a reward function that ships; None: the data say what is good, not a reward
@@ -182,7 +182,7 @@ METHODS = {
         source="arXiv 1707.06347, 2403.17031",
         config="rlhf_args.ppo_config:PPOConfig",
         trainer="trainers.ppo_trainer:PPOTrainer",
-        losses=("dapo", "grpo", "dr_grpo", "bnpo"),
+        losses=("dapo",),  # a mean over a step's tokens, the same however they are spread; the others are GRPO's
         **{**ONLINE, "curves": (*CLIPPED, *CRITIC)},
     ),
 }

@@ -120,6 +120,14 @@ class OnlineConfig:
                 f"--num_generations {answers}: answers to a prompt are compared with each other, and "
                 f"{self.least_generations} are the fewest. Type --num_generations {self.least_generations}"
             )
+        if self.steps_per_generation:
+            one, other = sorted((self.steps_per_generation, self.gradient_accumulation_steps))
+            if other % one:
+                raise ValueError(
+                    f"--steps_per_generation {self.steps_per_generation} with --gradient_accumulation_steps "
+                    f"{self.gradient_accumulation_steps}: a step would learn from parts of two rollouts. One is a "
+                    f"multiple of the other; type --steps_per_generation {self.gradient_accumulation_steps}"
+                )
         if rollout % answers == 0:
             return
         fitting = [n for n in range(self.least_generations, rollout + 1) if rollout % n == 0]

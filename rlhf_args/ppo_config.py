@@ -17,6 +17,7 @@ class PPOConfig(OnlineConfig, trl.GRPOConfig):
     beta: float = field(
         default=0.05, metadata={"help": "KL penalty a token within the reward; 0: none, and no reference is held."}
     )
+    # What follows is TRL 1.12's, which GRPO does not have.
     kl_estimator: str = field(
         default="k1",
         metadata={
@@ -24,14 +25,19 @@ class PPOConfig(OnlineConfig, trl.GRPOConfig):
             "choices": ["k1", "k3"],
         },
     )
+    # No discount: an answer is short and its reward comes at the end (TRL 1.12).
     gamma: float = field(default=1.0, metadata={"help": "Discount of later rewards, 0 to 1; 1: none."})
+    # Nearly all of what was really rewarded, the critic's part smoothing it (TRL 1.12).
     lam: float = field(
         default=0.95, metadata={"help": "GAE's lambda, 0 to 1: 0 trusts the critic, 1 what was really rewarded."}
     )
+    # As far as the policy's ratio may (TRL 1.12).
     cliprange_value: float = field(
         default=0.2, metadata={"help": "How far a value may move from that of the rollout before it is clipped."}
     )
+    # Under Adam it weighs in the clipping of gradients alone, where a head's must not drown the policy's (TRL 1.12).
     vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss, 0 or more."})
+    # Advantages are whitened as it is (TRL 1.12).
     whiten_rewards: bool = field(
         default=False, metadata={"help": "Scale the token rewards of a rollout to variance 1; their mean is kept."}
     )
@@ -48,6 +54,7 @@ class PPOConfig(OnlineConfig, trl.GRPOConfig):
             "help": "The critic's own; unset: 10 times learning_rate with value_model_path, else 1 / hidden size."
         },
     )
+    # The result is the policy; checkpoints hold the critic whatever this says.
     save_critic: bool = field(default=False, metadata={"help": "Save the critic too, as OUTPUT/critic.safetensors."})
 
     def __post_init__(self):

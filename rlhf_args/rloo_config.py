@@ -7,4 +7,4 @@ from rlhf_args.online_config import OnlineConfig
 
 @dataclass
 class RLOOConfig(OnlineConfig, trl.RLOOConfig):
-    """RLOO as TRL has it: `--num_generations` answers a prompt (2), `--beta` the KL penalty within the reward (0.05)."""
+    """RLOO as TRL has it: `--num_generations` answers a prompt (2), `--beta` the KL penalty in the reward (0.05)."""

@@ -133,7 +133,7 @@ def test_trains_in_bfloat16(name, mode, tiny_model, tmp_path):
 
 
 def losses_of_trl():
-    """The methods whose loss is a TRL trainer's own; tests/test_ppo.py compares the one that is not with TRL 1.12's."""
+    """The methods whose loss is a TRL trainer's own; tests/test_ppo.py compares the other with TRL 1.12's."""
     return [name for name, method in METHODS.items() if "_compute_loss" not in vars(load(method.trainer))]
 
 

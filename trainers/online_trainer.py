@@ -8,6 +8,7 @@ from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
+from utils.rewards import RewardFailed
 from utils.text import template, tokenize
 
 
@@ -55,6 +56,15 @@ class Online:
             return prepare_fsdp(model, self.accelerator)
         return self.accelerator.prepare_model(model, evaluation_mode=True)
 
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        """TRL's, which takes an answer that no function judged for one without a signal, and goes on."""
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        names = [name for name in self.reward_func_names if name != "missing_eos"]
+        if rewards[:, : len(names)].isnan().all(dim=1).any():
+            judges = " and ".join(names)
+            raise RewardFailed(f"{judges} returned None for one answer: each answer needs a number from one of them")
+        return rewards
+
     def missing_eos(self, completion_ids, **kwargs):
         """A reward function of its own, so that the log shows it: missing_eos_penalty for each answer that was cut."""
         ended = [ids[-1] in self.eos_token_ids for ids in completion_ids]
@@ -99,7 +109,7 @@ class Online:
             rewards = {name: list(values)[-count:] for name, values in self._logs["rewards"].items()}
             with open(Path(self.args.output_dir) / "completions.jsonl", "a", encoding="utf-8") as handle:
                 for place, (prompt, completion) in enumerate(zip(*newest, strict=True)):
-                    line = {"step": self.state.global_step, "prompt": prompt, "completion": completion}
+                    line = {"step": self.state.global_step + 1, "prompt": prompt, "completion": completion}
                     line["rewards"] = {name: values[place] for name, values in rewards.items()}
                     handle.write(json.dumps(line, ensure_ascii=False) + "\n")
         return output

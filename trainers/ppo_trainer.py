@@ -1,9 +1,10 @@
 """PPO on the rollouts of TRL's GRPO trainer: a critic, a KL penalty a token, GAE, clipped policy and value losses.
 
-TRL's own PPO ended with 1.12. What samples, scores, batches, clips the policy's ratio and logs is GRPO's here; this file
-adds what makes it PPO. Sources: Schulman et al. 2017 (arXiv 1707.06347, the clipped losses), Schulman et al. 2015 (arXiv
-1506.02438, GAE), Ziegler et al. 2019 (arXiv 1909.08593, the KL penalty within the reward), Huang et al. 2024 (arXiv
-2403.17031, the details). (B, T): answers x tokens of the longest one; `mask` is 1 on an answer's tokens, its end included.
+TRL's own PPO ended with 1.12. What samples, scores, batches, clips the policy's ratio and logs is GRPO's here; this
+file adds what makes it PPO. Sources: Schulman et al. 2017 (arXiv 1707.06347, the clipped losses), Schulman et al. 2015
+(arXiv 1506.02438, GAE), Ziegler et al. 2019 (arXiv 1909.08593, the KL penalty within the reward), Huang et al. 2024
+(arXiv 2403.17031, the details). (B, T): answers x tokens of the longest; `mask` is 1 on an answer's tokens, its end
+included.
 """
 
 import types
@@ -25,7 +26,7 @@ from trainers.online_trainer import GRPOTrainer
 
 
 def token_kl(logps, ref_logps, estimator):
-    """KL to the reference estimated from each sampled token, (B, T). Source: joschu.net/blog/kl-approx.html, k1, k3."""
+    """KL to the reference, estimated from each sampled token (B, T). Source: joschu.net/blog/kl-approx.html."""
     log_ratio = ref_logps - logps
     return -log_ratio if estimator == "k1" else log_ratio.exp() - 1 - log_ratio
 
@@ -72,7 +73,7 @@ def value_losses(values, old_values, returns, cliprange):
 
     Source: Huang et al. 2024, detail 13, and TRL 1.12.
     """
-    kept_near = old_values + (values - old_values).clamp(-cliprange, cliprange)
+    kept_near = values.clamp(old_values - cliprange, old_values + cliprange)
     free, near = (values - returns) ** 2, (kept_near - returns) ** 2
     return 0.5 * torch.max(free, near), near > free
 
@@ -83,8 +84,8 @@ def value_losses(values, old_values, returns, cliprange):
 class Critic(nn.Module):
     """Values a token (B, L) from the policy's last hidden states, or from those of a `backbone` of its own.
 
-    Upon the policy's states it is a linear head that begins at zero, and sends no gradient into them: trained at a rate
-    that suits the head, it would pull the policy's weights about. It learns and computes in float32.
+    Upon the policy's states it is a linear head that begins at zero and sends no gradient into them: what the policy
+    learns is decided by the policy's loss alone. It learns and computes in float32.
     """
 
     def __init__(self, hidden_size, backbone=None, score=None):
@@ -196,8 +197,6 @@ class PPOTrainer(GRPOTrainer):
         """TRL's (all processes' answers, functions), kept to make token rewards of."""
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         scores = (rewards * self.reward_weights.to(rewards.device)).nansum(1)
-        if rewards.isnan().all(1).any():
-            raise ValueError("a reward is missing: every reward function returned None for an answer")
         first = self.accelerator.process_index * len(prompts)
         self._scores = scores[first : first + len(prompts)]
         return rewards
@@ -228,6 +227,7 @@ class PPOTrainer(GRPOTrainer):
             if self.args.beta:
                 with self.reference() as reference:
                     ref_logps = self.score_tokens(reference, output)
+        values = values * mask
         kl = token_kl(logps, ref_logps, self.args.kl_estimator) * mask
         rewards = token_rewards(self._scores, kl, mask, self.args.beta)
         if self.args.whiten_rewards:
@@ -235,7 +235,7 @@ class PPOTrainer(GRPOTrainer):
         advantages, returns = estimate_advantages(rewards, values, mask, self.args.gamma, self.args.lam)
         self.log_rollout(kl, values, returns, mask)
         output["advantages"] = whiten(advantages, mask, reduce=self.sum_over_processes)
-        return output | {"old_per_token_logps": logps, "old_values": values * mask, "returns": returns}
+        return output | {"old_per_token_logps": logps, "old_values": values, "returns": returns}
 
     def score_tokens(self, model, output):
         """Log-probabilities (B, T) of the answers under `model`."""
@@ -257,7 +257,7 @@ class PPOTrainer(GRPOTrainer):
         return self.accelerator.reduce(sums, reduction="sum")
 
     def log_rollout(self, kl, values, returns, mask):
-        errors = (returns - values) * mask
+        errors = returns - values
         per_answer = self.accelerator.gather((self._scores - self.args.beta * kl.sum(1)).mean()).mean()
         sums = [kl.sum(), mask.sum(), errors.sum(), (errors**2).sum(), returns.sum(), (returns**2).sum(), values.sum()]
         kls, count, error, errors2, total, total2, value = self.sum_over_processes(torch.stack(sums).double()).tolist()
@@ -301,7 +301,8 @@ class PPOTrainer(GRPOTrainer):
         super()._save(output_dir, state_dict=policy)
         folder = Path(output_dir or self.args.output_dir)
         if self.args.save_critic or folder.name.startswith(PREFIX_CHECKPOINT_DIR):
-            save_file({name: tensor.contiguous().cpu() for name, tensor in critic.items()}, folder / "critic.safetensors")
+            whole = {name: tensor.contiguous().cpu() for name, tensor in critic.items()}
+            save_file(whole, folder / "critic.safetensors")
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """TRL's, and the critic, which a checkpoint of the policy alone would leave as new."""

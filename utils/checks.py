@@ -24,6 +24,14 @@ class Refused(ValueError):
         print("\n".join(f"refused: {problem}" for problem in self.problems), file=sys.stderr)
 
 
+class Failed(RuntimeError):
+    """The run ended for a reason that one line says; `details` is the whole of it, for error.log."""
+
+    def __init__(self, message, details=None):
+        super().__init__(message)
+        self.details = details or message
+
+
 def refuse_if(problems):
     if problems:
         raise Refused(problems)
@@ -137,14 +145,14 @@ def check_rewards(common, name, method):
             f"no reward: {name} needs one. Type --reward_funcs {method.sample_reward} to try, or "
             "--reward_model_path FOLDER"
         ]
-    from utils import rewards  # it builds upon this module
+    from utils import reward_models, rewards  # they build upon this module
 
     problems = list(rewards.check_reward_functions(common.reward_funcs or ()))
     names = [spec.rpartition(":")[2] for spec in common.reward_funcs or ()]
     names += [Path(common.reward_model_path).name] if common.reward_model_path else []
     for twice in sorted({judge for judge in names if names.count(judge) > 1}):
         problems.append(f"two rewards are called {twice}, which the log would add up. Rename one")
-    return problems + (rewards.check_reward_model(common.reward_model_path) if common.reward_model_path else [])
+    return problems + (reward_models.check_reward_model(common.reward_model_path) if common.reward_model_path else [])
 
 
 def is_reward_model(described):

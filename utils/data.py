@@ -163,7 +163,7 @@ def check_row(values, kind, columns):
 
 
 def check_further(rows):
-    """Problems of the columns beside the prompt, which go to the reward functions: names that TRL needs, mixed types."""
+    """Problems of the columns beside the prompt, which reward functions are given: names of TRL, mixed types."""
     kinds = {}
     for where, values in rows:
         for name, value in values.items():
@@ -225,10 +225,11 @@ def normalize(values, kind, notes):
         notes += [] if note in notes or str(row["label"]).lower() in ("true", "false") else [note]
         row["label"] = LABELS[str(row["label"]).lower()]
     sides = [name for name in ("chosen", "rejected", "completion") if name in row]
-    if sides and isinstance(row.get("prompt"), list) and all(row[s][: len(row["prompt"])] == row["prompt"] != [] for s in sides):
+    prompt = row.get("prompt")
+    if sides and isinstance(prompt, list) and all(row[side][: len(prompt)] == prompt != [] for side in sides):
         note = "answers that repeat their prompt are read without it"
         notes += [] if note in notes else [note]
-        row |= {side: row[side][len(row["prompt"]) :] for side in sides}
+        row |= {side: row[side][len(prompt) :] for side in sides}
     if kind == RANKED:
         row = {"prompt": common_start(row["chosen"], row["rejected"]), **row}
         for side in RANKED:

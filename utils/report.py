@@ -264,7 +264,8 @@ def draw_report(folder, method):
     panels = [(title, key) for title, key in panels if any(line.get(key) is not None for line in train)]
     columns = min(len(panels), 5)
     rows = -(-len(panels) // columns)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(4 * columns, 3.2 * rows), squeeze=False, layout="constrained")
+    size = 4 * columns, 3.2 * rows
+    figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     for axis, (title, key) in zip(axes.flat, panels, strict=False):

@@ -4,6 +4,8 @@ import json
 import shutil
 from pathlib import Path
 
+from utils.checks import Failed
+
 
 def find_checkpoint(folder, asked):
     """The checkpoint to go on from: a path is itself; auto (or True) is the newest in `folder`, None if none is."""
@@ -32,7 +34,7 @@ def save(trainer, tokenizer):
 
 
 def verify_save(folder, start, expected):
-    """(tensors, bytes) of the safetensors in `folder`. Raises RuntimeError where they are not a trained model.
+    """(tensors, bytes) of the safetensors in `folder`. Raises Failed where they are not a trained model.
 
     `start`: the folder that the training began with, None for a new adapter, whose lora_B begins as zeros.
     `expected`: how many trained numbers there are; the save may hold more (buffers, embeddings), never fewer.
@@ -48,7 +50,7 @@ def verify_save(folder, start, expected):
     if not moved:
         wrong.append("no weight differs from the start")
     if wrong:
-        raise RuntimeError(f"{folder} is not a sound save: " + "; ".join(wrong[:5]))
+        raise Failed(f"{folder} is not a sound save: " + "; ".join(wrong[:5]))
     return len(tensors), sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
 
 

@@ -4,7 +4,7 @@ import os
 import shlex
 import sys
 
-from utils import environment, models, rewards, text
+from utils import environment, models, reward_models, text
 from utils.data import count_reasons
 
 
@@ -40,11 +40,13 @@ def say_plan(common, config, name, method, tokenizer, rows, train, held_out):
 def describe_reward(common, config):
     judges = [*(common.reward_funcs or ()), *([common.reward_model_path] if common.reward_model_path else [])]
     weights = config.reward_weights or [1.0] * len(judges)
-    if common.reward_model_path and rewards.shares_base(
+    if common.reward_model_path and reward_models.shares_base(
         common.reward_model_path, common.model_name_or_path, common.train_mode
     ):
         judges[-1] += " (an adapter on the policy's own base: no second copy)"
-    said = " + ".join(f"{weight:g} x {judge}" if weight != 1 else judge for weight, judge in zip(weights, judges))
+    said = " + ".join(
+        f"{weight:g} x {judge}" if weight != 1 else judge for weight, judge in zip(weights, judges, strict=True)
+    )
     penalty = config.missing_eos_penalty
     return said + (f" - {penalty:g} for an answer that is cut" if penalty else "")
 

@@ -92,8 +92,8 @@ def render(tokenizer, values):
     else:
         messages, sides = values["prompt"], [values[name] for name in names]
     if not sides:
-        prompt = values["prompt"]
-        return prompt if isinstance(prompt, str) else template(tokenizer, prompt, add_generation_prompt=True), [""], False
+        chat = isinstance(messages, list)
+        return template(tokenizer, messages, add_generation_prompt=True) if chat else messages, [""], False
     if not isinstance(sides[0], list):
         return messages, [end_turn(tokenizer, side) for side in sides], False
     prompt = template(tokenizer, messages, add_generation_prompt=True) if messages else ""

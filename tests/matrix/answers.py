@@ -1,7 +1,7 @@
 """A reward for the tests of the online methods, and, asked for, answers that are the same however a run is spread.
 
---reward_funcs tests/matrix/answers.py:spread judges answers. With FIXED_ANSWERS in the environment the file also puts a
-sampler in place of the model's own that answers by the prompt alone, so that what differs between runs is the training.
+--reward_funcs tests/matrix/answers.py:spread judges answers. With FIXED_ANSWERS in the environment the file also puts
+a sampler in the place of the model's own that answers by the prompt alone: what differs then is the training.
 """
 
 import os
