@@ -12,10 +12,10 @@ REWARD=${REWARD:-}                           # RLOO, GRPO, PPO: FILE.py:FUNCTION
 EVAL_FRACTION=${EVAL_FRACTION:-0.07}         # share of the data held out, on which the result is measured
 OUTPUT_DIR=${OUTPUT_DIR:-}                   # empty: output/METHOD-MODE
 LEARNING_RATE=${LEARNING_RATE:-}             # empty: the method's own for full weights, 1e-4 for adapters
-BATCH_SIZE=${BATCH_SIZE:-}                   # rows a device and forward pass; empty: 2, of sampled answers 16
+BATCH_SIZE=${BATCH_SIZE:-}                   # rows a device and forward pass; empty: 2, of sampled answers 8
 ACCUMULATION=${ACCUMULATION:-}               # passes a step, empty: 2, or 1; rows a step = batch x accumulation x devices
 EPOCHS=${EPOCHS:-1}                          # passes over the data
-MAX_STEPS=${MAX_STEPS:-}                     # stop after so many steps; empty: all (the shipped data: 12)
+MAX_STEPS=${MAX_STEPS:-}                     # stop after so many steps; empty: all (of the shipped data a few)
 LAUNCH=${LAUNCH:-auto}                       # a name in accelerate_configs/; auto: by the GPUs that are there
 NUM_PROCESSES=${NUM_PROCESSES:-}             # on this node; empty: one for each GPU, or one
 NNODES=${NNODES:-1}                          # nodes, each of which runs this script with its NODE_RANK from 0 on
@@ -41,11 +41,12 @@ if [ -z "$MODEL" ]; then
   MODEL=models/SmolLM2-135M-Instruct
   [ -e $MODEL ] || "$PYTHON" -m utils.demo_model $MODEL
 fi
-read -r sample batch accumulation reward < <("$PYTHON" -m rlhf_args.methods "$RLHF_TYPE")
-if [ -z "$TRAIN_DATA" ]; then
-  TRAIN_DATA=$sample
-  [ -n "${GIVEN_REWARD:-}" ] || REWARD=${REWARD:-$reward}
-  MAX_STEPS=${MAX_STEPS:-12}                 # a taste within minutes; MAX_STEPS=-1 trains on all of it
+read -r sample batch accumulation reward taste < <("$PYTHON" -m rlhf_args.methods "$RLHF_TYPE")
+if [ -n "$TRAIN_DATA" ]; then
+  taste=
+else
+  TRAIN_DATA=$sample                         # with $taste: a run of minutes, the first flags; MAX_STEPS=-1 trains on all
+  [ "$reward" = - ] || [ -n "${GIVEN_REWARD:-}" ] || REWARD=${REWARD:-$reward}
 fi
 BATCH_SIZE=${BATCH_SIZE:-$batch} ACCUMULATION=${ACCUMULATION:-$accumulation}
 [ "$TRAIN_MODE" = full ] || LEARNING_RATE=${LEARNING_RATE:-1e-4}
@@ -55,7 +56,7 @@ case $REWARD in
   *) judge=(--reward_model_path "$REWARD") ;;
 esac
 
-job=(train_rlhf.py --rlhf_type "$RLHF_TYPE" --train_mode "$TRAIN_MODE" --model_name_or_path "$MODEL"
+job=(train_rlhf.py $taste --rlhf_type "$RLHF_TYPE" --train_mode "$TRAIN_MODE" --model_name_or_path "$MODEL"
   --train_data_path "$TRAIN_DATA" --eval_fraction "$EVAL_FRACTION" --output_dir "$OUTPUT_DIR"
   --per_device_train_batch_size "$BATCH_SIZE" --per_device_eval_batch_size 4 ${judge[@]+"${judge[@]}"}
   --gradient_accumulation_steps "$ACCUMULATION" --num_train_epochs "$EPOCHS" --logging_steps 1

@@ -6,8 +6,8 @@ TRL calls one with the prompts and completions of a batch (strings, or lists of 
 
 
 def brevity(completions, **columns):
-    """1 for an answer of up to 20 words, falling to 0 at 40. Models are tuned to talk; this one learns to be brief."""
-    return [min(1.0, max(0.0, 2 - length(completion) / 20)) for completion in completions]
+    """1 for an answer of up to 5 words, falling to 0 at 25. Models are tuned to talk; this one learns to be brief."""
+    return [min(1.0, max(0.0, (25 - length(completion)) / 20)) for completion in completions]
 
 
 def length(completion):

@@ -55,6 +55,7 @@ class Method:
     metrics: tuple[tuple[str, str], ...] = PAIRWISE  # (label, name in the log) of what is shown of a run, and
     curves: tuple[tuple[str, str], ...] = ()  # of what report.png alone shows beside it
     sample_reward: str | None = None  # a reward function that ships; None: the data say what is good, not a reward
+    sample_flags: tuple[str, ...] = ("--max_steps", "12")  # what rlhf_run.sh adds to the sample data: ends in minutes
     renamed: tuple[tuple[str, str], ...] = ()  # flags of its ancestors -> what they are called here
 
 
@@ -74,7 +75,8 @@ ONLINE = {
     "sample_reward": "data/rewards.py:brevity",
     "models": ("ref_model",),
     "precisions": NO_FLOAT16,
-    "batch": (16, 1),
+    "batch": (8, 1),
+    "sample_flags": ("--max_steps", "20", "--num_iterations", "2", "--max_completion_length", "32"),
     "metrics": ROLLOUT,
     "curves": CLIPPED,
     "renamed": tuple(OLD_NAMES.items()),
@@ -224,4 +226,4 @@ if __name__ == "__main__":
         print(method_table())
     else:  # rlhf_run.sh asks what a method takes; an unknown name is left for train_rlhf.py to refuse
         asked = METHODS[find_method(sys.argv[1]) or "DPO"]
-        print(asked.sample_data, *asked.batch, asked.sample_reward or "")
+        print(asked.sample_data, *asked.batch, asked.sample_reward or "-", *asked.sample_flags)

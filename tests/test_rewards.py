@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, LlamaForSequenceClassification
 
 import train_rlhf
 from tests.conftest import command, read_rows, write_rows
-from utils import models, reward_models, rewards, score_reward_model
+from utils import models, reward_models, score_reward_model
 
 ASKED = [
     "Say hi.",
