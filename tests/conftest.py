@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.matrix.cells import CELLS, Outcome, width
+from tests.matrix.cells import Outcome, width
 from tests.matrix.page import write_page
 from tests.matrix.warm_python import warm_python
 
@@ -101,9 +101,11 @@ def pytest_runtest_logreport(report):
 
 
 def pytest_sessionfinish(session):
-    if len(MATRIX) == len(CELLS) and not hasattr(session.config, "workerinput"):
-        (ROOT / "docs").mkdir(exist_ok=True)
-        (ROOT / "docs" / "matrix.md").write_text(write_page(MATRIX), encoding="utf-8")
+    if MATRIX and not hasattr(session.config, "workerinput"):
+        page = ROOT / "docs" / "matrix.md"
+        page.parent.mkdir(exist_ok=True)
+        before = page.read_text(encoding="utf-8") if page.exists() else ""
+        page.write_text(write_page(MATRIX, before), encoding="utf-8")
 
 
 def command(*words, env=None, timeout=900):

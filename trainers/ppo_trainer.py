@@ -295,6 +295,8 @@ class PPOTrainer(GRPOTrainer):
         """The policy alone is the result; the critic lies beside it in checkpoints, and at the end if asked."""
         from safetensors.torch import save_file
 
+        if not self.args.should_save:
+            return super()._save(output_dir, state_dict)
         whole = self.model.state_dict() if state_dict is None else state_dict
         critic = {name.split("critic.")[-1]: tensor for name, tensor in whole.items() if "critic." in name}
         policy = {name: tensor for name, tensor in whole.items() if "critic." not in name}
@@ -307,9 +309,11 @@ class PPOTrainer(GRPOTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """TRL's, and the critic, which a checkpoint of the policy alone would leave as new."""
         from safetensors.torch import load_file
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         file = Path(resume_from_checkpoint) / "critic.safetensors"
         if not file.exists():
             raise FileNotFoundError(f"{file}: not there, so the critic would start anew")
-        self.policy().critic.load_state_dict(load_file(file))
+        # FSDP2 holds it in pieces by then
+        set_model_state_dict(self.policy().critic, load_file(file), options=StateDictOptions(full_state_dict=True))

@@ -54,7 +54,10 @@ def record_failure(error):
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:
         extra = {"timestamp": str(int(time.time())), "exactly": time.time()}
-        message = {"message": f"{type(error).__name__}: {error}", "extraInfo": extra}
+        said = (
+            str(error) if hasattr(error, "details") else f"{type(error).__name__}: {error}"
+        )  # checks.Failed says all
+        message = {"message": said, "extraInfo": extra}
         Path(file).write_text(json.dumps({"message": message}), encoding="utf-8")
 
 

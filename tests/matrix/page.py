@@ -1,4 +1,4 @@
-"""docs/matrix.md, written by a run of the whole matrix."""
+"""docs/matrix.md, written by a run of the matrix: the rows whose cells were all run; the others stay as they are."""
 
 import datetime
 import platform
@@ -11,7 +11,7 @@ HEAD = """# What works
 
 Every method in every train mode under every launch, run by `pytest -m matrix` and written by it: {count}.
 
-{date}, Python {python}, {versions}.
+Python {python}, {versions}.
 
 Each cell was trained for two optimizer steps on a small Qwen2, in bfloat16 with gradient checkpointing, through
 `bash rlhf_run.sh`; `one process` is one, the others are two that talk over gloo on a CPU (`LAUNCH=zero3
@@ -21,21 +21,35 @@ reason before a model is loaded, **fails** is everything else. On a GPU nothing 
 """
 
 
-def write_page(found):
-    """docs/matrix.md, from (method, mode, launch) -> Outcome of every cell."""
+def write_page(found, before=""):
+    """docs/matrix.md, from (method, mode, launch) -> Outcome of the cells run, and the page as it was `before`."""
     libraries = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "bitsandbytes")
-    states = [outcome.state for outcome in found.values()]
+    today = datetime.date.today().isoformat()
+    rows = dict(read_rows(before))
+    for name in METHODS:
+        for mode in MODES:
+            cells = [found.get((name, mode, launch)) for launch in LAUNCHES]
+            if all(cells):
+                rows[name, mode] = [cell.state for cell in cells] + [today]
+    states = [state for row in rows.values() for state in row[:-1]]
     head = HEAD.format(
         count=", ".join(f"{states.count(state)} {state}" for state in ("works", "refused", "fails")),
-        date=datetime.date.today().isoformat(),
         python=platform.python_version(),
         versions=", ".join(f"{name} {version(name)}" for name in libraries),
     )
-    lines = [head, f"| method | mode | {' | '.join(LAUNCHES)} |", "|---|---|" + "---|" * len(LAUNCHES)]
-    for name in METHODS:
-        for mode in MODES:
-            cells = [found[name, mode, launch].state for launch in LAUNCHES]
-            lines.append(f"| {name} | {mode} | {' | '.join(cells)} |")
+    lines = [head, f"| method | mode | {' | '.join(LAUNCHES)} | run on |", "|---|---|" + "---|" * (len(LAUNCHES) + 1)]
+    ordered = [(name, mode) for name in METHODS for mode in MODES if (name, mode) in rows]
+    lines += [f"| {name} | {mode} | {' | '.join(rows[name, mode])} |" for name, mode in ordered]
     reasons = {cell: outcome.reason for cell, outcome in found.items() if outcome.reason}
     lines += [""] + [f"- {' '.join(cell)}: {reason}" for cell, reason in reasons.items()] if reasons else []
     return "\n".join(lines) + "\n"
+
+
+def read_rows(page):
+    """((method, mode), [state a launch, ..., date]) of each row of a page with these launches."""
+    lines = page.splitlines()
+    if any(line.startswith(f"| method | mode | {' | '.join(LAUNCHES)} | run on |") for line in lines):
+        for line in lines:
+            cells = [cell.strip() for cell in line.strip("| ").split("|")]
+            if cells[0] in METHODS:
+                yield (cells[0], cells[1]), cells[2:]

@@ -1,4 +1,4 @@
-"""Every method in every train mode under every launch: `pytest -m matrix`. The whole of it writes docs/matrix.md.
+"""Every method in every train mode under every launch: `pytest -m matrix`, which writes docs/matrix.md.
 
 A method that joins the table of methods joins this one by itself.
 """
@@ -9,7 +9,7 @@ import pytest
 
 from rlhf_args.methods import METHODS
 from tests.conftest import ROOT
-from tests.matrix.cells import CELLS, MODES, Outcome, expected, judge
+from tests.matrix.cells import CELLS, LAUNCHES, MODES, Outcome, expected, judge
 from tests.matrix.page import write_page
 
 
@@ -28,6 +28,15 @@ def test_the_page_tells_every_state_and_reason():
     assert f"{len(CELLS) - 1} works, 0 refused, 1 fails" in page
     assert f"- {' '.join(CELLS[0])}: ValueError: no" in page
     assert page.count("| fails |") == 1
+
+
+def test_a_row_that_was_not_run_again_stays_with_its_date():
+    name, mode, _ = CELLS[0]
+    page = write_page(dict.fromkeys(CELLS, Outcome("works"))).replace("| 20", "| 19")
+    again = write_page({cell: Outcome("refused", "why") for cell in CELLS if cell[:2] == (name, mode)}, page)
+    first, second = [line for line in again.splitlines() if line.startswith(f"| {name} |")][:2]
+    assert first.count("refused") == len(LAUNCHES) and "| 20" in first
+    assert second.count("works") == len(LAUNCHES) and "| 19" in second
 
 
 def test_the_page_in_docs_is_of_today():
