@@ -21,7 +21,7 @@ TRL = "TRL 1.12 PPO"
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--rollouts", type=int, default=40, help="of 128 answers each")
+    parser.add_argument("--rollouts", type=int, default=50, help="of 128 answers each")
     parser.add_argument("--seeds", type=int, default=3)
     asked = parser.parse_args()
     from bench.toy import make_toy, run_ours
@@ -66,10 +66,13 @@ def say(name, seed, runs):
 def compare(runs):
     found = {}
     for name, tries in runs.items():
-        means = {key: statistics.fmean(run[key] for run in tries) for key in tries[0] if key != "rewards"}
+        means = {
+            key: statistics.fmean(run[key] for run in tries) for key in tries[0] if key not in ("rewards", "held_out")
+        }
         found[name] = {key: round(value, 3) for key, value in means.items()}
         found[name]["reward_minus_kl_each"] = [round(run["reward_minus_kl"], 3) for run in tries]
-        found[name]["best_reward_each"] = [round(max(run["rewards"]), 3) for run in tries]
+        held = [run["held_out"] for run in tries if "held_out" in run]
+        found[name] |= {"held_out_each": [[round(value, 3) for value in pair] for pair in held]} if held else {}
     theirs = found[TRL]
     for name in (name for name in found if name != TRL):
         found[name]["speed_ratio"] = round(found[name]["episodes_per_second"] / theirs["episodes_per_second"], 2)

@@ -26,12 +26,13 @@ def share(prompts, completions, completion_ids, **columns):
     return [c.count(letter(p)) / len(ids) for p, c, ids in zip(prompts, completions, completion_ids, strict=True)]
 
 
-def make_prompts(count, seed=0):
-    return [f"{LETTERS[n % len(LETTERS)]}{random.Random(seed * 1000 + n).randrange(100):02}:" for n in range(count)]
+def make_prompts(numbers):
+    """Every letter with every number; held-out prompts have numbers that training has not."""
+    return [f"{letter}{number:02}:" for number in numbers for letter in LETTERS]
 
 
-def make_toy(folder, prompts=512, seed=0):
-    """The policy with its tokenizer in folder/policy, the prompts in folder/prompts.jsonl."""
+def make_toy(folder, seed=0):
+    """The policy with its tokenizer in folder/policy, folder/prompts.jsonl and folder/held_out.jsonl."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
@@ -59,8 +60,9 @@ def make_toy(folder, prompts=512, seed=0):
     teach_letters(model, tokenizer)
     model.save_pretrained(folder / "policy")
     tokenizer.save_pretrained(folder / "policy")
-    rows = [json.dumps({"prompt": prompt}) + "\n" for prompt in make_prompts(prompts)]
-    (folder / "prompts.jsonl").write_text("".join(rows))
+    for name, numbers in (("prompts", range(96)), ("held_out", range(96, 100))):
+        rows = [json.dumps({"prompt": prompt}) + "\n" for prompt in make_prompts(numbers)]
+        (folder / f"{name}.jsonl").write_text("".join(rows))
     return folder
 
 
@@ -72,7 +74,8 @@ def teach_letters(model, tokenizer, steps=150):
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(steps):
         answers = ["".join(rng.choices(ALPHABET[:26], k=rng.randint(8, 24))) for _ in range(32)]
-        texts = [prompt + answer for prompt, answer in zip(make_prompts(32, rng.randrange(99)), answers, strict=True)]
+        prompts = make_prompts(rng.sample(range(100), 32 // len(LETTERS)))
+        texts = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
         batch = tokenizer([text + tokenizer.eos_token for text in texts], return_tensors="pt", padding=True)
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss.backward()
@@ -91,7 +94,8 @@ def run_ours(method, toy, out, rollouts, seed, *flags, rate=RATE):
     words += ["--train_data_path", toy / "prompts.jsonl", "--reward_funcs", f"{ROOT}/bench/toy.py:share"]
     words += ["--output_dir", out, "--overwrite_output_dir", "--logging_steps", 1, "--save_strategy", "no"]
     words += ["--max_completion_length", TOKENS, "--beta", BETA, "--learning_rate", rate]
-    words += ["--lr_scheduler_type", "constant"]
+    words += ["--eval_data_path", toy / "held_out.jsonl", "--num_generations_eval", 8]
+    words += ["--per_device_eval_batch_size", 128]
     words += ["--per_device_train_batch_size", MICRO, "--num_mini_batches", MINI_BATCHES, "--num_iterations", PASSES]
     words += ["--total_episodes", rollouts * ROLLOUT, "--seed", seed, "--dtype", "float32", *answers, *flags]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
@@ -104,11 +108,13 @@ def run_ours(method, toy, out, rollouts, seed, *flags, rate=RATE):
     sampled = [line for line in lines if "reward" in line]
     card = json.loads((Path(out) / "run_card.json").read_text())
     last = sampled[-3:]
+    held = card["held_out"]
     per_answer = [line["reward"] - BETA * line["kl"] * line["completions/mean_length"] for line in last]
     return {
         "rewards": [line["reward"] for line in sampled],
         "reward": sum(line["reward"] for line in last) / len(last),
         "reward_minus_kl": sum(per_answer) / len(last),
+        "held_out": [held["before"]["reward"], held["after"]["reward"]],
         "episodes_per_second": rollouts * ROLLOUT / card["throughput"]["train_seconds"],
     }
 

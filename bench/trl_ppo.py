@@ -81,7 +81,7 @@ def main(toy, out, rollouts, seed, *flags):
         temperature=1.0,
         kl_coef=BETA,
         learning_rate=RATE,
-        lr_scheduler_type="constant",
+        lr_scheduler_type="linear",
         num_sample_generations=0,
         logging_steps=1,
         save_strategy="no",

@@ -175,17 +175,21 @@ def test_an_adapter_is_not_merged_into_a_sharded_base(warm, tiny_model, tmp_path
 # ── several processes, several nodes ─────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("kind", ["ddp", "zero3", "fsdp2"])
-def test_a_resumed_run_ends_as_an_unbroken_one(kind, warm, model_for, tmp_path):
+@pytest.mark.parametrize(
+    ("method", "kind"), [("DPO", "ddp"), ("DPO", "zero3"), ("DPO", "fsdp2"), ("PPO", "ddp"), ("PPO", "fsdp2")]
+)
+def test_a_resumed_run_ends_as_an_unbroken_one(method, kind, warm, model_for, tmp_path):
     out = tmp_path / "out"
     saving = ["--save_strategy", "steps", "--save_steps", "1"]
-    assert run_cell(warm, model_for("lora", kind), out, "DPO", "lora", kind, *saving).returncode == 0
+    if METHODS[method].sample_reward:
+        saving += ["--num_iterations", "1"]  # a checkpoint holds no rollout in mid-use
+    assert run_cell(warm, model_for("lora", kind), out, method, "lora", kind, *saving).returncode == 0
     unbroken, lines = load_file(out / "adapter_model.safetensors"), read_rows(out / "metrics.jsonl")
     for gone in ("run_card.json", "adapter_model.safetensors"):
         (out / gone).unlink()
     subprocess.run(["rm", "-r", str(out / "checkpoint-2")], check=True)
 
-    done = run_cell(warm, model_for("lora", kind), out, "DPO", "lora", kind, *saving)
+    done = run_cell(warm, model_for("lora", kind), out, method, "lora", kind, *saving)
     assert done.returncode == 0, done.stderr
     resumed = load_file(out / "adapter_model.safetensors")
     assert all(resumed[name].equal(tensor) for name, tensor in unbroken.items())

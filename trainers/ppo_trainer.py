@@ -136,7 +136,7 @@ def add_critic(model, critic):
     model.forward = types.MethodType(forward, model)
 
 
-def load_critic(path, model, seed):
+def load_critic(path, model):
     """The critic that `path` starts: its trunk, and its score head where it is a reward model's."""
     from safetensors import safe_open
 
@@ -163,7 +163,7 @@ class PPOTrainer(GRPOTrainer):
         base = self.policy()
         trained = next(p for p in self.model.parameters() if p.requires_grad)
         if args.value_model_path:
-            critic = load_critic(args.value_model_path, base, args.seed)
+            critic = load_critic(args.value_model_path, base)
         else:
             critic = Critic(base.config.get_text_config().hidden_size)
         # engines that share parameters out want one dtype; elsewhere the head learns in float32
@@ -237,6 +237,17 @@ class PPOTrainer(GRPOTrainer):
         output["advantages"] = whiten(advantages, mask, reduce=self.sum_over_processes)
         return output | {"old_per_token_logps": logps, "old_values": values, "returns": returns}
 
+    def _generate_single_turn(self, *args, **kwargs):
+        """TRL's; vLLM, which is given every weight of the model by its name, knows no critic."""
+        if not self.use_vllm:
+            return super()._generate_single_turn(*args, **kwargs)
+        parts = self.policy()._modules
+        critic = parts.pop("critic")
+        try:
+            return super()._generate_single_turn(*args, **kwargs)
+        finally:
+            parts["critic"] = critic
+
     def score_tokens(self, model, output):
         """Log-probabilities (B, T) of the answers under `model`."""
         ids = torch.cat([output["prompt_ids"], output["completion_ids"]], 1)
@@ -261,6 +272,7 @@ class PPOTrainer(GRPOTrainer):
         per_answer = self.accelerator.gather((self._scores - self.args.beta * kl.sum(1)).mean()).mean()
         sums = [kl.sum(), mask.sum(), errors.sum(), (errors**2).sum(), returns.sum(), (returns**2).sum(), values.sum()]
         kls, count, error, errors2, total, total2, value = self.sum_over_processes(torch.stack(sums).double()).tolist()
+        count = max(count, 1)  # none where mask_truncated_completions hides every answer
         left, spread = errors2 / count - (error / count) ** 2, total2 / count - (total / count) ** 2
         metrics = self._metrics["train" if self.model.training else "eval"]
         metrics["kl"].append(kls / count)
