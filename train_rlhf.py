@@ -73,6 +73,7 @@ def run(argv):
     }
     judged = {
         "policy_path": common.model_name_or_path,
+        "policy_revision": common.model_revision,
         "train_mode": common.train_mode,
         "dtype": common.dtype,
         "device": config.device,
@@ -85,7 +86,7 @@ def run(argv):
         if common.reward_model_path:
             judges.append(reward_models.load_model(common.reward_model_path, rows.train, **judged))
     policy = models.load_policy(**source)
-    if models.needs_reference(config):
+    if models.needs_reference(config, method):
         others |= models.load_other_models(method.models, **source)
     lora = None  # full weights, or an adapter that goes on being trained
     if common.train_mode != "full" and not models.read_adapter(common.model_name_or_path):

@@ -63,12 +63,16 @@ class OnlineConfig:
                 raise ValueError(f"--{flag} {getattr(self, flag)}: 1 or more")
         self.split_rollout()
         self.check_groups()
-        if self.total_episodes is not None:
-            rollouts = math.ceil(self.total_episodes / self.rollout_size())
-            self.max_steps = rollouts * self.steps_per_rollout()
+        if self.rollout_size() < 32:
             self.notes.append(
-                f"--total_episodes {self.total_episodes} is --max_steps {self.max_steps} here: {rollouts} rollouts of "
-                f"{self.rollout_size()} answers, {self.steps_per_rollout()} optimizer steps each"
+                f"a rollout of {self.rollout_size()} answers says little about what is good; a hundred and more is "
+                "usual (--gradient_accumulation_steps, --per_device_train_batch_size, more processes)"
+            )
+        if self.total_episodes is not None:
+            self.max_steps = self.steps_in_all()
+            self.notes.append(
+                f"--total_episodes {self.total_episodes} is --max_steps {self.max_steps} here: steps of "
+                f"{self.step_size()} answers, each answer used {self.num_iterations} times"
             )
         super().__post_init__()
 
@@ -97,19 +101,25 @@ class OnlineConfig:
         steps = self.steps_per_generation or self.gradient_accumulation_steps
         return self.generation_batch_size or self.per_device_train_batch_size * self.world_size * steps
 
-    def steps_per_rollout(self):
-        """Optimizer steps that one rollout serves: its mini-batches, each num_iterations times."""
-        step = self.per_device_train_batch_size * self.world_size * self.gradient_accumulation_steps
-        return max(1, self.num_iterations * self.rollout_size() // step)
+    def step_size(self):
+        """Answers in one optimizer step, over all processes."""
+        return self.per_device_train_batch_size * self.world_size * self.gradient_accumulation_steps
+
+    def steps_in_all(self):
+        """Optimizer steps that total_episodes come to: whole rollouts, each used num_iterations times."""
+        rollouts = math.ceil(self.total_episodes / self.rollout_size())
+        return math.ceil(rollouts * self.rollout_size() * self.num_iterations / self.step_size())
 
     def describe_rollouts(self, prompts):
         """One line: what a rollout is and how many optimizer steps come of it."""
         size, answers = self.rollout_size(), self.num_generations
         rollouts, left = divmod(prompts, size // answers)
+        steps = (
+            f"{size * self.num_iterations / self.step_size():g} optimizer steps ({self.num_iterations} x the rollout)"
+        )
         return (
-            f"{size} answers of up to {self.max_completion_length} tokens to {size // answers} prompts, then "
-            f"{self.steps_per_rollout()} optimizer steps ({self.num_iterations} passes); {rollouts} rollouts an epoch"
-            + (f", {left} prompts (others each time) left over" if left else "")
+            f"{size} answers of up to {self.max_completion_length} tokens to {size // answers} prompts, then {steps}; "
+            f"{rollouts} rollouts an epoch" + (f", {left} prompts (others each time) left over" if left else "")
         )
 
     def check_groups(self):

@@ -69,6 +69,13 @@ class PPOConfig(OnlineConfig, trl.GRPOConfig):
                 "--scale_rewards and --multi_objective_aggregation: not PPO's, which whitens advantages over the "
                 "rollout. --whiten_rewards scales rewards"
             )
+        unused = {
+            "sync_ref_model": "the reference has no critic to be synchronised with",
+            "vllm_importance_sampling_cap": "type --vllm_importance_sampling_clip_max",
+        }
+        for flag, reason in unused.items():
+            if getattr(self, flag):
+                raise ValueError(f"--{flag}: not with PPO: {reason}")
         try:
             super().__post_init__()
         except ValueError as error:  # TRL's last check but those of vLLM's clipping

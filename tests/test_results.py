@@ -240,3 +240,26 @@ def test_losses_of_dpo_combine(tiny_model, tmp_path):
 def test_an_unknown_loss_is_refused(tiny_model, tmp_path, capsys):
     assert train(tiny_model, tmp_path / "out", "--loss_type", "sigmoidd") == 2
     assert "refused: --loss_type sigmoidd: DPO takes sigmoid, hinge, ipo" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.sample_reward])
+def test_answers_are_sampled_with_a_cache_also_under_gradient_checkpointing(method, tiny_model, tmp_path, monkeypatch):
+    from transformers import GenerationMixin
+    from transformers.models.qwen2 import Qwen2Model
+
+    generate, forward, widths = GenerationMixin.generate, Qwen2Model.forward, []
+
+    def watched(self, *args, **kwargs):
+        with monkeypatch.context() as patched:
+            patched.setattr(Qwen2Model, "forward", record)
+            return generate(self, *args, **kwargs)
+
+    def record(self, input_ids=None, **kwargs):
+        widths.append(input_ids.shape[1])
+        return forward(self, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(GenerationMixin, "generate", watched)
+    more = ("--gradient_checkpointing", "True", *rollout_flags(method))
+    assert train(tiny_model, tmp_path / "out", *more, method=method, steps=1) == 0
+    prompts = [width for width in widths if width > 1]
+    assert len(widths) > 8 and len(prompts) < len(widths) / 4  # each answer: its prompt once, then token by token

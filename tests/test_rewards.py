@@ -780,7 +780,10 @@ def test_episodes_asked_for_are_said_in_steps(run):
     # 4 answers a rollout: 10 are 3 rollouts, and each is learned from 4 times in 2 mini-batches of half the rows
     flags = f"{REWARDED} --total_episodes 10 --num_iterations 4 --num_mini_batches 2 --per_device_train_batch_size 2"
     status, out, _ = run(f"{flags} --check", "PPO")
-    assert status == 0 and "--total_episodes 10 is --max_steps 24 here: 3 rollouts of 4 answers, 8 optimizer" in out
+    assert (
+        status == 0
+        and "--total_episodes 10 is --max_steps 24 here: steps of 2 answers, each answer used 4 times" in out
+    )
 
 
 def test_what_works_works_for_as_many_processes_as_are_asked_for(refused, run, monkeypatch):

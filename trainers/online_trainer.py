@@ -1,6 +1,7 @@
 """TRL's RLOO and GRPO trainers with the project's reference model, prompts, rewards and records of what was said."""
 
 import json
+import math
 from pathlib import Path
 
 import trl
@@ -94,11 +95,14 @@ class Online:
             sampled[0] += 1
             self.generating(sampled[0], self.max_completion_length)
 
-        hook = self.accelerator.unwrap_model(self.model).register_forward_hook(count)
+        model = self.accelerator.unwrap_model(self.model)
+        model = model.get_base_model() if hasattr(model, "peft_config") else model
+        hook = model.register_forward_hook(count)
         try:
             return super()._generate_single_turn(*args, **kwargs)
         finally:
             hook.remove()
+            self.generating(self.max_completion_length, self.max_completion_length)
 
     def _generate_and_score_completions(self, inputs):
         """TRL's, and each answer with its rewards as a line of completions.jsonl."""
@@ -110,7 +114,8 @@ class Online:
             with open(Path(self.args.output_dir) / "completions.jsonl", "a", encoding="utf-8") as handle:
                 for place, (prompt, completion) in enumerate(zip(*newest, strict=True)):
                     line = {"step": self.state.global_step + 1, "prompt": prompt, "completion": completion}
-                    line["rewards"] = {name: values[place] for name, values in rewards.items()}
+                    given = {name: values[place] for name, values in rewards.items()}
+                    line["rewards"] = {name: None if math.isnan(value) else value for name, value in given.items()}
                     handle.write(json.dumps(line, ensure_ascii=False) + "\n")
         return output
 

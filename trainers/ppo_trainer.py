@@ -21,6 +21,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import FusedCausalLMOutput, use_adapter
 
 from trainers.online_trainer import GRPOTrainer
+from utils.checks import Refused
 
 # ── the arithmetic ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -61,9 +62,10 @@ def whiten(x, mask, shift_mean=True, reduce=lambda sums: sums):
 
     Source: TRL 1.12, masked_whiten; differs: over the rollout of all processes, not of each by itself.
     """
-    count, total = reduce(torch.stack([mask.sum(), (x * mask).sum()]).double())
+    exact = torch.float32 if x.device.type == "mps" else torch.float64
+    count, total = reduce(torch.stack([mask.sum(), (x * mask).sum()]).to(exact))
     mean = total / count.clamp(min=1)
-    (squares,) = reduce(((x - mean) ** 2 * mask).sum().double()[None])
+    (squares,) = reduce(((x - mean) ** 2 * mask).sum().to(exact)[None])
     whitened = (x - mean) * torch.rsqrt(squares / (count - 1).clamp(min=1) + 1e-8)
     return ((whitened if shift_mean else whitened + mean) * mask).to(x.dtype)
 
@@ -128,8 +130,10 @@ def add_critic(model, critic):
             return policy_forward(*args, **kwargs)
         states = []
         hook = self.base_model.register_forward_hook(lambda *call: states.append(call[-1].last_hidden_state))
-        outputs = policy_forward(*args, fused_lm_head=True, **kwargs)
-        hook.remove()
+        try:
+            outputs = policy_forward(*args, fused_lm_head=True, **kwargs)
+        finally:
+            hook.remove()
         values = self.critic(states[0], kwargs["input_ids"], kwargs["attention_mask"])
         return PolicyOutput(**outputs, token_values=values[:, :-1])
 
@@ -142,9 +146,11 @@ def load_critic(path, model):
 
     backbone = AutoModel.from_pretrained(path, dtype=model.dtype, use_safetensors=True)
     score = None
-    for file in Path(path).glob("*.safetensors"):
+    for file in Path(path).glob("model*.safetensors"):
         with safe_open(file, "pt") as tensors:
             score = tensors.get_tensor("score.weight") if "score.weight" in tensors.keys() else score
+    if score is not None and len(score) != 1:
+        raise Refused([f"--value_model_path {path}: scores {len(score)} labels. A value model has one"])
     return Critic(backbone.config.get_text_config().hidden_size, backbone, score)
 
 
@@ -271,7 +277,7 @@ class PPOTrainer(GRPOTrainer):
         errors = returns - values
         per_answer = self.accelerator.gather((self._scores - self.args.beta * kl.sum(1)).mean()).mean()
         sums = [kl.sum(), mask.sum(), errors.sum(), (errors**2).sum(), returns.sum(), (returns**2).sum(), values.sum()]
-        kls, count, error, errors2, total, total2, value = self.sum_over_processes(torch.stack(sums).double()).tolist()
+        kls, count, error, errors2, total, total2, value = self.sum_over_processes(torch.stack(sums)).tolist()
         count = max(count, 1)  # none where mask_truncated_completions hides every answer
         left, spread = errors2 / count - (error / count) ** 2, total2 / count - (total / count) ** 2
         metrics = self._metrics["train" if self.model.training else "eval"]

@@ -279,6 +279,12 @@ def check_rollouts(common, config):
             yield f"--reward_weights {weight}: a finite number for each reward"
     if not config.temperature > 0:
         yield f"--temperature {config.temperature:g}: answers are sampled, so above 0"
+    answers, batch = config.num_generations_eval or config.num_generations, config.per_device_eval_batch_size
+    if (common.eval_data_path or common.eval_fraction) and batch * config.world_size % answers:
+        yield (
+            f"--num_generations_eval {answers}: an evaluation batch has {batch * config.world_size} answers, which is "
+            f"no whole number of prompts. Type --per_device_eval_batch_size {answers}"
+        )
     if config.use_vllm:
         yield from check_vllm()
     if getattr(config, "value_model_path", None):
@@ -326,8 +332,10 @@ def check_vllm():
 def check_value_model(path, common):
     """A critic of its own reads the policy's tokens, so its tokenizer is the policy's; and it is trained in full."""
     flag = f"--value_model_path {path}"
-    problems, _ = check_folder(path, "--value_model_path")
-    yield from problems
+    if looks_local(path) or Path(path).exists():
+        yield from check_folder(path, "--value_model_path")[0]
+    else:
+        yield f"{flag}: not a folder here. Download it and name its folder: its tokenizer and head are looked at first"
     if common.train_mode != "full":
         yield f"{flag} with --train_mode {common.train_mode}: there the critic is a head on the policy. Leave it out"
     if (Path(path) / "adapter_config.json").exists():

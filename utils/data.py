@@ -28,7 +28,10 @@ SAMPLE = {method.columns: method.sample_data for method in METHODS.values()}
 ROLES = ("system", "developer", "user", "assistant", "tool")
 LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 # Further columns that a reward function cannot be given: TRL passes things of these names, or takes them for images
-RESERVED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "image", "images")
+RESERVED = (
+    "prompts", "completion", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric",
+    "image", "images",
+)  # fmt: skip
 HALVED = "holds half a character (\\ud800 to \\udfff), as of an emoji that was cut in two. Mend it"
 
 
@@ -84,6 +87,9 @@ def make_rows(rows, columns, notes, problems=()):
     first 20 named and all counted.
     """
     kind = find_kind(rows, columns)
+    if columns == PROMPT:  # a reward function is given every column of every row, None where a row has none
+        names = dict.fromkeys(name for _, values in rows for name in values)
+        rows = [(where, dict.fromkeys(names) | values) for where, values in rows]
     problems, made, dropped, spoken, margins = list(problems), [], [], {}, {}
     for where, values in rows:
         problem = check_row(values, kind, columns)

@@ -55,19 +55,22 @@ def load_other_models(names, path, *, train_mode, dtype, deepspeed, **source):
     return {name: model.eval().requires_grad_(False) for name, model in loaded.items()}
 
 
-def needs_reference(config):
-    """Whether the method's loss compares with the start: not where that was computed before, or has no weight."""
-    return not getattr(config, "precompute_ref_log_probs", False) and getattr(config, "beta", None) != 0
+def needs_reference(config, method):
+    """Whether a model of the start is held: not where its part was computed before, or has no weight in the reward."""
+    if method.sample_reward:
+        return config.beta != 0
+    return not getattr(config, "precompute_ref_log_probs", False)
 
 
 def held_in(dtype, deepspeed):
     return dtype if deepspeed else "float32"
 
 
-def describe_reference(names, path, train_mode, config):
-    if not names or getattr(config, "beta", None) == 0:
+def describe_reference(method, path, train_mode, config):
+    needed = needs_reference(config, method)
+    if not method.models or method.sample_reward and not needed:
         return "none needed"
-    if not needs_reference(config):
+    if not needed:
         return f"{path} before training, its log-probabilities computed once (no second copy)"
     if train_mode == "full":
         return f"a frozen copy of {path}"

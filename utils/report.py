@@ -77,8 +77,10 @@ class Report(TrainerCallback):
         )
 
     def show_generating(self, tokens, limit):
-        if self.bar:
-            self.bar.set_description(f"training, answer token {tokens} of {limit}" if tokens < limit else "training")
+        if self.bar and sys.stderr.isatty():
+            said = f"training, answer token {tokens} of {limit}" if tokens < limit else "training"
+            self.bar.set_description(said, refresh=False)
+            self.bar.update(0)  # draws no more often than mininterval
 
     def on_step_end(self, args, state, control, **kwargs):
         self.seconds += time.perf_counter() - self.step_began
@@ -202,8 +204,9 @@ class Report(TrainerCallback):
             return found
         found["rows_per_second"] = round(rows / self.seconds, 3)
         lines = read_lines(self.folder / "metrics.jsonl")
-        if lines and "num_tokens" in lines[-1]:
-            found["tokens_per_second"] = round(lines[-1]["num_tokens"] / self.seconds, 1)
+        tokens = [line["num_tokens"] for line in lines if line.get("num_tokens")]
+        if tokens:
+            found["tokens_per_second"] = round(tokens[-1] / self.seconds, 1)
         return found
 
     def write_run_card(self, argv, common, config, name, rows, train, held_out, after):

@@ -1,4 +1,4 @@
-"""Reward models as reward functions: any family, read in their own template, tried before the policy is loaded."""
+"""Reward models as reward functions: any family, read in their own template, tried before they are trusted."""
 
 import contextlib
 import json
@@ -112,7 +112,11 @@ class SharedRewardModel(RewardModel):
         model.add_adapter("reward", shape)
         tensors = load_file(Path(self.path) / "adapter_model.safetensors")
         head = [name for name in tensors if name.endswith("score.weight")]
-        set_peft_model_state_dict(model, {n: t for n, t in tensors.items() if n not in head}, adapter_name="reward")
+        rest = {name: tensor for name, tensor in tensors.items() if name not in head}
+        loaded = set_peft_model_state_dict(model, rest, adapter_name="reward")
+        strange = [*loaded.unexpected_keys, *(name for name in loaded.missing_keys if ".reward." in name)]
+        if strange:
+            raise Refused([f"--reward_model_path {self.path}: its weights are not those of this base ({strange[0]})"])
         for name, parameter in model.named_parameters():
             if ".reward." in name:
                 parameter.requires_grad_(False)
@@ -162,13 +166,15 @@ class SharedRewardModel(RewardModel):
         return (last.float() @ self.head.to(device).T)[:, 0]
 
 
-def shares_base(path, policy_path, train_mode):
+def shares_base(path, policy_path, train_mode, revision=None):
     """Whether the reward model is an adapter on the very base that the policy's adapter is trained on."""
     from utils.models import read_adapter
 
     adapter, other = read_adapter(path), read_adapter(policy_path)
-    base = other["base_model_name_or_path"] if other else policy_path
-    return bool(adapter) and train_mode != "full" and same_path(adapter["base_model_name_or_path"], base)
+    base, at = (other["base_model_name_or_path"], other.get("revision")) if other else (policy_path, revision)
+    if not adapter or train_mode == "full" or adapter.get("revision") != at:
+        return False
+    return same_path(adapter["base_model_name_or_path"], base)
 
 
 def same_path(one, other):
@@ -184,7 +190,7 @@ def load_reward_model(path, rows, dtype, device, batch_size, trust_remote_code=F
 
     adapter = read_adapter(path)
     tokenizer = load_reward_tokenizer(path, rows, trust_remote_code)
-    kwargs = {"num_labels": 1} if adapter else {}
+    kwargs = {"num_labels": 1, "revision": adapter.get("revision")} if adapter else {}
     with unsharded():
         try:
             model, loaded = AutoModelForSequenceClassification.from_pretrained(
@@ -251,9 +257,11 @@ def unsharded():
 # ── loading and trying ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def load_model(path, rows, *, policy_path, train_mode, dtype, device, batch_size, trust_remote_code=False):
+def load_model(
+    path, rows, *, policy_path, policy_revision, train_mode, dtype, device, batch_size, trust_remote_code=False
+):
     """The reward model, tried on a few rows; on the policy's own base it can be tried only once that is there."""
-    if shares_base(path, policy_path, train_mode):
+    if shares_base(path, policy_path, train_mode, policy_revision):
         return SharedRewardModel(path, load_reward_tokenizer(path, rows, trust_remote_code), batch_size, rows)
     reward = load_reward_model(path, rows, dtype, device, batch_size, trust_remote_code)
     try_reward_model(reward, rows, dtype)

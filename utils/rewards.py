@@ -69,8 +69,9 @@ def load_reward_function(spec):
     """The function behind "file.py:function", made to fail in one line. Raises Refused where its file fails."""
     path, _, name = spec.rpartition(":")
     file = Path(path).expanduser().resolve()
-    loader = importlib.util.spec_from_file_location(f"reward_{file.stem}", file)
+    loader = importlib.util.spec_from_file_location(f"reward_{file.stem}_{abs(hash(str(file)))}", file)
     module = sys.modules[loader.name] = importlib.util.module_from_spec(loader)  # where dataclasses and pickle look
+    sys.path.append(str(file.parent))  # it may import a file beside it
     try:
         loader.loader.exec_module(module)
         function = getattr(module, name)

@@ -65,7 +65,7 @@ def open_tensors(folder):
     from safetensors import safe_open
 
     found = {}
-    for file in sorted(Path(folder).glob("*.safetensors")):
+    for file in sorted(file for file in Path(folder).glob("*.safetensors") if file.name != "critic.safetensors"):
         handle = safe_open(file, framework="pt")
         found |= {name: (lambda handle=handle, name=name: handle.get_tensor(name)) for name in handle.keys()}
     return found

@@ -23,7 +23,7 @@ def say_plan(common, config, name, method, tokenizer, rows, train, held_out):
     say(f"method    {name}: {method.title} ({method.source})")
     say(f"model     {path}")
     say(f"mode      {mode}{describe_lora(common, rows.notes)}; {common.dtype}, {devices}")
-    say(f"reference {models.describe_reference(method.models, path, mode, config)}")
+    say(f"reference {models.describe_reference(method, path, mode, config)}")
     if method.sample_reward:
         say(f"reward    {describe_reward(common, config)}")
         say(f"rollouts  {config.describe_rollouts(len(train.rows))}")
@@ -41,7 +41,7 @@ def describe_reward(common, config):
     judges = [*(common.reward_funcs or ()), *([common.reward_model_path] if common.reward_model_path else [])]
     weights = config.reward_weights or [1.0] * len(judges)
     if common.reward_model_path and reward_models.shares_base(
-        common.reward_model_path, common.model_name_or_path, common.train_mode
+        common.reward_model_path, common.model_name_or_path, common.train_mode, common.model_revision
     ):
         judges[-1] += " (an adapter on the policy's own base: no second copy)"
     said = " + ".join(
