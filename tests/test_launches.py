@@ -176,7 +176,9 @@ def test_an_adapter_is_not_merged_into_a_sharded_base(warm, tiny_model, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("method", "kind"), [("DPO", "ddp"), ("DPO", "zero3"), ("DPO", "fsdp2"), ("PPO", "ddp"), ("PPO", "fsdp2")]
+    ("method", "kind"),
+    [("DPO", "ddp"), ("DPO", "zero3"), ("DPO", "fsdp2")]
+    + [pytest.param("PPO", kind, marks=pytest.mark.slow) for kind in ("ddp", "fsdp2")],
 )
 def test_a_resumed_run_ends_as_an_unbroken_one(method, kind, warm, model_for, tmp_path):
     out = tmp_path / "out"

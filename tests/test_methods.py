@@ -121,7 +121,14 @@ def test_trains_and_reloads_in_a_new_process(name, mode, tiny_model, tmp_path, r
         assert reload(out, method, mode, [prompt for prompt, _ in sides]) == after
 
 
-@pytest.mark.parametrize(("name", "mode"), [cell for cell in CELLS if cell[1] != "qlora"])  # tests/matrix has qlora
+@pytest.mark.parametrize(
+    ("name", "mode"),  # tests/matrix has qlora
+    [
+        pytest.param(*cell, marks=[pytest.mark.slow] if cell[1] == "dora" else [])
+        for cell in CELLS
+        if cell[1] != "qlora"
+    ],
+)
 def test_trains_in_bfloat16(name, mode, tiny_model, tmp_path):
     """Mixed precision as on a GPU: what is float32 and what is bfloat16 must meet nowhere without a cast."""
     assert train(name, mode, tiny_model, tmp_path / "out", "--bf16", "True", "--eval_fraction", "0.25") == 0
