@@ -76,7 +76,7 @@ ONLINE = {
     "models": ("ref_model",),
     "precisions": NO_FLOAT16,
     "batch": (8, 1),
-    "sample_flags": ("--max_steps", "20", "--num_iterations", "2", "--max_completion_length", "32"),
+    "sample_flags": ("--max_steps", "12", "--num_iterations", "2", "--max_completion_length", "32"),
     "metrics": ROLLOUT,
     "curves": CLIPPED,
     "renamed": tuple(OLD_NAMES.items()),
