@@ -25,7 +25,7 @@ from transformers import (
 )
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-from bench.toy import ALPHABET, BETA, LETTERS, MINI_BATCHES, PASSES, RATE, ROLLOUT, TOKENS
+from bench.toy import BETA, LETTERS, MINI_BATCHES, PASSES, RATE, ROLLOUT, TOKENS
 
 
 class Share(nn.Module):
@@ -59,7 +59,6 @@ class Clock(TrainerCallback):
 
 def main(toy, out, rollouts, seed, *flags):
     assert trl.__version__.startswith("1.12."), trl.__version__
-    assert ALPHABET
     path, rollouts = Path(toy) / "policy", int(rollouts)
     tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
     prompts = [json.loads(line)["prompt"] for line in open(Path(toy) / "prompts.jsonl")]

@@ -42,6 +42,11 @@ class Online:
             if hasattr(reward, "attach"):
                 reward.attach(self)
 
+    def policy(self):
+        """The causal language model inside whatever wraps it."""
+        model = self.accelerator.unwrap_model(self.model)
+        return model.get_base_model() if hasattr(model, "peft_config") else model
+
     def prepare_reference(self, model):
         """As TRL prepares its own. Source: trl 1.16.0, trainer/grpo_trainer.py, __init__."""
         if self.args.disable_dropout:
@@ -95,9 +100,7 @@ class Online:
             sampled[0] += 1
             self.generating(sampled[0], self.max_completion_length)
 
-        model = self.accelerator.unwrap_model(self.model)
-        model = model.get_base_model() if hasattr(model, "peft_config") else model
-        hook = model.register_forward_hook(count)
+        hook = self.policy().register_forward_hook(count)
         try:
             return super()._generate_single_turn(*args, **kwargs)
         finally:

@@ -176,11 +176,6 @@ class PPOTrainer(GRPOTrainer):
         shared_out = self.is_deepspeed_enabled or self.is_fsdp_enabled
         add_critic(base, critic.to(trained.device, trained.dtype if shared_out else torch.float32))
 
-    def policy(self):
-        """The causal language model inside whatever wraps it."""
-        model = self.accelerator.unwrap_model(self.model)
-        return model.get_base_model() if hasattr(model, "peft_config") else model
-
     def create_optimizer(self, *args, **kwargs):
         """TRL's, with the critic in groups of its own learning rate."""
         optimizer = super().create_optimizer(*args, **kwargs)

@@ -15,6 +15,7 @@ import traceback
 from pathlib import Path
 
 from utils.checks import Failed, Refused, near_path
+from utils.data import text_of
 
 TRIED = 4  # rows that a reward is tried on
 
@@ -182,7 +183,7 @@ def try_reward_function(reward, rows, tokenizer):
     completions = [example_answers(values)[0] for values in rows]
     further = {name: [values["further"].get(name) for values in rows] for name in rows[0]["further"]}
     kwargs = {"trainer_state": TrainerState(), "log_extra": lambda *_: None, "log_metric": lambda *_: None, **further}
-    ids = [tokenizer(text_of_answer(completion))["input_ids"] for completion in completions]
+    ids = [tokenizer(text_of(completion))["input_ids"] for completion in completions]
     try:
         found = reward(prompts=prompts, completions=completions, completion_ids=ids, **kwargs)
         if inspect.iscoroutine(found):
@@ -199,7 +200,3 @@ def example_answers(values):
         return [answer[-1:] if chat else answer for answer in found]
     texts = ["Yes.", "I am not sure what you mean. Could you say it again, with a few more words?"]
     return [[{"role": "assistant", "content": text}] for text in texts] if chat else texts
-
-
-def text_of_answer(completion):
-    return completion if isinstance(completion, str) else completion[-1]["content"]
