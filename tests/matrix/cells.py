@@ -46,7 +46,7 @@ def width(mode, launch):
     """
     if not launch.startswith("zero3"):
         return 64
-    return 8192 if mode == "qlora" else 2048
+    return 6400 if mode == "qlora" else 1600
 
 
 def make_rows(columns, one_length):
@@ -54,7 +54,7 @@ def make_rows(columns, one_length):
     words = ["amber", "birch", "cedar", "delta", "eagle", "flint", "grape", "heron"]
     for number in range(16):
         word, other = words[number % 8], words[(number + 3) % 8]
-        more = "" if one_length else " It took quite some time to find this out." * (number % 3)
+        more = "" if one_length else " It took some time." * (number % 3)
         asked = [{"role": "user", "content": f"Name {word} {number:02}:"}]
         right = [{"role": "assistant", "content": f"A {word}, {number:02}.{more}"}]
         wrong = [{"role": "assistant", "content": f"No {other} {number:02}"}]

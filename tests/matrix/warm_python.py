@@ -156,12 +156,16 @@ def become(argv, env, folder, descriptors, client):
 
 def import_everything():
     """What the project imports, from the libraries; its own modules are read anew by every process."""
+    import cpuinfo
+
     from utils import environment
 
     environment.calm_libraries()
     os.environ["MPLBACKEND"] = "Agg"
     for name in LIBRARIES:
         importlib.import_module(name)
+    described = cpuinfo.get_cpu_info()  # two seconds, which DeepSpeed asks for three times a process
+    cpuinfo.get_cpu_info = lambda: described
     from rlhf_args.methods import METHODS, load
 
     for method in METHODS.values():
