@@ -4,13 +4,12 @@ from dataclasses import dataclass, field
 
 
 @dataclass
-class CommonArgs:
+class SharedArgs:
+    """What every training script takes."""
+
     _argument_group_name = "the flags that every method shares"
 
     # ── what to train ────────────────────────────────────────────────────────────────────────────────────────────────
-    rlhf_type: str = field(
-        default="DPO", metadata={"help": "The method, a row of rlhf_args/methods.py, in any letter case."}
-    )
     model_name_or_path: str | None = field(
         default=None,
         metadata={"help": "The policy to start from: a model folder, a LoRA adapter's folder, or a Hub id. Required."},
@@ -49,22 +48,6 @@ class CommonArgs:
         default=False, metadata={"help": "DoRA: also trains the weights' magnitude. Not with full."}
     )
 
-    # ── rewards, for the methods that learn from one ─────────────────────────────────────────────────────────────────
-    reward_model_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "A trained reward model that scores the policy's answers: a folder, a Hub id, or an adapter made "
-            "by --rlhf_type Reward. It may be of another family than the policy: it reads text, in its own template."
-        },
-    )
-    reward_funcs: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Functions that score answers, one or several, as FILE.py:FUNCTION, called as TRL calls them: "
-            "data/rewards.py has one. Their sum is the reward, each by its --reward_weights."
-        },
-    )
-
     # ── data ─────────────────────────────────────────────────────────────────────────────────────────────────────────
     train_data_path: list[str] | None = field(
         default=None,
@@ -92,4 +75,29 @@ class CommonArgs:
     )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Delete what an earlier run left in output_dir, then start afresh."}
+    )
+
+
+@dataclass
+class CommonArgs(SharedArgs):
+    """What train_rlhf.py takes."""
+
+    rlhf_type: str = field(
+        default="DPO", metadata={"help": "The method, a row of rlhf_args/methods.py, in any letter case."}
+    )
+
+    # ── rewards, for the methods that learn from one ─────────────────────────────────────────────────────────────────
+    reward_model_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "A trained reward model that scores the policy's answers: a folder, a Hub id, or an adapter made "
+            "by --rlhf_type Reward. It may be of another family than the policy: it reads text, in its own template."
+        },
+    )
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Functions that score answers, one or several, as FILE.py:FUNCTION, called as TRL calls them: "
+            "data/rewards.py has one. Their sum is the reward, each by its --reward_weights."
+        },
     )

@@ -14,6 +14,7 @@ UNPAIRED = ("prompt", "completion", "label")
 RANKED = ("chosen", "rejected")
 DIALOGUE = ("messages",)
 PROMPT = ("prompt",)
+ANSWERED = ("prompt", "completion")  # the completion may be missing where the student or its teacher answers
 
 # What is shown of a run, and what its log calls it.
 PAIRWISE = (("accuracy", "rewards/accuracies"), ("margin", "rewards/margins"))
@@ -23,6 +24,13 @@ ROLLOUT = (
     ("entropy", "entropy"),
     ("tokens", "completions/mean_length"),
     ("not ended", "completions/clipped_ratio"),
+)
+DIVERGENCE = (
+    ("forward KL", "forward_kl"),
+    ("reverse KL", "reverse_kl"),
+    ("agreement", "token_agreement"),
+    ("student loss", "student_loss"),
+    ("teacher loss", "teacher_loss"),
 )
 CRITIC = (("value loss", "value_loss"), ("explained variance", "explained_variance"))
 CLIPPED = (("clipped", "clip_ratio/region_mean"),)
@@ -45,6 +53,8 @@ class Method:
     trainer: str  # "module:Class"
     columns: tuple[str, ...]  # the data columns that it trains on; utils/data.py converts between them
     sample_data: str  # a file of such rows that ships with the project
+    entry: str = "rlhf"  # train_ENTRY.py and ENTRY_run.sh run it,
+    arguments: str = "common_args:CommonArgs"  # with these shared flags
     models: tuple[str, ...] = ()  # frozen models beside the policy, by the trainer's keyword
     task: str = "CAUSAL_LM"  # or SEQ_CLS: one score a sequence (PEFT's names)
     train_modes: tuple[str, ...] = ("full", "lora", "qlora")
@@ -188,6 +198,26 @@ METHODS = {
         **{**ONLINE, "curves": (*CLIPPED, *CRITIC)},
     ),
 }
+
+
+# What train_gkd.py trains.
+DISTILLATION = {
+    "GKD": Method(
+        title="Knowledge distillation: supervised, SeqKD, GKD, on-policy",
+        source="arXiv 1503.02531, 1606.07947, 2306.13649",
+        entry="gkd",
+        arguments="common_args:SharedArgs",
+        config="rlhf_args.gkd_config:GKDConfig",
+        trainer="trainers.gkd_trainer:GKDTrainer",
+        columns=ANSWERED,
+        sample_data="data/sft.jsonl",
+        precisions=NO_FLOAT16,
+        metrics=DIVERGENCE,
+        curves=(("entropy", "entropy"), ("tokens", "completions/mean_length"), ("on-policy", "on_policy")),
+        renamed=(("teacher_model", "teacher_model_name_or_path"), ("max_new_tokens", "max_completion_length")),
+    ),
+}
+EVERY = METHODS | DISTILLATION
 
 
 def find_method(name):

@@ -13,15 +13,41 @@ from utils.rewards import RewardFailed
 from utils.text import template, tokenize
 
 
-class Online:
-    """Mixin before a TRL trainer that samples answers and scores them.
+class Sampling:
+    """Mixin before a TRL trainer whose policy answers prompts itself.
 
-    `ref_model`: the frozen start of fully trained weights, as for DPO; TRL would load one from the name in the config
-    alone, without its revision, and without the adapter that was merged into it. With an adapter there is none.
     `generating`: called with the tokens sampled so far of a rollout, for the progress bar.
     """
 
     generating = staticmethod(lambda tokens, limit: None)
+
+    def policy(self):
+        """The causal language model inside whatever wraps it."""
+        model = self.accelerator.unwrap_model(self.model)
+        return model.get_base_model() if hasattr(model, "peft_config") else model
+
+    def _generate_single_turn(self, *args, **kwargs):
+        """TRL's, counting the steps of the model to show how far a rollout is."""
+        sampled = [0]
+
+        def count(model, inputs, outputs):
+            sampled[0] += 1
+            self.generating(sampled[0], self.max_completion_length)
+
+        hook = self.policy().register_forward_hook(count)
+        try:
+            return super()._generate_single_turn(*args, **kwargs)
+        finally:
+            hook.remove()
+            self.generating(self.max_completion_length, self.max_completion_length)
+
+
+class Online(Sampling):
+    """Mixin before a TRL trainer that samples answers and scores them.
+
+    `ref_model`: the frozen start of fully trained weights, as for DPO; TRL would load one from the name in the config
+    alone, without its revision, and without the adapter that was merged into it. With an adapter there is none.
+    """
 
     def __init__(self, model, reward_funcs, args, ref_model=None, **kwargs):
         reward_funcs = list(reward_funcs)
@@ -41,11 +67,6 @@ class Online:
         for reward in reward_funcs:
             if hasattr(reward, "attach"):
                 reward.attach(self)
-
-    def policy(self):
-        """The causal language model inside whatever wraps it."""
-        model = self.accelerator.unwrap_model(self.model)
-        return model.get_base_model() if hasattr(model, "peft_config") else model
 
     def prepare_reference(self, model):
         """As TRL prepares its own. Source: trl 1.16.0, trainer/grpo_trainer.py, __init__."""
@@ -91,21 +112,6 @@ class Online:
             for prompt in prompts
         ]
         return ids, None, {}
-
-    def _generate_single_turn(self, *args, **kwargs):
-        """TRL's, counting the steps of the model to show how far a rollout is."""
-        sampled = [0]
-
-        def count(model, inputs, outputs):
-            sampled[0] += 1
-            self.generating(sampled[0], self.max_completion_length)
-
-        hook = self.policy().register_forward_hook(count)
-        try:
-            return super()._generate_single_turn(*args, **kwargs)
-        finally:
-            hook.remove()
-            self.generating(self.max_completion_length, self.max_completion_length)
 
     def _generate_and_score_completions(self, inputs):
         """TRL's, and each answer with its rewards as a line of completions.jsonl."""

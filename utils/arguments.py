@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from common_args import CommonArgs
-from rlhf_args.methods import METHODS, find_method, load
+from rlhf_args.methods import DISTILLATION, EVERY, METHODS, find_method, load
 from utils import environment
 from utils.checks import Refused, near_path, refuse_if
 
@@ -37,7 +37,7 @@ def expand(argv):
             raise Refused(["--config: no file given. Type --config recipes/NAME.yaml"])
         recipe += read_recipe(argv[at + 1])
         del argv[at : at + 2]
-    return translate(recipe + argv, RENAMED)
+    return translate(read_use_peft(recipe + argv), RENAMED)
 
 
 def read_recipe(path):
@@ -64,6 +64,22 @@ def read_recipe(path):
     return words
 
 
+def read_use_peft(words):
+    """`words` with TRL's own --use_peft as --train_mode lora; --use_peft False as full."""
+    if "--use_peft" not in words:
+        return words
+    at = words.index("--use_peft")
+    value = words[at + 1 : at + 2] if words[at + 1 : at + 2] and not words[at + 1].startswith("--") else []
+    mode = "full" if value and value[0].lower() in ("false", "0", "no") else "lora"
+    say_note(f"--use_peft is --train_mode {mode} here, and is read as that")
+    return [*words[:at], "--train_mode", mode, *words[at + 1 + len(value) :]]
+
+
+def say_note(text):
+    if environment.is_main() and "LAUNCH_CHECKED" not in os.environ:  # said when utils/launch.py had it checked
+        print(f"note: {text}", file=sys.stderr)
+
+
 def translate(words, renamed):
     """`words` with the flags of {old name: name here} under their names here, each said."""
     translated = []
@@ -72,34 +88,40 @@ def translate(words, renamed):
         if not word.startswith("--") or name not in renamed:
             translated.append(word)
             continue
-        if environment.is_main() and "LAUNCH_CHECKED" not in os.environ:  # said when utils/launch.py had it checked
-            print(f"note: {word} is called --{renamed[name]} here, and is read as that", file=sys.stderr)
+        say_note(f"{word} is called --{renamed[name]} here, and is read as that")
         translated.append(f"--{renamed[name]}")
     return translated
 
 
 def parse_common(argv):
     """The shared flags alone, before anything heavy is imported: (CommonArgs, name of the method). Raises Refused."""
-    peek = make_parser([CommonArgs], add_help=False)
-    common, _ = peek.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    common, problems = peek(argv, CommonArgs)
     name = find_method(common.rlhf_type)
     if name is None:
         near = difflib.get_close_matches(common.rlhf_type.lower(), [known.lower() for known in METHODS], 1)
         guess = f". Did you mean {find_method(near[0])}?" if near else ""
-        peek.problems.append(f"--rlhf_type {common.rlhf_type}: no such method. There are {', '.join(METHODS)}{guess}")
-    refuse_if(peek.problems)
+        guess = ". That is train_gkd.py" if common.rlhf_type.upper() in DISTILLATION else guess
+        problems.append(f"--rlhf_type {common.rlhf_type}: no such method. There are {', '.join(METHODS)}{guess}")
+    refuse_if(problems)
     return common, name
 
 
+def peek(argv, shared):
+    """The flags of the dataclass `shared` alone: (it, problems)."""
+    parser = make_parser([shared], add_help=False)
+    common, _ = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    return common, parser.problems
+
+
 def parse(argv, name):
-    """All flags of the method `name`: (CommonArgs, its TRL config). Raises Refused; --help prints and exits."""
-    method = METHODS[name]
+    """All flags of the method `name`: (its shared flags, its TRL config). Raises Refused; --help prints and exits."""
+    method = EVERY[name]
     config_class = load(method.config)
     config_class._argument_group_name = f"the flags of {name}, under TRL's names"
     parser = make_parser(
-        [CommonArgs, config_class],
-        prog="train_rlhf.py",
-        description=f"{name}: {method.title}. Other methods: --rlhf_type {', '.join(METHODS)}.",
+        [load(method.arguments), config_class],
+        prog=f"train_{method.entry}.py",
+        description=f"{name}: {method.title}. train_rlhf.py has --rlhf_type {', '.join(METHODS)}.",
         epilog="--config FILE.yaml reads flags from a file; flags on the command line win.",
     )
     asked, unknown = parser.parse_known_args(argv)
@@ -160,6 +182,7 @@ def flag_first(message):
 
 def no_such_flag(flag, name, known):
     bare = flag[2:].replace("-", "_")
+    choice = f" --rlhf_type {name}" if name in METHODS else ""
     others = [other for other, method in METHODS.items() if bare in {*flags_of(method), *dict(method.renamed)}]
     near = difflib.get_close_matches(bare, sorted(known), 1)
     if bare in ELSEWHERE:
@@ -169,7 +192,7 @@ def no_such_flag(flag, name, known):
     elif near:
         way_out = f"Did you mean --{near[0]}?"
     else:
-        way_out = f"`python train_rlhf.py --rlhf_type {name} --help` lists them"
+        way_out = f"`python train_{EVERY[name].entry}.py{choice} --help` lists them"
     return f"{flag}: no such flag for {name}. {way_out}"
 
 

@@ -68,7 +68,7 @@ def check_common(common, name, method):
             "--model_name_or_path: missing. A model folder or Hub id; `python -m utils.demo_model` makes one"
         )
         return problems
-    return problems + check_rewards(common, name, method) + check_model(common.model_name_or_path, name, method)
+    return problems + check_model(common.model_name_or_path, name, method)
 
 
 def check_model(path, name, method):
@@ -232,7 +232,7 @@ def check_config(common, config, name, method):
         problems.append(f"--learning_rate {config.learning_rate}: a positive number, like 1e-5")
     if config.n_gpu > 1 and not common.check:
         problems.append(
-            f"{config.n_gpu} GPUs are visible to one process. Start it with bash rlhf_run.sh, or with "
+            f"{config.n_gpu} GPUs are visible to one process. Start it with bash {method.entry}_run.sh, or with "
             "CUDA_VISIBLE_DEVICES=0 for one of them"
         )
     if getattr(config, "model_init_kwargs", None):
@@ -340,13 +340,19 @@ def check_value_model(path, common):
         yield f"{flag} with --train_mode {common.train_mode}: there the critic is a head on the policy. Leave it out"
     if (Path(path) / "adapter_config.json").exists():
         yield f"{flag}: an adapter. Merge it first: python -m utils.merge_lora {path} MERGED"
-    ours, theirs = (read_vocabulary(folder) for folder in (common.model_name_or_path, path))
-    if ours and theirs and ours != theirs:
-        token = next((t for t in sorted(ours | theirs, key=str) if ours.get(t) != theirs.get(t)), "")
-        yield (
-            f"{flag}: its tokenizer is not the policy's: {token!r} is {theirs.get(token, 'nothing')} in it and "
-            f"{ours.get(token, 'nothing')} in {common.model_name_or_path}. A critic reads the policy's tokens"
-        )
+    different = first_difference(read_vocabulary(common.model_name_or_path), read_vocabulary(path))
+    if different:
+        yield f"{flag}: its tokenizer is not the policy's: {different}. A critic reads the policy's tokens"
+
+
+def first_difference(ours, theirs):
+    """What differs first between the policy's {token: id} and another's; None where nothing does or one is unknown."""
+    if not ours or not theirs or ours == theirs:
+        return None
+    ours, theirs = ({number: token for token, number in one.items()} for one in (ours, theirs))
+    number = next(n for n in sorted(ours | theirs) if ours.get(n) != theirs.get(n))
+    mine, other = (repr(one[number]) if number in one else "nothing" for one in (ours, theirs))
+    return f"token {number} is {other} in it and {mine} in the model that is trained"
 
 
 def read_vocabulary(folder):

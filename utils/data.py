@@ -10,7 +10,7 @@ import random
 import re
 from dataclasses import dataclass, field
 
-from rlhf_args.methods import DIALOGUE, METHODS, PAIR, PROMPT, RANKED, UNPAIRED
+from rlhf_args.methods import ANSWERED, DIALOGUE, EVERY, PAIR, PROMPT, RANKED, UNPAIRED
 from utils.checks import Refused, refuse_if
 from utils.files import MESSAGES, read_rows, say_type
 
@@ -21,10 +21,11 @@ ACCEPTED = {
     PAIR: (PAIR, RANKED),
     UNPAIRED: (UNPAIRED, PAIR, RANKED),
     RANKED: (RANKED, PAIR),
-    DIALOGUE: (DIALOGUE, ("prompt", "completion")),
+    DIALOGUE: (DIALOGUE, ANSWERED),
     PROMPT: (PROMPT, RANKED),
+    ANSWERED: (DIALOGUE, ANSWERED, PROMPT),
 }
-SAMPLE = {method.columns: method.sample_data for method in METHODS.values()}
+SAMPLE = {method.columns: method.sample_data for method in EVERY.values()}
 ROLES = ("system", "developer", "user", "assistant", "tool")
 LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 # Further columns that a reward function cannot be given: TRL passes things of these names, or takes them for images
@@ -92,11 +93,15 @@ def make_rows(rows, columns, notes, problems=()):
         rows = [(where, dict.fromkeys(names) | values) for where, values in rows]
     problems, made, dropped, spoken, margins = list(problems), [], [], {}, {}
     for where, values in rows:
-        problem = check_row(values, kind, columns)
+        row_kind = kind
+        if columns == ANSWERED and values.get("prompt") is not None and values.get("completion") is None:
+            row_kind = PROMPT  # whether an answer is needed hangs on the flags: teacher.check_answers
+        problem = check_row(values, row_kind, columns)
         if problem:
             problems.append(f"{where}: {problem}")
             continue
-        row = normalize(values, kind, notes)
+        row = normalize(values, row_kind, notes)
+        row = split_answer(row) if columns == ANSWERED else row
         spoken.setdefault(is_chat(row), where)
         margins.setdefault("margin" in row, where)
         reason = useless(row, columns)
@@ -120,7 +125,11 @@ def make_rows(rows, columns, notes, problems=()):
     elif extra:
         notes.append(f"columns not used: {', '.join(extra)}")
     messages = (
-        message for _, values in rows for name in kind if isinstance(values[name], list) for message in values[name]
+        message
+        for _, values in rows
+        for name in kind
+        if isinstance(values.get(name), list)
+        for message in values[name]
     )
     parts = sorted({part for message in messages for part in message} - {"role", "content"})
     if parts:
@@ -240,14 +249,28 @@ def normalize(values, kind, notes):
         row = {"prompt": common_start(row["chosen"], row["rejected"]), **row}
         for side in RANKED:
             row[side] = row[side][len(row["prompt"]) :]
-    if kind == ("prompt", "completion") and isinstance(row["prompt"], list):
+    if kind == ANSWERED and isinstance(row["prompt"], list):
         row = {"messages": row["prompt"] + row["completion"]}
-    if isinstance(row.get("messages"), list) and row["messages"][-1:] and row["messages"][-1]["role"] != "assistant":
+    roles = [m["role"] for m in row["messages"]] if isinstance(row.get("messages"), list) else []
+    if "assistant" in roles and roles[-1] != "assistant":
         note = "turns behind the assistant's last one are not trained on"
         notes += [] if note in notes else [note]
     if to_number(values.get("margin")) is not None:
         row["margin"] = to_number(values["margin"])
     return row
+
+
+def split_answer(row):
+    """{prompt, completion} of messages: the assistant's last turn, and what stands before it; {prompt} of others."""
+    messages = row.get("messages")
+    if messages is None:
+        return row
+    if isinstance(messages, str):  # a text to continue has no prompt
+        return {"prompt": "", "completion": messages}
+    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=None)
+    if last is None:
+        return {"prompt": messages}
+    return {"prompt": messages[:last], "completion": messages[last : last + 1]}
 
 
 def to_number(value):
@@ -284,7 +307,7 @@ def useless(row, columns):
         return "empty answer"
     if "chosen" in row and row["chosen"] == row["rejected"]:
         return "chosen equals rejected"
-    if columns in (PAIR, UNPAIRED) and not text_of(row["prompt"]).strip():
+    if columns in (PAIR, UNPAIRED, ANSWERED) and not text_of(row["prompt"]).strip():
         return "no prompt"
     return None
 

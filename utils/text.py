@@ -7,7 +7,7 @@ TRL's trainers get this as plain text, which each of them tokenises the same way
 from dataclasses import dataclass, field
 from itertools import groupby
 
-from rlhf_args.methods import DIALOGUE, PROMPT, RANKED
+from rlhf_args.methods import ANSWERED, DIALOGUE, PROMPT, RANKED
 from utils.checks import Refused
 from utils.data import refuse_rows
 
@@ -23,10 +23,11 @@ class Prepared:
     first: tuple = ("", "")
 
 
-def prepare_rows(rows, tokenizer, columns, max_length):
+def prepare_rows(rows, tokenizer, columns, max_length, max_prompt=float("inf")):
     """Text rows for the trainer of a method with these columns. Raises Refused where the template rejects a row.
 
     `max_length`: tokens of prompt and answer together; where the policy answers itself, of the prompt.
+    `max_prompt`: tokens of a prompt beside which an answer that is still to be sampled has its room.
     """
     prepared, problems = Prepared(), []
     for where, values in rows:
@@ -37,7 +38,7 @@ def prepare_rows(rows, tokenizer, columns, max_length):
             continue
         prompt, answers, reshaped = turns
         row = trainer_row(tokenizer, values, prompt, answers, columns)
-        limit = float("inf") if max_length is None else max_length
+        limit = 10**9 if max_length is None else max_length
         longest = max(len(tokenize(tokenizer, prompt + answer)) for answer in answers)
         if starts_training_at(tokenizer, row, prompt) is None:
             prepared.dropped.append((where, "no assistant turn in what the template writes", values))
@@ -46,7 +47,11 @@ def prepare_rows(rows, tokenizer, columns, max_length):
         elif longest > limit and starts_training_at(tokenizer, row, prompt) >= limit:
             limited = "max_prompt_length" if columns == PROMPT else "max_length"
             prepared.dropped.append((where, f"prompt longer than {limited}", values))
+        elif len(tokenize(tokenizer, prompt)) > max_prompt:
+            prepared.dropped.append((where, "prompt leaves no room for max_completion_length", values))
         else:
+            if columns == ANSWERED:
+                row["completion_ids"] = row["completion_ids"][: limit - len(row["prompt_ids"])]
             prepared.cut += longest > limit
             prepared.reshaped += reshaped
             prepared.first = prepared.first if prepared.rows else (prompt, answers[0])
@@ -67,6 +72,8 @@ def trainer_row(tokenizer, values, prompt, answers, columns):
         return label_turns(tokenizer, values, prompt + answers[0])
     if columns == PROMPT:  # as it came: TRL gives it to the reward functions too
         return {"prompt": values["prompt"], **values["further"]}
+    if columns == ANSWERED:
+        return split_tokens(tokenizer, prompt, answers[0])
     if columns == RANKED:
         row = {"chosen": prompt + answers[0], "rejected": prompt + answers[1]}
     else:
@@ -135,6 +142,13 @@ def tokenize_pair(tokenizer, prompt, chosen, rejected):
     alone, *whole = (tokenize(tokenizer, text) for text in (prompt, prompt + chosen, prompt + rejected))
     start = min(shared_length(alone, ids) for ids in whole)
     return alone[:start], whole[0][start:], whole[1][start:]
+
+
+def split_tokens(tokenizer, prompt, answer):
+    """{prompt_ids, completion_ids}; no completion_ids where the row has no answer yet."""
+    alone, whole = tokenize(tokenizer, prompt), tokenize(tokenizer, prompt + answer)
+    start = shared_length(alone, whole)
+    return {"prompt_ids": whole[:start], "completion_ids": whole[start:]}
 
 
 def label_turns(tokenizer, values, text):
@@ -228,7 +242,7 @@ def check_first(prepared, tokenizer, columns):
     ids = prepared.rows[0]["input_ids"] if columns == DIALOGUE else tokenize(tokenizer, "".join(prepared.first))
     doubled = tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2
     ends = next((n for n, token in enumerate(reversed(ids)) if token != tokenizer.eos_token_id), len(ids))
-    if doubled or ends != 1 and columns != PROMPT:
+    if doubled or ends != 1 and prepared.first[1]:
         given = "two BOS" if doubled else f"{ends} ends of turn"
         raise Refused(
             [

@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# Distils a teacher into a student: bash gkd_run.sh. Every variable can be given from outside, and whatever follows goes
+# to train_gkd.py and wins: MODEL=Qwen/Qwen2.5-0.5B-Instruct TEACHER=Qwen/Qwen2.5-7B-Instruct LMBDA=1 bash gkd_run.sh
+set -euo pipefail
+cd "$(dirname "$0")"
+
+MODEL=${MODEL:-}                             # the student: folder or Hub id; empty: SmolLM2-135M without 8 of its 30 layers
+TEACHER=${TEACHER:-}                         # the teacher; empty: SmolLM2-135M, made without a hub
+TRAIN_MODE=${TRAIN_MODE:-full}               # of the student: full, lora or qlora
+LMBDA=${LMBDA:-}                             # share of steps on the student's own answers, 0 to 1; empty: 0.5, SeqKD 0
+BETA=${BETA:-}                               # 0 forward KL, 1 reverse KL, between them Jensen-Shannon; empty: 0.5
+SEQ_KD=${SEQ_KD:-False}                      # True: learn from the teacher's answers, not from those in the data
+TRAIN_DATA=${TRAIN_DATA:-}                   # file, folder or Hub id; empty: data/sft.jsonl
+EVAL_FRACTION=${EVAL_FRACTION:-0.1}          # share of the data held out, on which both are compared
+OUTPUT_DIR=${OUTPUT_DIR:-}                   # empty: output/GKD-MODE
+LEARNING_RATE=${LEARNING_RATE:-}             # empty: 2e-5 for full weights, 1e-4 for adapters
+BATCH_SIZE=${BATCH_SIZE:-4}                  # rows a device and forward pass
+ACCUMULATION=${ACCUMULATION:-1}              # passes a step; rows a step = batch x accumulation x devices
+EPOCHS=${EPOCHS:-1}                          # passes over the data
+MAX_STEPS=${MAX_STEPS:-}                     # stop after so many steps; empty: all
+LAUNCH=${LAUNCH:-auto}                       # a name in accelerate_configs/; auto: by the GPUs that are there
+NUM_PROCESSES=${NUM_PROCESSES:-}             # on this node; empty: one for each GPU, or one
+NNODES=${NNODES:-1}                          # nodes, each of which runs this script with its NODE_RANK from 0 on
+NODE_RANK=${NODE_RANK:-0}
+MASTER_ADDR=${MASTER_ADDR:-}                 # the first node and a free port there; one node needs neither
+MASTER_PORT=${MASTER_PORT:-}
+NODE_TIMEOUT=${NODE_TIMEOUT:-600}            # seconds that the nodes wait for each other
+PYTHON=${PYTHON:-$(command -v python || command -v python3)}
+
+for ((i = 1; i < $#; i++)); do               # flags that decide what the variables below mean
+  value=$((i + 1))
+  case ${!i} in
+    --train_mode) TRAIN_MODE=${!value} ;;
+    --eval_data_path) EVAL_FRACTION=0 ;;
+    --config) echo "refused: --config: a recipe has values of its own. Type: python -m utils.launch train_gkd.py $*" >&2; exit 2 ;;
+  esac
+done
+OUTPUT_DIR=${OUTPUT_DIR:-output/GKD-$TRAIN_MODE}
+TASTE=()
+if [ -z "$MODEL$TEACHER$TRAIN_DATA" ]; then  # the shipped pair: a run of minutes, the first flags
+  TASTE=(--learning_rate 1e-4 --max_completion_length 32 --max_steps 16)
+fi
+if [ -z "$TEACHER" ]; then
+  TEACHER=models/SmolLM2-135M-Instruct
+  [ -e $TEACHER ] || "$PYTHON" -m utils.demo_model
+fi
+if [ -z "$MODEL" ]; then
+  MODEL=models/SmolLM2-106M-student
+  [ -e $MODEL ] || "$PYTHON" -m utils.demo_model --student
+fi
+[ "$TRAIN_MODE" = full ] || LEARNING_RATE=${LEARNING_RATE:-1e-4}
+
+job=(train_gkd.py ${TASTE[@]+"${TASTE[@]}"} --model_name_or_path "$MODEL" --teacher_model_name_or_path "$TEACHER"
+  --train_mode "$TRAIN_MODE" ${LMBDA:+--lmbda "$LMBDA"} ${BETA:+--beta "$BETA"} --seq_kd "$SEQ_KD"
+  --train_data_path "${TRAIN_DATA:-data/sft.jsonl}" --eval_fraction "$EVAL_FRACTION" --output_dir "$OUTPUT_DIR"
+  --per_device_train_batch_size "$BATCH_SIZE" --per_device_eval_batch_size 4
+  --gradient_accumulation_steps "$ACCUMULATION" --num_train_epochs "$EPOCHS" --logging_steps 1
+  ${LEARNING_RATE:+--learning_rate "$LEARNING_RATE"} ${MAX_STEPS:+--max_steps "$MAX_STEPS"}
+  --resume_from_checkpoint auto "$@")
+
+export LAUNCH NUM_PROCESSES NNODES NODE_RANK MASTER_ADDR MASTER_PORT NODE_TIMEOUT
+exec "$PYTHON" -m utils.launch "${job[@]}"

@@ -1,0 +1,199 @@
+"""Knowledge distillation on TRL's stable DistillationTrainer: its sampling, vLLM and chunked loss, for any answers."""
+
+import random
+from contextlib import nullcontext
+from itertools import cycle, islice
+
+import torch
+import trl
+from torch.distributed.tensor import DTensor
+from trl.models import prepare_deepspeed, prepare_fsdp
+from trl.trainer.distillation_trainer import _chunked_divergence_loss
+from trl.trainer.utils import RepeatSampler, maybe_gather_lm_head_ctx
+
+from trainers.online_trainer import Sampling
+
+HELD_OUT = ("forward_kl", "reverse_kl", "token_agreement", "student_loss", "teacher_loss")
+CHUNK = 256  # tokens whose distributions are held at once where both are compared in full
+
+
+class GKDTrainer(Sampling, trl.DistillationTrainer):
+    """Trains on the student's own answers in a share `lmbda` of the steps, in the others on those in the rows.
+
+    Rows: {"prompt_ids": [...], "completion_ids": [...]}. `teacher_model`: frozen; None: the student's base, its
+    adapter off. Source: Agarwal et al. 2024, arXiv 2306.13649, algorithm 1 and equations (1) to (3).
+    Differs from TRL 1.16's GKDTrainer: one draw a step for all processes (there one a pass and process), sampling with
+    a KV cache and once for all passes of a step, and the temperature softens both distributions in the loss, too.
+    """
+
+    def __init__(self, model, args, teacher_model=None, **kwargs):
+        super().__init__(model=model, args=args, **kwargs)  # TRL would refuse a teacher of another vocabulary size
+        self.vocabulary = self.model.config.get_text_config().vocab_size
+        if teacher_model is not None:
+            self.vocabulary = min(self.vocabulary, teacher_model.config.get_text_config().vocab_size)
+            self.teacher_model = self.prepare_teacher(teacher_model)
+        self.compared = 0  # sums over the held-out tokens of an evaluation
+
+    def prepare_teacher(self, model):
+        if self.is_deepspeed_enabled:
+            return prepare_deepspeed(model, self.accelerator)
+        if self.is_fsdp_enabled:
+            return prepare_fsdp(model, self.accelerator)
+        return self.accelerator.prepare_model(model, evaluation_mode=True)
+
+    # ── which answers ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _get_train_sampler(self, dataset=None):
+        """TRL's, of every row: it leaves out those that do not fill a step."""
+        args = self.args
+        rows = args.per_device_train_batch_size * self.accelerator.num_processes * args.gradient_accumulation_steps
+        return EveryRow(
+            self.train_dataset if dataset is None else dataset,
+            mini_repeat_count=1,
+            batch_size=rows,
+            repeat_count=args.gradient_accumulation_steps,
+            shuffle=self.shuffle_dataset,
+            seed=args.seed,
+        )
+
+    def is_on_policy(self):
+        """Whether this step learns from the student's own answers: the same on all processes, and after a resume."""
+        return random.Random(f"{self.args.seed} {self.state.global_step}").random() < self.args.lmbda
+
+    def _generate_and_score_completions(self, inputs):
+        on_policy = self.model.training and self.is_on_policy()
+        self.given = None if on_policy else [row["completion_ids"] for row in inputs]
+        if self.model.training:
+            self._metrics["train"]["on_policy"].append(float(on_policy))
+        return super()._generate_and_score_completions([{"prompt": row["prompt_ids"]} for row in inputs])
+
+    def _tokenize_prompts(self, prompts):
+        return prompts, None, {}
+
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        return super()._generate_single_turn(prompt_ids, *args, **kwargs) if self.given is None else self.given
+
+    # ── the loss ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _compute_loss(self, student, inputs, num_items_in_batch):
+        """(loss, summed entropy, tokens) of the answers; neither model's logits are ever held for all of them.
+
+        Differs from TRL 1.16's: only answered positions are projected, over the shared vocabulary alone.
+        """
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)  # (B, P + C)
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        width = inputs["completion_ids"].size(1)
+        answered = inputs["completion_mask"].bool()  # (B, C)
+        states = self._get_last_hidden_state(student, ids, mask, width)[answered]  # (N, H)
+        with torch.no_grad():
+            teacher, taught = self.teach(student, ids, mask, width)
+            taught = taught[answered]  # (N, H of the teacher)
+        ours, theirs = Head(student, self.vocabulary), Head(teacher, self.vocabulary)
+        loss, entropy, count = _chunked_divergence_loss(
+            states[None],
+            taught[None],
+            ours.weight,
+            theirs.weight,
+            torch.ones_like(states[None, :, 0]),
+            self.beta,
+            num_items_in_batch=num_items_in_batch,
+            student_lm_head_bias=ours.bias,
+            teacher_lm_head_bias=theirs.bias,
+            student_logit_scale=ours.scale,
+            teacher_logit_scale=theirs.scale,
+            student_final_logit_softcapping=ours.cap,
+            teacher_final_logit_softcapping=theirs.cap,
+            temperature=self.temperature,
+        )
+        if not self.model.training:
+            with torch.no_grad(), maybe_gather_lm_head_ctx(ours.weight, ours.bias, theirs.weight, theirs.bias):
+                self.compared += compare(states, ours, taught, theirs, inputs["completion_ids"][answered])
+        return loss, entropy.detach(), count
+
+    def teach(self, student, ids, mask, width):
+        """The teacher and its last hidden states (B, C, H)."""
+        if self.teacher_model is None:
+            with student.disable_adapter():
+                return student, self._get_last_hidden_state(student, ids, mask, width)
+        teacher = self.accelerator.unwrap_model(self.teacher_model)
+        call = teacher, ids, mask, width
+        return teacher, self._forward_redirection(self.teacher_model, teacher, self._get_last_hidden_state, *call)
+
+    # ── what is held out ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def evaluate(self, *args, **kwargs):
+        self.compared = 0
+        return super().evaluate(*args, **kwargs)
+
+    def log(self, logs, start_time=None):
+        if "eval_loss" in logs:
+            sums = self.accelerator.gather(self.compared[None]).sum(0).tolist()
+            logs |= {f"eval_{name}": total / sums[-1] for name, total in zip(HELD_OUT, sums, strict=False)}
+        super().log(logs, start_time)
+
+
+class Head:
+    """What makes logits of a model's last hidden states: weight (V, H), bias (V) or None, scale, soft cap or None."""
+
+    def __init__(self, model, vocabulary):
+        layer, config = model.get_output_embeddings(), model.config.get_text_config()
+        self.weight, self.bias = (self.take(part, vocabulary) for part in (layer.weight, layer.bias))
+        self.scale, self.cap = logit_scale(config), getattr(config, "final_logit_softcapping", None)
+        self.vocabulary = vocabulary
+
+    @staticmethod
+    def take(part, vocabulary):
+        """The shared rows of a weight or bias. ZeRO-3's are in pieces until they are used, and whole ones pass."""
+        if part is None or hasattr(part, "ds_shape") and part.ds_shape[0] == vocabulary or len(part) == vocabulary:
+            return part
+        if isinstance(part, DTensor):
+            part = part.full_tensor()
+        with maybe_gather_lm_head_ctx(part) if hasattr(part, "ds_shape") else nullcontext():
+            return part[:vocabulary]
+
+    def logits(self, states):
+        """(N, V) in float32 of states (N, H)."""
+        weight, bias = (p.full_tensor() if isinstance(p, DTensor) else p for p in (self.weight, self.bias))
+        logits = torch.nn.functional.linear(states, weight.to(states.dtype)).float() * self.scale
+        logits = logits if bias is None else logits + bias.float()
+        return self.cap * torch.tanh(logits / self.cap) if self.cap else logits
+
+
+def logit_scale(config):
+    """The factor before the softmax, which each family calls by its own name. Source: TRL 1.16.0, _compute_loss."""
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if getattr(config, name, None) is not None:
+            return getattr(config, name)
+    scaling = getattr(config, "logits_scaling", None)
+    if scaling is None:
+        return 1.0
+    return scaling if config.model_type == "hyperclovax" else 1 / scaling
+
+
+def compare(states, student, taught, teacher, targets):
+    """Sums over N tokens, of HELD_OUT and of 1: KL(t || s), KL(s || t), same likeliest token, -log s, -log t; (6,)."""
+    sums = torch.zeros(len(HELD_OUT) + 1, device=states.device, dtype=torch.float64)
+    for start in range(0, len(states), CHUNK):
+        part = slice(start, start + CHUNK)
+        ours, theirs = (head.logits(h[part]).log_softmax(-1) for head, h in ((student, states), (teacher, taught)))
+        forward = (theirs.exp() * (theirs - ours)).sum()
+        reverse = (ours.exp() * (ours - theirs)).sum()
+        agree = (ours.argmax(-1) == theirs.argmax(-1)).sum()
+        losses = [-model.gather(1, targets[part, None]).sum() for model in (ours, theirs)]
+        sums += torch.stack([forward, reverse, agree, *losses, torch.tensor(len(ours), device=sums.device)]).double()
+    return sums
+
+
+class EveryRow(RepeatSampler):
+    """TRL's sampler, with the last batch of an epoch filled up by rows from its beginning instead of left out."""
+
+    def __iter__(self):
+        rows = range(self.num_samples)
+        rows = torch.randperm(self.num_samples, generator=self.generator).tolist() if self.shuffle else rows
+        rows = list(islice(cycle(rows), -(-self.num_samples // self.batch_size) * self.batch_size))
+        for start in range(0, len(rows), self.batch_size):
+            for _ in range(self.repeat_count):
+                yield from rows[start : start + self.batch_size]
+
+    def __len__(self):
+        return -(-self.num_samples // self.batch_size) * self.batch_size * self.repeat_count

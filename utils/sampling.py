@@ -1,0 +1,123 @@
+"""Answers of a model to many prompts: in batches sorted by length, kept on disk, never sampled twice.
+
+A folder holds the answers of one model under one setting, as lines {"prompt": key, "ids": [token, ...]}. Each process
+appends whole batches to a file of its own, so that a kill loses one batch and repeats none.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from utils import environment
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn; temperature 0 takes the likeliest token."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+
+def answers_folder(above, model, sampling):
+    """The folder of one model's answers under one setting; `model` says all that tells it from others."""
+    described = json.dumps({"model": model, "sampling": asdict(sampling)}, sort_keys=True, indent=2, default=str)
+    folder = Path(above) / hashlib.sha256(described.encode()).hexdigest()[:16]
+    if environment.is_main() and not (folder / "made_with.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "made_with.json").write_text(described + "\n", encoding="utf-8")
+    return folder
+
+
+def describe_weights(path, revision=None):
+    """What tells the weights in a folder from others: each file's size and time; of a Hub id, its revision."""
+    files = sorted(Path(path).glob("*.safetensors"))
+    if not files:
+        return [path, revision]
+    return [str(Path(path).resolve()), *([file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files)]
+
+
+def prompt_key(ids):
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:32]
+
+
+def read_answers(folder):
+    """{key: token ids} of all that is in a folder. A last line that a kill cut short is not there."""
+    found = {}
+    for file in sorted(Path(folder).glob("answers-*.jsonl")):
+        for line in file.read_text(encoding="utf-8").split("\n")[:-1]:
+            answer = json.loads(line)
+            found[answer["prompt"]] = answer["ids"]
+    return found
+
+
+def missing_prompts(folder, prompts):
+    """The prompts that have no answer yet, once each, the longest first: what does not fit fails at once."""
+    known = read_answers(folder)
+    wanted = {prompt_key(ids): ids for ids in prompts}
+    return sorted((ids for key, ids in wanted.items() if key not in known), key=lambda ids: (-len(ids), ids))
+
+
+def answer_prompts(model, tokenizer, prompts, sampling, folder, batch_size, what="answering"):
+    """Samples answers to `prompts`, the lists of token ids that missing_prompts gave; each process its share."""
+    from accelerate import PartialState
+    from tqdm import tqdm
+
+    state = PartialState()
+    mine = prompts[state.process_index :: state.num_processes]
+    file = Path(folder) / f"answers-{state.process_index}.jsonl"
+    cut_broken_line(file)
+    bar = tqdm(total=len(mine), desc=what, unit="prompt", disable=not environment.is_main())
+    with open(file, "a", encoding="utf-8") as handle:
+        for start in range(0, len(mine), batch_size):
+            batch = mine[start : start + batch_size]
+            answers = sample(model, tokenizer, batch, sampling)
+            lines = [{"prompt": prompt_key(ids), "ids": answer} for ids, answer in zip(batch, answers, strict=True)]
+            handle.write("".join(json.dumps(line) + "\n" for line in lines))
+            handle.flush()
+            os.fsync(handle.fileno())
+            bar.update(len(batch))
+    bar.close()
+    state.wait_for_everyone()
+
+
+def cut_broken_line(file):
+    """Takes away what a kill left of a line, so that the next one begins on its own."""
+    if file.exists():
+        whole = file.read_bytes()
+        if whole and not whole.endswith(b"\n"):
+            file.write_bytes(whole[: whole.rfind(b"\n") + 1])
+
+
+def sample(model, tokenizer, prompts, sampling):
+    """One answer to each of a few prompts, as lists of token ids; an answer ends with its end of turn, or is cut."""
+    import torch
+    from transformers import GenerationConfig
+
+    width, device = max(map(len, prompts)), model.device
+    ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + list(p) for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+    ends = model.generation_config.eos_token_id
+    config = GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens,
+        do_sample=sampling.temperature > 0,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=ends,
+        use_cache=True,
+        **(drawn if sampling.temperature > 0 else {}),
+    )
+    torch.manual_seed(int(prompt_key([sampling.seed, *prompts[0]])[:8], 16))  # wherever the batch is sampled
+    with torch.no_grad():
+        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, width:]
+    ends = {ends} if isinstance(ends, int) else set(ends)
+    return [cut_at_end(row, ends) for row in out.tolist()]
+
+
+def cut_at_end(ids, ends):
+    return next((ids[: place + 1] for place, token in enumerate(ids) if token in ends), ids)

@@ -1,0 +1,211 @@
+"""The teacher of a distillation: checked before it is loaded, asked for its answers once, held beside the student."""
+
+import gc
+import json
+import math
+from pathlib import Path
+
+from utils import checks, models, sampling
+from utils.summary import say
+
+
+def check_distillation(common, config, rows):
+    """Problems of the distillation's own flags, of the teacher's folder, and of rows that lack an answer."""
+    for flag in ("lmbda", "beta"):
+        if not 0 <= getattr(config, flag) <= 1:
+            yield f"--{flag} {getattr(config, flag):g}: from 0 to 1"
+    if config.seq_kd and config.lmbda == 1:
+        yield (
+            "--seq_kd True with --lmbda 1: every step would be on the student's own answers, and none on the "
+            "teacher's. Type --lmbda 0 for SeqKD, or leave --seq_kd out"
+        )
+    if not config.temperature > 0:
+        yield f"--temperature {config.temperature:g}: both distributions are softened by it, so above 0"
+    if config.answers_batch_size < 1:
+        yield f"--answers_batch_size {config.answers_batch_size}: 1 or more"
+    if config.teacher_model_init_kwargs:
+        yield "--teacher_model_init_kwargs: not used here. --dtype and --teacher_load_in_4bit say how it is held"
+    held = checks.model_positions(common.model_name_or_path)
+    if config.max_completion_length < 1:
+        yield f"--max_completion_length {config.max_completion_length}: 1 or more"
+    elif held and held <= config.max_completion_length:
+        yield (
+            f"--max_completion_length {config.max_completion_length}: the model holds {held} tokens, prompt and "
+            f"answer. Type --max_completion_length {held // 2}"
+        )
+    if config.use_vllm:
+        yield from checks.check_vllm()
+    if config.learns_from_data():
+        lacking = [where for where, values in rows.train if "completion" not in values]
+        if lacking:
+            yield (
+                f"{lacking[0]}: no answer, and so {len(lacking)} of {len(rows.train)} rows; --lmbda {config.lmbda:g} "
+                "learns from the answers in the data. Type --seq_kd True for the teacher's, or --lmbda 1 for the "
+                "student's own"
+            )
+    yield from check_teacher(common, config)
+
+
+def check_teacher(common, config):
+    path = config.teacher_model_name_or_path
+    flag = f"--teacher_model_name_or_path {path}"
+    if not path:
+        yield "--teacher_model_name_or_path: missing. A model folder or Hub id with the student's tokenizer"
+        return
+    problems, described = checks.check_folder(path, "--teacher_model_name_or_path")
+    yield from problems
+    if described is None:
+        return
+    if checks.is_reward_model(described):
+        yield f"{flag}: a trained reward model, which scores and cannot answer. A teacher is a language model"
+    if described.get("quantization_config"):
+        yield f"{flag}: quantised already. Take the original; --teacher_load_in_4bit holds it in 4 bits"
+    different = checks.first_difference(
+        checks.read_vocabulary(common.model_name_or_path), checks.read_vocabulary(path)
+    )
+    if different:
+        yield different_tokenizers(flag, different)
+
+
+def different_tokenizers(flag, different):
+    return (
+        f"{flag}: its tokenizer is not the student's: {different}. Distillation compares the two token by token: take "
+        "a teacher of the student's family"
+    )
+
+
+def check_tokenizer(common, config, tokenizer):
+    """Raises Refused where the teacher's tokenizer is another one; of a Hub id known only now that it is loaded."""
+    path = config.teacher_model_name_or_path
+    theirs = models.load_tokenizer(path, config.teacher_model_revision, config.trust_remote_code, "the teacher's")
+    different = checks.first_difference(tokenizer.get_vocab(), theirs.get_vocab())
+    if different:
+        raise checks.Refused([different_tokenizers(f"--teacher_model_name_or_path {path}", different)])
+
+
+def prompt_room(common, config):
+    """The tokens of a prompt beside which an answer that is sampled has its room in student and teacher."""
+    if config.lmbda == 0 and not config.seq_kd:
+        return math.inf
+    held = [checks.model_positions(path) for path in (common.model_name_or_path, config.teacher_model_name_or_path)]
+    return min((positions - config.max_completion_length for positions in held if positions), default=math.inf)
+
+
+# ── what is said of it ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def describe(common, config, train, held_out):
+    """The plan's lines of a distillation."""
+    path = config.teacher_model_name_or_path
+    if shares_base(common, config):
+        held = "the student's base with its adapter off (no second copy)"
+        held += ", in 4 bits as the student's" if common.train_mode == "qlora" else ""
+    else:
+        held = "held in 4 bits (NF4)" if config.teacher_load_in_4bit else f"held in {common.dtype}"
+    lines = [f"teacher   {path}, {held}", f"distils   {config.describe()}"]
+    wanted = len(rows_to_answer(config, train, held_out))
+    if wanted:
+        lines.append(f"answers   {wanted} by the teacher, kept in {config.answers_dir}")
+    sizes = [vocabulary_rows(path) for path in (common.model_name_or_path, path)]
+    if None not in sizes and sizes[0] != sizes[1]:
+        lines.append(
+            f"note      embeddings of {sizes[0]} (student) and {sizes[1]} (teacher) rows for one tokenizer: compared "
+            f"over the {min(sizes)} that both have"
+        )
+    student, teacher = (count_numbers(path) for path in (common.model_name_or_path, path))
+    if student and teacher and teacher < student:
+        lines.append(
+            f"warning   the teacher has {teacher / 1e6:.0f}M parameters, the student {student / 1e6:.0f}M: is it the "
+            "better one?"
+        )
+    return lines
+
+
+def vocabulary_rows(path):
+    """How many tokens a folder's config has embeddings for, of an adapter its base; None for a Hub id."""
+    adapter = models.read_adapter(path)
+    config = models.read_config(adapter["base_model_name_or_path"] if adapter else path)
+    return config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+
+
+def count_numbers(path):
+    """Parameters in a folder's safetensors files, read off their headers; of an adapter, its base's."""
+    adapter, total = models.read_adapter(path), 0
+    for file in Path(adapter["base_model_name_or_path"] if adapter else path).glob("*.safetensors"):
+        with open(file, "rb") as handle:
+            header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
+        total += sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+    return total
+
+
+# ── loading, and its answers ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def shares_base(common, config):
+    """Whether the teacher is the very base that the student's adapter is trained on, and needs no copy of its own."""
+    adapter = models.read_adapter(common.model_name_or_path)
+    base, revision = common.model_name_or_path, common.model_revision
+    if adapter:
+        base, revision = adapter["base_model_name_or_path"], adapter.get("revision")
+    same = models.same_path(base, config.teacher_model_name_or_path) and revision == config.teacher_model_revision
+    return same and common.train_mode != "full"
+
+
+def load_teacher(common, config, tokenizer):
+    """The frozen teacher; one that is an adapter is merged into its base, unless that is held in 4 bits."""
+    four_bit = config.teacher_load_in_4bit
+    teacher = models.load_model(
+        config.teacher_model_name_or_path,
+        task="CAUSAL_LM",
+        dtype=common.dtype,
+        tokenizer=tokenizer,
+        seed=config.seed,
+        revision=config.teacher_model_revision,
+        attn_implementation=common.attn_implementation,
+        trust_remote_code=config.trust_remote_code,
+        four_bit=four_bit,
+        adapter="keep" if four_bit else "merge",
+        flag="--teacher_model_name_or_path",
+    )
+    return teacher.eval().requires_grad_(False)
+
+
+def rows_to_answer(config, train, held_out):
+    """The rows that the teacher answers: with SeqKD all, and what is held out without an answer."""
+    return [*(train.rows if config.seq_kd else ()), *(row for row in held_out.rows if not row["completion_ids"])]
+
+
+def write_answers(common, config, tokenizer, train, held_out):
+    """Puts the teacher's answers into the rows that want one, sampling those that are not in answers_dir yet."""
+    import torch
+
+    rows = rows_to_answer(config, train, held_out)
+    if not rows:
+        return
+    drawn = sampling.Sampling(
+        config.max_completion_length, config.temperature, config.top_p, config.top_k, config.seed
+    )
+    path = config.teacher_model_name_or_path
+    adapter = models.read_adapter(path)
+    weights = [sampling.describe_weights(path, config.teacher_model_revision)]
+    weights += [sampling.describe_weights(adapter["base_model_name_or_path"])] if adapter else []
+    held = "4bit" if config.teacher_load_in_4bit else common.dtype
+    folder = sampling.answers_folder(config.answers_dir, [*weights, held, tokenizer.eos_token_id], drawn)
+    prompts = [row["prompt_ids"] for row in rows]
+    missing = sampling.missing_prompts(folder, prompts)
+    config.distributed_state.wait_for_everyone()  # all looked at the folder before one writes into it
+    say(f"answers   {len(missing)} to sample, {len({*map(tuple, prompts)}) - len(missing)} in {folder} already")
+    if missing:
+        with models.unsharded():
+            teacher = load_teacher(common, config, tokenizer)
+        teacher = teacher if config.teacher_load_in_4bit else teacher.to(config.device)
+        sampling.answer_prompts(teacher, tokenizer, missing, drawn, folder, config.answers_batch_size, what="teacher")
+        del teacher
+        gc.collect()
+        torch.cuda.empty_cache()
+    answers = sampling.read_answers(folder)
+    for row in rows:
+        row["completion_ids"] = answers[sampling.prompt_key(row["prompt_ids"])]
+    cut = sum(row["completion_ids"][-1] != tokenizer.eos_token_id for row in rows)
+    if cut:
+        say(f"note      {cut} of {len(rows)} answers of the teacher are cut at --max_completion_length")
