@@ -77,12 +77,14 @@ def tiny_model(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def model_for(tmp_path_factory):
-    """A tiny model, as wide as a cell of the matrix needs it."""
+    """A tiny model, as wide as a cell of the matrix needs it, with a teacher for it beside it."""
 
     @functools.cache
     def make(wide):
         layers = 2 if wide == 64 else 1  # a CPU multiplies bfloat16 at a fiftieth of its speed
-        return make_model(tmp_path_factory.mktemp(f"width-{wide}"), width=wide, layers=layers)
+        folder = tmp_path_factory.mktemp(f"width-{wide}")
+        make_model(folder / "teacher", seed=1, width=wide, layers=layers)
+        return make_model(folder / "model", width=wide, layers=layers)
 
     return lambda mode, launch: make(width(mode, launch))
 

@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 
 from rlhf_args.methods import METHODS
 from tests.conftest import ROOT, read_rows
-from tests.matrix.cells import LAUNCHES, MODES, expected, judge, run_cell, run_script
+from tests.matrix.cells import JOBS, LAUNCHES, MODES, expected, judge, run_cell, run_script
 from utils import launch
 from utils.checks import Refused
 
 # every launch with every mode, and over them each method in turn
 FEW = [(name, mode, kind) for (kind, mode), name in zip(
-    [(kind, mode) for kind in LAUNCHES for mode in MODES], cycle(METHODS), strict=False
+    [(kind, mode) for kind in LAUNCHES for mode in MODES], cycle(JOBS), strict=False
 )]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Runs cells of method x train mode x launch through rlhf_run.sh and judges what they saved, in a new process."""
+"""Runs cells of method x train mode x launch through the run scripts and judges what they saved, in a new process."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from rlhf_args.methods import DIALOGUE, METHODS, load
+from rlhf_args.methods import ANSWERED, DIALOGUE, DISTILLATION, METHODS, load
 
 ROOT = Path(__file__).resolve().parents[2]
 MODES = ("full", "lora", "qlora")
@@ -22,7 +22,10 @@ LAUNCHES = {
     "zero3_offload": ("zero3_offload", 2),
     "fsdp2": ("fsdp2", 2),
 }
-CELLS = [(name, mode, launch) for launch in LAUNCHES for name in METHODS for mode in MODES]
+# the kinds of distillation, by gkd_run.sh's variables; of GKD's two steps one is of each sort
+DISTILLED = {"KD": {"LMBDA": 0}, "SeqKD": {"SEQ_KD": True}, "GKD": {"LMBDA": 0.5}}
+JOBS = METHODS | dict.fromkeys(DISTILLED, DISTILLATION["GKD"])
+CELLS = [(name, mode, launch) for launch in LAUNCHES for name in JOBS for mode in MODES]
 
 
 @dataclass
@@ -31,10 +34,10 @@ class Outcome:
     reason: str = ""
 
 
-def run_script(python, *flags, timeout=300, **variables):
-    """`bash rlhf_run.sh` with one thread a process; the finished process, output as text."""
+def run_script(python, *flags, script="rlhf_run.sh", timeout=300, **variables):
+    """`bash rlhf_run.sh` (or another) with one thread a process; the finished process, output as text."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": python, **{k: str(v) for k, v in variables.items()}}
-    command = ["bash", "rlhf_run.sh", *map(str, flags)]
+    command = ["bash", script, *map(str, flags)]
     return subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=timeout)
 
 
@@ -58,7 +61,7 @@ def make_rows(columns, one_length):
         asked = [{"role": "user", "content": f"Name {word} {number:02}:"}]
         right = [{"role": "assistant", "content": f"A {word}, {number:02}.{more}"}]
         wrong = [{"role": "assistant", "content": f"No {other} {number:02}"}]
-        if columns == DIALOGUE:
+        if columns in (DIALOGUE, ANSWERED):
             yield {"messages": asked + right}
         else:
             yield {"prompt": asked, "chosen": right, "rejected": wrong}
@@ -66,7 +69,7 @@ def make_rows(columns, one_length):
 
 def rollout_flags(name):
     """What a method that samples needs on top: a reward, short answers, and two to a prompt where it compares them."""
-    if not METHODS[name].sample_reward:
+    if not JOBS[name].sample_reward:
         return []
     answers = next(f.default for f in fields(load(METHODS[name].config)) if f.name == "num_generations")
     reward = ["--reward_funcs", "tests/matrix/answers.py:spread"]
@@ -77,11 +80,18 @@ def run_cell(python, model, out, name, mode, launch, *flags, steps=2, one_length
     """Trains one cell; the finished process."""
     launch, processes = LAUNCHES[launch]
     data = out.parent / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in make_rows(METHODS[name].columns, one_length)))
-    asked = {"RLHF_TYPE": name, "TRAIN_MODE": mode, "LAUNCH": launch, "NUM_PROCESSES": processes}
+    data.write_text("".join(json.dumps(row) + "\n" for row in make_rows(JOBS[name].columns, one_length)))
+    asked = {"TRAIN_MODE": mode, "LAUNCH": launch, "NUM_PROCESSES": processes}
+    if name in DISTILLED:
+        asked |= DISTILLED[name] | {"TEACHER": Path(model).with_name("teacher")}
+        flags = ["--max_completion_length", "8", "--answers_dir", out.parent / "answers", *flags]
+        flags += ["--teacher_load_in_4bit"] if mode == "qlora" else []
+    else:
+        asked["RLHF_TYPE"] = name
     asked |= {"MODEL": model, "OUTPUT_DIR": out, "MAX_STEPS": steps, "LEARNING_RATE": "1e-2"}
     asked |= {"TRAIN_DATA": data, "BATCH_SIZE": 2, "ACCUMULATION": 1, "EVAL_FRACTION": 0.25}
-    return run_script(python, "--save_strategy", "no", *rollout_flags(name), *flags, **{**asked, **variables})
+    flags = ["--save_strategy", "no", *rollout_flags(name), *flags]
+    return run_script(python, *flags, script=f"{JOBS[name].entry}_run.sh", **{**asked, **variables})
 
 
 def judge(python, model, out, name, mode, launch):
@@ -101,7 +111,7 @@ def judge(python, model, out, name, mode, launch):
     if len((out / "metrics.jsonl").read_text().splitlines()) != 2:
         return Outcome("fails", "a step is missing in metrics.jsonl")
     verified = subprocess.run(
-        [python, "-m", "tests.matrix.verify", str(out), METHODS[name].task, str(model)],
+        [python, "-m", "tests.matrix.verify", str(out), JOBS[name].task, str(model)],
         cwd=ROOT,
         text=True,
         capture_output=True,
@@ -113,7 +123,7 @@ def judge(python, model, out, name, mode, launch):
 
 
 def expected(name, mode):
-    return "works" if mode in METHODS[name].train_modes else "refused"
+    return "works" if mode in JOBS[name].train_modes else "refused"
 
 
 if __name__ == "__main__":  # one cell by hand: python -m tests.matrix.cells MODEL OUT DPO qlora zero3

@@ -4,8 +4,7 @@ import datetime
 import platform
 from importlib.metadata import version
 
-from rlhf_args.methods import METHODS
-from tests.matrix.cells import LAUNCHES, MODES
+from tests.matrix.cells import JOBS, LAUNCHES, MODES
 
 HEAD = """# What works
 
@@ -26,7 +25,7 @@ def write_page(found, before=""):
     libraries = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "bitsandbytes")
     today = datetime.date.today().isoformat()
     rows = dict(read_rows(before))
-    for name in METHODS:
+    for name in JOBS:
         for mode in MODES:
             cells = [found.get((name, mode, launch)) for launch in LAUNCHES]
             if all(cells):
@@ -38,7 +37,7 @@ def write_page(found, before=""):
         versions=", ".join(f"{name} {version(name)}" for name in libraries),
     )
     lines = [head, f"| method | mode | {' | '.join(LAUNCHES)} | run on |", "|---|---|" + "---|" * (len(LAUNCHES) + 1)]
-    ordered = [(name, mode) for name in METHODS for mode in MODES if (name, mode) in rows]
+    ordered = [(name, mode) for name in JOBS for mode in MODES if (name, mode) in rows]
     lines += [f"| {name} | {mode} | {' | '.join(rows[name, mode])} |" for name, mode in ordered]
     reasons = {cell: outcome.reason for cell, outcome in found.items() if outcome.reason}
     lines += [""] + [f"- {' '.join(cell)}: {reason}" for cell, reason in reasons.items()] if reasons else []
@@ -51,5 +50,5 @@ def read_rows(page):
     if any(line.startswith(f"| method | mode | {' | '.join(LAUNCHES)} | run on |") for line in lines):
         for line in lines:
             cells = [cell.strip() for cell in line.strip("| ").split("|")]
-            if cells[0] in METHODS:
+            if cells[0] in JOBS:
                 yield (cells[0], cells[1]), cells[2:]

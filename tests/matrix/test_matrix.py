@@ -7,9 +7,8 @@ from importlib.metadata import version
 
 import pytest
 
-from rlhf_args.methods import METHODS
 from tests.conftest import ROOT
-from tests.matrix.cells import CELLS, LAUNCHES, MODES, Outcome, expected, judge
+from tests.matrix.cells import CELLS, JOBS, LAUNCHES, MODES, Outcome, expected, judge
 from tests.matrix.page import write_page
 
 
@@ -42,7 +41,7 @@ def test_a_row_that_was_not_run_again_stays_with_its_date():
 def test_the_page_in_docs_is_of_today():
     page = (ROOT / "docs" / "matrix.md").read_text(encoding="utf-8")
     rows = [line.split(" | ")[0].strip("| ") for line in page.splitlines() if line.startswith("| ")][1:]
-    assert rows == [name for name in METHODS for _ in MODES]
+    assert rows == [name for name in JOBS for _ in MODES]
     assert ", 0 fails." in page
     for name in ("torch", "transformers", "trl", "deepspeed"):
         assert f"{name} {version(name).split('+')[0]}" in page

@@ -166,9 +166,9 @@ def import_everything():
         importlib.import_module(name)
     described = cpuinfo.get_cpu_info()  # two seconds, which DeepSpeed asks for three times a process
     cpuinfo.get_cpu_info = lambda: described
-    from rlhf_args.methods import METHODS, load
+    from rlhf_args.methods import EVERY, load
 
-    for method in METHODS.values():
+    for method in EVERY.values():
         load(method.config), load(method.trainer)
     for name in list(sys.modules):
         file = getattr(sys.modules[name], "__file__", None)
