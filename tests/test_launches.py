@@ -177,13 +177,13 @@ def test_an_adapter_is_not_merged_into_a_sharded_base(warm, tiny_model, tmp_path
 
 @pytest.mark.parametrize(
     ("method", "kind"),
-    [("DPO", "ddp"), ("DPO", "zero3"), ("DPO", "fsdp2")]
+    [("DPO", "ddp"), ("DPO", "zero3"), ("DPO", "fsdp2"), ("GKD", "ddp")]
     + [pytest.param("PPO", kind, marks=pytest.mark.slow) for kind in ("ddp", "fsdp2")],
 )
 def test_a_resumed_run_ends_as_an_unbroken_one(method, kind, warm, model_for, tmp_path):
     out = tmp_path / "out"
     saving = ["--save_strategy", "steps", "--save_steps", "1"]
-    if METHODS[method].sample_reward:
+    if JOBS[method].sample_reward:
         saving += ["--num_iterations", "1"]  # a checkpoint holds no rollout in mid-use
     assert run_cell(warm, model_for("lora", kind), out, method, "lora", kind, *saving).returncode == 0
     unbroken, lines = load_file(out / "adapter_model.safetensors"), read_rows(out / "metrics.jsonl")

@@ -1,11 +1,11 @@
 """Knowledge distillation on TRL's stable DistillationTrainer: its sampling, vLLM and chunked loss, for any answers."""
 
-from contextlib import nullcontext
 from itertools import cycle, islice
 
 import torch
 import trl
 from torch.distributed.tensor import DTensor
+from trl.kernels.chunked_divergence import VOCAB_CHUNK_SIZE, _project
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.distillation_trainer import _chunked_divergence_loss
 from trl.trainer.utils import RepeatSampler, maybe_gather_lm_head_ctx
@@ -88,7 +88,7 @@ class GKDTrainer(Sampling, trl.DistillationTrainer):
         with torch.no_grad():
             teacher, taught = self.teach(student, ids, mask, width)
             taught = taught[answered]  # (N, H of the teacher)
-        ours, theirs = Head(student, self.vocabulary), Head(teacher, self.vocabulary)
+        ours, theirs = Head(student, self.vocabulary).cut(), Head(teacher, self.vocabulary)
         loss, entropy, count = _chunked_divergence_loss(
             states[None],
             taught[None],
@@ -106,7 +106,8 @@ class GKDTrainer(Sampling, trl.DistillationTrainer):
             temperature=self.temperature,
         )
         if not self.model.training:
-            with torch.no_grad(), maybe_gather_lm_head_ctx(ours.weight, ours.bias, theirs.weight, theirs.bias):
+            heads = maybe_gather_lm_head_ctx(ours.weight, ours.bias, theirs.weight, theirs.bias)
+            with torch.no_grad(), heads:
                 self.compared += compare(states, ours, taught, theirs, inputs["completion_ids"][answered])
         return loss, entropy.detach(), count
 
@@ -137,25 +138,25 @@ class Head:
 
     def __init__(self, model, vocabulary):
         layer, config = model.get_output_embeddings(), model.config.get_text_config()
-        self.weight, self.bias = (self.take(part, vocabulary) for part in (layer.weight, layer.bias))
+        self.weight, self.bias, self.vocabulary = layer.weight, layer.bias, vocabulary
         self.scale, self.cap = logit_scale(config), getattr(config, "final_logit_softcapping", None)
-        self.vocabulary = vocabulary
+        self.rows = config.vocab_size
 
-    @staticmethod
-    def take(part, vocabulary):
-        """The shared rows of a weight or bias. ZeRO-3's are in pieces until they are used, and whole ones pass."""
-        if part is None or hasattr(part, "ds_shape") and part.ds_shape[0] == vocabulary or len(part) == vocabulary:
-            return part
-        if isinstance(part, DTensor):
-            part = part.full_tensor()
-        with maybe_gather_lm_head_ctx(part) if hasattr(part, "ds_shape") else nullcontext():
-            return part[:vocabulary]
+    def cut(self):
+        """The shared rows alone. TRL goes by the student's; ZeRO-3, which holds them in pieces, is refused before."""
+        if self.rows > self.vocabulary:
+            whole = [part.full_tensor() if isinstance(part, DTensor) else part for part in (self.weight, self.bias)]
+            self.weight, self.bias = (None if part is None else part[: self.vocabulary] for part in whole)
+        return self
 
     def logits(self, states):
-        """(N, V) in float32 of states (N, H)."""
-        weight, bias = (p.full_tensor() if isinstance(p, DTensor) else p for p in (self.weight, self.bias))
-        logits = torch.nn.functional.linear(states, weight.to(states.dtype)).float() * self.scale
-        logits = logits if bias is None else logits + bias.float()
+        """(N, V) in float32 of states (N, H), projected as in the loss."""
+        weight, bias = (part.full_tensor() if isinstance(part, DTensor) else part for part in (self.weight, self.bias))
+        logits = torch.empty(len(states), self.vocabulary, device=states.device)
+        for start in range(0, self.vocabulary, VOCAB_CHUNK_SIZE):
+            end = min(start + VOCAB_CHUNK_SIZE, self.vocabulary)
+            _project(logits[:, start:end], states, weight, bias, start, end, states.dtype)
+        logits *= self.scale
         return self.cap * torch.tanh(logits / self.cap) if self.cap else logits
 
 

@@ -5,7 +5,7 @@ import json
 import math
 from pathlib import Path
 
-from utils import checks, models, sampling
+from utils import checks, environment, models, sampling
 from utils.summary import say
 
 
@@ -65,6 +65,13 @@ def check_teacher(common, config):
     )
     if different:
         yield different_tokenizers(flag, different)
+
+    student, teacher = vocabulary_rows(common.model_name_or_path), vocabulary_rows(path)
+    if environment.engine() == "zero3" and student and teacher and student > teacher:
+        yield (
+            f"{flag}: has embeddings of {teacher} rows, fewer than the student's {student}, and zero3 holds those in "
+            "pieces, which cannot be cut to the shared ones. Type LAUNCH=fsdp2 or LAUNCH=zero2"
+        )
 
 
 def different_tokenizers(flag, different):

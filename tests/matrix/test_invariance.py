@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from rlhf_args.methods import METHODS
 from tests.conftest import read_rows
-from tests.matrix.cells import run_cell
+from tests.matrix.cells import JOBS, run_cell
 
 RATE, STEPS = 1e-3, 3
 LOSS_TOLERANCE, WEIGHT_TOLERANCE = 2e-6, RATE / 1000
@@ -75,11 +75,11 @@ def assert_same(found, wanted, layout):
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("mode", ["full", "lora"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [*METHODS, "GKD"])
 def test_the_layout_does_not_change_the_training(name, mode, train):
     flags = WITHOUT_KL.get(name, [])
     wanted = train(name, mode, WHOLE, *flags)
-    singly = [SPREAD_IN_TURN] if METHODS[name].min_batch_size == 1 else []
+    singly = [SPREAD_IN_TURN] if JOBS[name].min_batch_size == 1 else []
     for layout in [IN_TURN, *SPREAD, *singly]:
         assert_same(train(name, mode, layout, *flags), wanted, layout)
 
