@@ -27,7 +27,7 @@ def run(argv):
     from utils import models, summary, teacher
 
     # ── the text that is trained on ──────────────────────────────────────────────────────────────────────────────────
-    room = teacher.prompt_room(common, config)
+    room = teacher.prompt_room(common, config, rows)
     tokenizer, train, held_out = training.prepare_text(common, config, method, rows, max_prompt=room)
     teacher.check_tokenizer(common, config, tokenizer)
     plan = teacher.describe(common, config, train, held_out)

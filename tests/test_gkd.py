@@ -1,7 +1,9 @@
-"""Distillation: its numbers against the paper's, its two models, its answers, and the command: `pytest tests/test_gkd.py`.
+"""Distillation: its numbers, its two models, whose answers it learns from, and its command. Offline, a minute.
 
-Numbers of a few tokens stand on the screen; the trainer's are those of the bigram models of tests/test_losses.py, or of
-tiny Qwen2s against a formula in float64. The commands run in this process, but for the one that is killed.
+    python -m pytest tests/test_gkd.py -q
+
+Numbers of a few tokens stand on the screen; the trainer's are those of the bigram models of tests/test_losses.py, or
+of tiny Qwen2s against a formula in float64. The commands run in this process, but for the one that is killed.
 """
 
 import json
@@ -23,7 +25,7 @@ from trl.trainer.distillation_trainer import _chunked_divergence_loss
 import train_gkd
 import train_rlhf
 from rlhf_args.methods import ANSWERED, DISTILLATION, load
-from tests.conftest import ROOT, make_model, make_tokenizer, read_rows, write_rows
+from tests.conftest import ROOT, make_tokenizer, read_rows, write_rows
 from tests.test_losses import LN2, POLICY, REFERENCE, make_bigram, make_tokenizer as make_word_tokenizer
 from trainers import gkd_trainer
 from trainers.gkd_trainer import HELD_OUT, EveryRow, GKDTrainer, Head, compare
@@ -36,7 +38,8 @@ TEACHER = [1 / 2, 1 / 4, 1 / 8, 1 / 8]
 STUDENT = [1 / 8, 1 / 2, 1 / 8, 1 / 4]
 FORWARD = 1 / 2 * 2 - 1 / 4 * 1 + 1 / 8 * 0 - 1 / 8 * 1  # KL(t || s) = 5/8: log2 t/s is 2, -1, 0, -1
 REVERSE = -1 / 8 * 2 + 1 / 2 * 1 + 1 / 8 * 0 + 1 / 4 * 1  # KL(s || t) = 4/8
-# arXiv 2306.13649, eq. 1 to 3: beta KL(t || m) + (1 - beta) KL(s || m), m = beta t + (1 - beta) s; its ends are the KLs
+# arXiv 2306.13649, eq. 1 to 3: beta KL(t || m) + (1 - beta) KL(s || m) with m = beta t + (1 - beta) s; 0 and 1 are the
+# two KLs.
 DIVERGENCES = {
     0: FORWARD * LN2,
     # m = 1/4 t + 3/4 s = 7/32, 7/16, 1/8, 7/32
@@ -187,7 +190,7 @@ def make_trainer(folder, student, teacher, rows, tokenizer=None, **flags):
     )
 
 
-def make_qwen(seed, vocabulary=260, hidden=16, sharp=10):
+def make_qwen(seed, vocabulary=264, hidden=16, sharp=10):
     """A Qwen2 in memory, whose head is `sharp` times that of a new one: a distribution, where that has hardly any."""
     torch.manual_seed(seed)
     shape = {"hidden_size": hidden, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -200,11 +203,11 @@ def make_qwen(seed, vocabulary=260, hidden=16, sharp=10):
     return model
 
 
-def save_qwen(folder, model, tokenizer=None):
-    tokenizer = tokenizer or make_tokenizer()
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
+def save_qwen(folder, model):
+    model.generation_config.eos_token_id = 1
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    models.load_tokenizer(folder).save_pretrained(folder)  # with <|endoftext|>, which transformers adds to a Qwen2's
     return str(folder)
 
 
@@ -592,7 +595,7 @@ def test_qwens_two_sizes_of_vocabulary_train_together(ours, theirs, run, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "ours, theirs, flags", [(600, 260, "--lmbda 1"), (260, 600, "--seq_kd True")], ids=["student", "teacher"]
+    "ours, theirs, flags", [(600, 264, "--lmbda 1"), (264, 600, "--seq_kd True")], ids=["student", "teacher"]
 )
 def test_whoever_answers_says_nothing_that_the_other_has_no_row_for(ours, theirs, flags, run, tmp_path):
     # more than half of what the larger one would say are rows that no token stands for, and the other would not have
@@ -621,7 +624,7 @@ def trainers(monkeypatch):
 def test_a_new_adapter_is_its_base_to_which_it_is_compared_without_a_second_copy(run, pair, trainers, tmp_path):
     status, out, _ = run("--lmbda 0 --train_mode lora --max_steps 1", teacher=pair[0])
     assert status == 0
-    assert line_with(out, "teacher ") == (
+    assert line_with(out, "teacher   ") == (
         f"teacher   {pair[0]}, the student's base with its adapter off (no second copy)"
     )
     assert trainers[0].teacher_model is None
@@ -641,8 +644,8 @@ def test_an_adapter_learns_from_its_base_as_from_a_copy_of_it(run, pair, trainer
     for teaching, said in ((pair[0], "no second copy"), (tmp_path / "copy", "held in float32")):
         out = tmp_path / f"out-{len(logs)}"
         flags = "--lmbda 0 --train_mode lora --max_steps 2 --learning_rate 1e-2 --eval_fraction 0.34"
-        status, lines, __ = run(flags, model=tmp_path / "adapter", teacher=teaching, out=out)
-        assert status == 0 and said in line_with(lines, "teacher "), __
+        status, lines, _ = run(flags, model=tmp_path / "adapter", teacher=teaching, out=out)
+        assert status == 0 and said in line_with(lines, "teacher   ")
         logs.append(read_rows(out / "metrics.jsonl") + read_rows(out / "eval.jsonl"))
     assert trainers[0].teacher_model is None and trainers[1].teacher_model is not None
     assert logs[0][0]["loss"] > 1e-3
@@ -861,7 +864,9 @@ BAD = [
     ("--lmbda 1.5", ["--lmbda 1.5: from 0 to 1"]),
     ("--lmbda -0.1", ["--lmbda -0.1: from 0 to 1"]),
     ("--lmbda nan", ["--lmbda nan: from 0 to 1"]),
-    ("--beta 2 --lmbda 3", ["--lmbda 3: from 0 to 1", "--beta 2: from 0 to 1"]),
+    ("--beta 2", ["--beta 2: from 0 to 1"]),
+    ("--beta nan", ["--beta nan: from 0 to 1"]),
+    ("--lmbda 3 --answers_batch_size 0", ["--lmbda 3: from 0 to 1", "--answers_batch_size 0: 1 or more"]),
     (
         "--seq_kd True --lmbda 1",
         [
@@ -888,7 +893,6 @@ BAD = [
 @pytest.mark.parametrize("flags, problems", BAD, ids=[flags for flags, _ in BAD])
 def test_a_flag_that_is_wrong_is_refused(flags, problems, refused):
     found = refused(flags)
-    print("FOUND", found)
     assert [line[: len(problem)] for line, problem in zip(found, problems, strict=True)] == problems
 
 
@@ -944,7 +948,7 @@ def test_a_teacher_of_another_tokenizer_is_refused_by_the_first_token_that_diffe
 
 
 def test_a_smaller_teacher_is_wondered_at_and_not_refused(run, pair, tmp_path):
-    make_model(tmp_path / "large")
+    save_qwen(tmp_path / "large", make_qwen(1, hidden=64))
     status, out, lines = run("--check", model=tmp_path / "large")
     assert (status, lines) == (0, [])
     assert line_with(out, "warning ").startswith("warning   the teacher has 0M parameters, the student 0M: ")
@@ -990,7 +994,7 @@ def test_teacher_and_data_are_read_by_the_names_that_trls_script_has_for_them(pa
         "note: --teacher_model is called --teacher_model_name_or_path here, and is read as that",
     ]
     assert "data      6 rows to train on" in said.out
-    assert line_with(said.out.splitlines(), "teacher ").startswith(f"teacher   {pair[1]}, held in ")
+    assert line_with(said.out.splitlines(), "teacher   ").startswith(f"teacher   {pair[1]}, held in ")
 
 
 def test_the_lines_that_say_what_is_learnt_from_are_those_of_the_flags(run):

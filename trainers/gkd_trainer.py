@@ -4,13 +4,16 @@ from itertools import cycle, islice
 
 import torch
 import trl
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.distributed.tensor import DTensor
 from trl.kernels.chunked_divergence import VOCAB_CHUNK_SIZE, _project
-from trl.models import prepare_deepspeed, prepare_fsdp
+from trl.models import prepare_deepspeed
 from trl.trainer.distillation_trainer import _chunked_divergence_loss
 from trl.trainer.utils import RepeatSampler, maybe_gather_lm_head_ctx
 
 from trainers.online_trainer import Sampling
+from utils.sampling import nameless_tokens
 
 HELD_OUT = ("forward_kl", "reverse_kl", "token_agreement", "student_loss", "teacher_loss")
 CHUNK = 256  # tokens whose distributions are held at once where both are compared in full
@@ -31,13 +34,20 @@ class GKDTrainer(Sampling, trl.DistillationTrainer):
         if teacher_model is not None:
             self.vocabulary = min(self.vocabulary, teacher_model.config.get_text_config().vocab_size)
             self.teacher_model = self.prepare_teacher(teacher_model)
+        suppressed = self.generation_config.suppress_tokens or []
+        suppressed = [*suppressed, *nameless_tokens(self.model, self.processing_class)]
+        self.generation_config.suppress_tokens = suppressed or None
         self.compared = 0  # sums over the held-out tokens of an evaluation
 
     def prepare_teacher(self, model):
+        if isinstance(model.get_output_embeddings(), BaseTunerLayer):
+            raise ValueError(
+                "the teacher's adapter changes its head, which 4-bit weights cannot be merged with. Merge it"
+            )
         if self.is_deepspeed_enabled:
             return prepare_deepspeed(model, self.accelerator)
         if self.is_fsdp_enabled:
-            return prepare_fsdp(model, self.accelerator)
+            return fsdp2_prepare_model(self.accelerator, model)  # layer by layer, where TRL's is one piece
         return self.accelerator.prepare_model(model, evaluation_mode=True)
 
     # ── which answers ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -108,7 +118,8 @@ class GKDTrainer(Sampling, trl.DistillationTrainer):
         if not self.model.training:
             heads = maybe_gather_lm_head_ctx(ours.weight, ours.bias, theirs.weight, theirs.bias)
             with torch.no_grad(), heads:
-                self.compared += compare(states, ours, taught, theirs, inputs["completion_ids"][answered])
+                targets = inputs["completion_ids"][answered]
+                self.compared += compare(states, ours.gather(), taught, theirs.gather(), targets)
         return loss, entropy.detach(), count
 
     def teach(self, student, ids, mask, width):
@@ -145,17 +156,22 @@ class Head:
     def cut(self):
         """The shared rows alone. TRL goes by the student's; ZeRO-3, which holds them in pieces, is refused before."""
         if self.rows > self.vocabulary:
-            whole = [part.full_tensor() if isinstance(part, DTensor) else part for part in (self.weight, self.bias)]
-            self.weight, self.bias = (None if part is None else part[: self.vocabulary] for part in whole)
+            self.gather()
+            self.weight, self.bias = (p if p is None else p[: self.vocabulary] for p in (self.weight, self.bias))
+        return self
+
+    def gather(self):
+        """Whole under FSDP2: once, by all processes together, however many tokens each of them has."""
+        whole = [part.full_tensor() if isinstance(part, DTensor) else part for part in (self.weight, self.bias)]
+        self.weight, self.bias = whole
         return self
 
     def logits(self, states):
         """(N, V) in float32 of states (N, H), projected as in the loss."""
-        weight, bias = (part.full_tensor() if isinstance(part, DTensor) else part for part in (self.weight, self.bias))
         logits = torch.empty(len(states), self.vocabulary, device=states.device)
         for start in range(0, self.vocabulary, VOCAB_CHUNK_SIZE):
             end = min(start + VOCAB_CHUNK_SIZE, self.vocabulary)
-            _project(logits[:, start:end], states, weight, bias, start, end, states.dtype)
+            _project(logits[:, start:end], states, self.weight, self.bias, start, end, states.dtype)
         logits *= self.scale
         return self.cap * torch.tanh(logits / self.cap) if self.cap else logits
 

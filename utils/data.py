@@ -164,6 +164,8 @@ def check_row(values, kind, columns):
             return problem
     if columns == RANKED and values.get("margin") not in (None, "") and to_number(values["margin"]) is None:
         return f'"margin" is {values["margin"]!r}. It is a number: by how much chosen is better'
+    if columns == ANSWERED and isinstance(values.get("messages"), str):
+        return '"messages" is plain text, which does not say where the answer begins. Write "prompt" and "completion"'
     texts = [name for name in kind if name != "label"]
     if len({isinstance(values[name], list) for name in texts}) > 1:
         kinds = ", ".join(f'"{n}" is {"a chat" if isinstance(values[n], list) else "plain text"}' for n in texts)
@@ -265,8 +267,6 @@ def split_answer(row):
     messages = row.get("messages")
     if messages is None:
         return row
-    if isinstance(messages, str):  # a text to continue has no prompt
-        return {"prompt": "", "completion": messages}
     last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=None)
     if last is None:
         return {"prompt": messages}

@@ -168,7 +168,7 @@ def four_bit_config(dtype):
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_quant_storage=dtype,
-        llm_int8_skip_modules=["lm_head", "score"],
+        llm_int8_skip_modules=["lm_head", "embed_out", "score"],
     )
 
 

@@ -28,8 +28,8 @@ def answers_folder(above, model, sampling):
     """The folder of one model's answers under one setting; `model` says all that tells it from others."""
     described = json.dumps({"model": model, "sampling": asdict(sampling)}, sort_keys=True, indent=2, default=str)
     folder = Path(above) / hashlib.sha256(described.encode()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
     if environment.is_main() and not (folder / "made_with.json").exists():
-        folder.mkdir(parents=True, exist_ok=True)
         (folder / "made_with.json").write_text(described + "\n", encoding="utf-8")
     return folder
 
@@ -110,6 +110,7 @@ def sample(model, tokenizer, prompts, sampling):
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=ends,
         use_cache=True,
+        suppress_tokens=nameless_tokens(model, tokenizer) or None,
         **(drawn if sampling.temperature > 0 else {}),
     )
     torch.manual_seed(int(prompt_key([sampling.seed, *prompts[0]])[:8], 16))  # wherever the batch is sampled
@@ -117,6 +118,11 @@ def sample(model, tokenizer, prompts, sampling):
         out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, width:]
     ends = {ends} if isinstance(ends, int) else set(ends)
     return [cut_at_end(row, ends) for row in out.tolist()]
+
+
+def nameless_tokens(model, tokenizer):
+    """Ids behind the tokenizer's last: rows that pad an embedding, and that another model may not have."""
+    return list(range(max(tokenizer.get_vocab().values()) + 1, model.config.get_text_config().vocab_size))
 
 
 def cut_at_end(ids, ends):

@@ -60,6 +60,11 @@ def check_teacher(common, config):
         yield f"{flag}: a trained reward model, which scores and cannot answer. A teacher is a language model"
     if described.get("quantization_config"):
         yield f"{flag}: quantised already. Take the original; --teacher_load_in_4bit holds it in 4 bits"
+    if config.teacher_load_in_4bit and common.train_mode == "lora" and shares_base(common, config):
+        yield (
+            "--teacher_load_in_4bit: the teacher is the student's own base, which lora holds once and whole. Leave it "
+            "out, or type --train_mode qlora"
+        )
     different = checks.first_difference(
         checks.read_vocabulary(common.model_name_or_path), checks.read_vocabulary(path)
     )
@@ -90,9 +95,10 @@ def check_tokenizer(common, config, tokenizer):
         raise checks.Refused([different_tokenizers(f"--teacher_model_name_or_path {path}", different)])
 
 
-def prompt_room(common, config):
+def prompt_room(common, config, rows):
     """The tokens of a prompt beside which an answer that is sampled has its room in student and teacher."""
-    if config.lmbda == 0 and not config.seq_kd:
+    unanswered = any("completion" not in values for _, values in rows.held_out)
+    if config.lmbda == 0 and not config.seq_kd and not unanswered:
         return math.inf
     held = [checks.model_positions(path) for path in (common.model_name_or_path, config.teacher_model_name_or_path)]
     return min((positions - config.max_completion_length for positions in held if positions), default=math.inf)
@@ -108,7 +114,7 @@ def describe(common, config, train, held_out):
         held = "the student's base with its adapter off (no second copy)"
         held += ", in 4 bits as the student's" if common.train_mode == "qlora" else ""
     else:
-        held = "held in 4 bits (NF4)" if config.teacher_load_in_4bit else f"held in {common.dtype}"
+        held = "held in 4 bits (NF4)" if in_4bit(common, config) else f"held in {common.dtype}"
     lines = [f"teacher   {path}, {held}", f"distils   {config.describe()}"]
     wanted = len(rows_to_answer(config, train, held_out))
     if wanted:
@@ -119,6 +125,8 @@ def describe(common, config, train, held_out):
             f"note      embeddings of {sizes[0]} (student) and {sizes[1]} (teacher) rows for one tokenizer: compared "
             f"over the {min(sizes)} that both have"
         )
+    if models.same_path(common.model_name_or_path, path):
+        lines.append("warning   the teacher is what the student starts from: there is nothing to learn from it yet")
     student, teacher = (count_numbers(path) for path in (common.model_name_or_path, path))
     if student and teacher and teacher < student:
         lines.append(
@@ -158,9 +166,13 @@ def shares_base(common, config):
     return same and common.train_mode != "full"
 
 
+def in_4bit(common, config):
+    return config.teacher_load_in_4bit or common.train_mode == "qlora" and shares_base(common, config)
+
+
 def load_teacher(common, config, tokenizer):
     """The frozen teacher; one that is an adapter is merged into its base, unless that is held in 4 bits."""
-    four_bit = config.teacher_load_in_4bit
+    four_bit = in_4bit(common, config)
     teacher = models.load_model(
         config.teacher_model_name_or_path,
         task="CAUSAL_LM",
@@ -195,8 +207,9 @@ def write_answers(common, config, tokenizer, train, held_out):
     path = config.teacher_model_name_or_path
     adapter = models.read_adapter(path)
     weights = [sampling.describe_weights(path, config.teacher_model_revision)]
-    weights += [sampling.describe_weights(adapter["base_model_name_or_path"])] if adapter else []
-    held = "4bit" if config.teacher_load_in_4bit else common.dtype
+    if adapter:
+        weights.append(sampling.describe_weights(adapter["base_model_name_or_path"], adapter.get("revision")))
+    held = "4bit" if in_4bit(common, config) else common.dtype
     folder = sampling.answers_folder(config.answers_dir, [*weights, held, tokenizer.eos_token_id], drawn)
     prompts = [row["prompt_ids"] for row in rows]
     missing = sampling.missing_prompts(folder, prompts)
@@ -205,14 +218,18 @@ def write_answers(common, config, tokenizer, train, held_out):
     if missing:
         with models.unsharded():
             teacher = load_teacher(common, config, tokenizer)
-        teacher = teacher if config.teacher_load_in_4bit else teacher.to(config.device)
+        teacher = teacher if in_4bit(common, config) else teacher.to(config.device)
         sampling.answer_prompts(teacher, tokenizer, missing, drawn, folder, config.answers_batch_size, what="teacher")
         del teacher
         gc.collect()
         torch.cuda.empty_cache()
     answers = sampling.read_answers(folder)
+    lost = sum(sampling.prompt_key(ids) not in answers for ids in prompts)
+    if lost:
+        raise checks.Failed(f"{folder}: {lost} answers are not here. --answers_dir is on a disk that all nodes see")
     for row in rows:
         row["completion_ids"] = answers[sampling.prompt_key(row["prompt_ids"])]
-    cut = sum(row["completion_ids"][-1] != tokenizer.eos_token_id for row in rows)
+    full = [row["completion_ids"] for row in rows if len(row["completion_ids"]) == config.max_completion_length]
+    cut = sum(ids[-1] != tokenizer.eos_token_id for ids in full)
     if cut:
         say(f"note      {cut} of {len(rows)} answers of the teacher are cut at --max_completion_length")

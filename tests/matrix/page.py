@@ -13,10 +13,11 @@ Every method in every train mode under every launch, run by `pytest -m matrix` a
 Python {python}, {versions}.
 
 Each cell was trained for two optimizer steps on a small Qwen2, in bfloat16 with gradient checkpointing, through
-`bash rlhf_run.sh`; `one process` is one, the others are two that talk over gloo on a CPU (`LAUNCH=zero3
-NUM_PROCESSES=2`; ddp is `LAUNCH=cpu`). Its result was then opened in a new process by transformers and PEFT alone:
-whole, tokenizer there, weights moved, and it answers or scores. **works** is that, **refused** is refused with a
-reason before a model is loaded, **fails** is everything else. On a GPU nothing of this table has been run yet.
+`bash rlhf_run.sh`, those of KD, SeqKD and GKD through `bash gkd_run.sh`; `one process` is one, the others are two that
+talk over gloo on a CPU (`LAUNCH=zero3 NUM_PROCESSES=2`; ddp is `LAUNCH=cpu`). Its result was then opened in a new
+process by transformers and PEFT alone: whole, tokenizer there, weights moved, and it answers or scores. **works** is
+that, **refused** is refused with a reason before a model is loaded, **fails** is everything else. On a GPU nothing of
+this table has been run yet.
 """
 
 
