@@ -27,9 +27,9 @@ def run(argv):
     from utils import models, summary, teacher
 
     # ── the text that is trained on ──────────────────────────────────────────────────────────────────────────────────
-    room = teacher.prompt_room(common, config, rows)
+    room = teacher.prompt_room(common, config)
     tokenizer, train, held_out = training.prepare_text(common, config, method, rows, max_prompt=room)
-    teacher.check_tokenizer(common, config, tokenizer)
+    teacher.check_tokens(common, config, tokenizer, train, held_out)
     plan = teacher.describe(common, config, train, held_out)
     summary.say_plan(common, config, NAME, method, tokenizer, rows, train, held_out, plan)
     if common.check:

@@ -8,6 +8,8 @@ Each measurement is a process of its own, on all cores, in float32, both trainer
     seq_kd       --seq_epochs epochs on the teacher's answers, which TRL samples anew at every step: seconds in all
     memory       one step of batch 4, length 512, with a vocabulary of 151936 on small hidden sizes: the peak of the
                  process above what it held before the step
+    kinds        the shipped job of gkd_run.sh once for each kind, --kind_steps steps of 4 rows from the same start:
+                 the held-out figures before and after, and the seconds of the steps
 
 Prints a line a measurement and, last, one JSON object with the ratios. Needs the demo pair:
 python -m utils.demo_model --student
@@ -42,6 +44,12 @@ SHARED = {
     "disable_dropout": True,
 }
 SIDES = ("ours", "trl")
+KINDS = {
+    "KD (lmbda 0)": {"LMBDA": "0"},
+    "GKD (lmbda 0.5)": {"LMBDA": "0.5"},
+    "on-policy (lmbda 1)": {"LMBDA": "1"},
+    "SeqKD": {"SEQ_KD": "True"},
+}
 
 
 def main():
@@ -49,7 +57,8 @@ def main():
     parser.add_argument("--new_tokens", type=int, default=128)
     parser.add_argument("--seq_tokens", type=int, default=32)
     parser.add_argument("--seq_epochs", type=int, default=3)
-    parser.add_argument("--parts", nargs="+", default=["on_policy", "seq_kd", "memory"])
+    parser.add_argument("--kind_steps", type=int, default=24)
+    parser.add_argument("--parts", nargs="+", default=["on_policy", "seq_kd", "memory", "kinds"])
     parser.add_argument("--side", choices=SIDES, help="(internal) one measurement")
     asked = parser.parse_args()
     if asked.side:
@@ -59,7 +68,8 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             print(json.dumps(globals()[f"measure_{asked.parts[0]}"](asked.side, asked, Path(folder))))
         return
-    found = {part: {side: run(side, part, sys.argv[1:]) for side in SIDES} for part in asked.parts}
+    compared = [part for part in asked.parts if part != "kinds"]
+    found = {part: {side: run(side, part, sys.argv[1:]) for side in SIDES} for part in compared}
     result = {"bench": "gkd", "student": STUDENT, "teacher": TEACHER, "new_tokens": asked.new_tokens}
     if "on_policy" in found:
         ours, trl = (found["on_policy"][side] for side in SIDES)
@@ -73,7 +83,35 @@ def main():
     if "memory" in found:
         ours, trl = (found["memory"][side]["step_bytes"] for side in SIDES)
         result["memory"] = {"peak_of_a_step_ratio": round(ours / trl, 3)}
+    if "kinds" in asked.parts:
+        with tempfile.TemporaryDirectory() as folder:
+            kinds = {name: train_kind(Path(folder), flags, asked.kind_steps) for name, flags in KINDS.items()}
+        print_kinds(kinds)
+        result["kinds"] = {"steps": asked.kind_steps, **kinds}
     print(json.dumps(result))
+
+
+def train_kind(folder, variables, steps):
+    """gkd_run.sh as shipped but for the kind: its held-out figures before and after, and the seconds of its steps."""
+    out = folder / "-".join(variables.values())
+    env = {**os.environ, **variables, "MAX_STEPS": str(steps), "OUTPUT_DIR": str(out), "PYTHON": sys.executable}
+    command = ["bash", "gkd_run.sh", "--answers_dir", str(folder / "answers"), "--save_strategy", "no"]
+    done = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    card = json.loads((out / "run_card.json").read_text(encoding="utf-8"))
+    print(variables, card["held_out"], flush=True)
+    return {**card["held_out"], "train_seconds": card["throughput"]["train_seconds"]}
+
+
+def print_kinds(kinds):
+    """The table of docs/methods/gkd.md."""
+    names = [name for name in next(iter(kinds.values()))["after"] if name != "loss"]
+    print(f"| | {' | '.join(names)} | seconds |\n|---|{'---|' * (len(names) + 1)}")
+    rows = {"before": next(iter(kinds.values()))["before"], **{name: kind["after"] for name, kind in kinds.items()}}
+    for name, row in rows.items():
+        seconds = f"{kinds[name]['train_seconds']:.0f}" if name in kinds else ""
+        print(f"| {name} | {' | '.join(f'{row[figure]:.3f}' for figure in names)} | {seconds} |")
 
 
 def run(side, part, words):

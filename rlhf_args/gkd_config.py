@@ -53,6 +53,10 @@ class GKDConfig(trl.DistillationConfig):
     def __post_init__(self):
         if self.lmbda is None:
             self.lmbda = 0.0 if self.seq_kd else 0.5
+        shares = {"lmbda": self.lmbda, "beta": self.beta}
+        wrong = [f"--{flag} {value:g}: from 0 to 1" for flag, value in shares.items() if not 0 <= value <= 1]
+        if wrong:
+            raise ValueError("; ".join(wrong))
         super().__post_init__()
 
     def learns_from_data(self):

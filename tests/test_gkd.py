@@ -13,12 +13,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 from trl.kernels import chunked_divergence
 from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
@@ -144,7 +145,7 @@ def test_a_divergence_in_chunks_is_that_of_all_at_once_and_so_is_its_gradient(be
 def make_head(weight, vocabulary=None, bias=None):
     """The Head of a model of which nothing is there but its output layer."""
     layer = SimpleNamespace(weight=weight, bias=bias)
-    model = SimpleNamespace(get_output_embeddings=lambda: layer, config=Qwen2Config())
+    model = SimpleNamespace(get_output_embeddings=lambda: layer, config=Qwen2Config(vocab_size=len(weight)))
     return Head(model, vocabulary or len(weight))
 
 
@@ -323,10 +324,11 @@ def test_of_two_sizes_of_vocabulary_what_both_have_is_compared(ours, theirs, bet
 
 def test_a_head_is_cut_with_its_bias():
     weight, bias = torch.arange(12.0).reshape(4, 3), torch.tensor([1.0, 2.0, 3.0, 4.0])
-    head = make_head(weight, 2, bias)
     # states 1, 1, 1: 0 + 1 + 2 and 3 + 4 + 5, and the bias
-    assert head.logits(torch.ones(1, 3)).tolist() == [[3 + 1, 12 + 2]]
-    assert make_head(weight, 4).weight is weight  # a whole one is not copied
+    for head in (make_head(weight, 2, bias), make_head(weight, 2, bias).cut()):
+        assert head.logits(torch.ones(1, 3)).tolist() == [[3 + 1, 12 + 2]]
+    assert (head.weight.tolist(), head.bias.tolist()) == ([[0, 1, 2], [3, 4, 5]], [1, 2])
+    assert make_head(weight, 4, bias).cut().weight is weight  # a whole one stays the parameter that it is
 
 
 # ── whose answers ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -564,7 +566,8 @@ def test_a_student_comes_nearer_to_its_teacher_and_the_run_says_how_much(run, tm
     assert (before["step"], after["step"]) == (0, 12)
     assert after["eval_forward_kl"] < 0.8 * before["eval_forward_kl"]
     assert after["eval_teacher_loss"] == before["eval_teacher_loss"]  # nobody trained the teacher
-    assert before["eval_loss"] == pytest.approx(before["eval_forward_kl"], rel=1e-5)  # of beta 0, in one batch
+    for line in (before, after):
+        assert line["eval_loss"] == pytest.approx(line["eval_forward_kl"], rel=1e-5)  # of beta 0, in one batch
     card = json.loads((tmp_path / "out" / "run_card.json").read_text())["held_out"]
     labels = {label: name for label, name in DISTILLATION["GKD"].metrics}
     assert set(labels.values()) == set(HELD_OUT)
@@ -860,13 +863,15 @@ def test_held_out_prompts_are_answered_by_the_teacher(run, tmp_path, trainers):
 
 # ── what is refused ──────────────────────────────────────────────────────────────────────────────────────────────────
 
+TEMPERATURE = "--temperature 0: both distributions are softened by it, so above 0"
 BAD = [
     ("--lmbda 1.5", ["--lmbda 1.5: from 0 to 1"]),
     ("--lmbda -0.1", ["--lmbda -0.1: from 0 to 1"]),
     ("--lmbda nan", ["--lmbda nan: from 0 to 1"]),
     ("--beta 2", ["--beta 2: from 0 to 1"]),
     ("--beta nan", ["--beta nan: from 0 to 1"]),
-    ("--lmbda 3 --answers_batch_size 0", ["--lmbda 3: from 0 to 1", "--answers_batch_size 0: 1 or more"]),
+    ("--lmbda 3 --beta 2", ["--lmbda 3: from 0 to 1; --beta 2: from 0 to 1"]),
+    ("--temperature 0 --answers_batch_size 0", [TEMPERATURE, "--answers_batch_size 0: 1 or more"]),
     (
         "--seq_kd True --lmbda 1",
         [
@@ -874,7 +879,7 @@ BAD = [
             "teacher's. Type --lmbda 0 for SeqKD, or leave --seq_kd out"
         ],
     ),
-    ("--temperature 0", ["--temperature 0: both distributions are softened by it, so above 0"]),
+    ("--temperature 0", [TEMPERATURE]),
     ("--answers_batch_size 0", ["--answers_batch_size 0: 1 or more"]),
     ("--max_completion_length 0", ["--max_completion_length 0: 1 or more"]),
     (
@@ -945,6 +950,26 @@ def test_a_teacher_of_another_tokenizer_is_refused_by_the_first_token_that_diffe
         "it and 'A' in the model that is trained. Distillation compares the two token by token: take a teacher of the "
         "student's family"
     ]
+
+
+def add_token(folder, token):
+    """Gives a model's tokenizer one more token, behind the last row of its embedding."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = json.loads((Path(folder) / "config.json").read_text())["vocab_size"]
+    tokenizer.add_tokens([*(f"<{number}>" for number in range(len(tokenizer), rows)), token])
+    tokenizer.save_pretrained(folder)
+    return tokenizer.convert_tokens_to_ids(token)
+
+
+def test_a_token_that_only_one_has_is_refused_where_the_rows_use_it(run, pair, tmp_path):
+    student = tmp_path / "student"
+    shutil.copytree(pair[0], student)
+    number = add_token(student, "<much>")
+    plain, marked = ({"prompt": "How much?", "completion": text} for text in ("Two.", "<much>"))
+    assert run("--lmbda 0 --check", [plain] * 4, student)[0] == 0
+    status, _, said = run("--lmbda 0 --check", [plain, marked], student)
+    assert status == 2
+    assert f"has no token {number} ('<much>'), which the student's template or data use" in said[-1]
 
 
 def test_a_smaller_teacher_is_wondered_at_and_not_refused(run, pair, tmp_path):

@@ -34,9 +34,8 @@ class GKDTrainer(Sampling, trl.DistillationTrainer):
         if teacher_model is not None:
             self.vocabulary = min(self.vocabulary, teacher_model.config.get_text_config().vocab_size)
             self.teacher_model = self.prepare_teacher(teacher_model)
-        suppressed = self.generation_config.suppress_tokens or []
-        suppressed = [*suppressed, *nameless_tokens(self.model, self.processing_class)]
-        self.generation_config.suppress_tokens = suppressed or None
+        spare = nameless_tokens(self.model, self.processing_class, self.vocabulary)
+        self.generation_config.suppress_tokens = [*(self.generation_config.suppress_tokens or ()), *spare] or None
         self.compared = 0  # sums over the held-out tokens of an evaluation
 
     def prepare_teacher(self, model):

@@ -346,13 +346,15 @@ def check_value_model(path, common):
 
 
 def first_difference(ours, theirs):
-    """What differs first between the policy's {token: id} and another's; None where nothing does or one is unknown."""
-    if not ours or not theirs or ours == theirs:
-        return None
+    """The first id that stands for another token in the model that is trained ({token: id}) than in another; or None.
+
+    Tokens that only one has are none: a tokenizer gains some when it is saved again.
+    """
     ours, theirs = ({number: token for token, number in one.items()} for one in (ours, theirs))
-    number = next(n for n in sorted(ours | theirs) if ours.get(n) != theirs.get(n))
-    mine, other = (repr(one[number]) if number in one else "nothing" for one in (ours, theirs))
-    return f"token {number} is {other} in it and {mine} in the model that is trained"
+    number = next((n for n in sorted(ours.keys() & theirs.keys()) if ours[n] != theirs[n]), None)
+    if number is None:
+        return None
+    return f"token {number} is {theirs[number]!r} in it and {ours[number]!r} in the model that is trained"
 
 
 def read_vocabulary(folder):

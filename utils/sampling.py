@@ -120,9 +120,10 @@ def sample(model, tokenizer, prompts, sampling):
     return [cut_at_end(row, ends) for row in out.tolist()]
 
 
-def nameless_tokens(model, tokenizer):
-    """Ids behind the tokenizer's last: rows that pad an embedding, and that another model may not have."""
-    return list(range(max(tokenizer.get_vocab().values()) + 1, model.config.get_text_config().vocab_size))
+def nameless_tokens(model, tokenizer, shared=None):
+    """Ids behind the tokenizer's last, rows that pad an embedding, or behind those that two models share."""
+    rows, named = model.config.get_text_config().vocab_size, max(tokenizer.get_vocab().values()) + 1
+    return list(range(min(named, shared or rows), rows))
 
 
 def cut_at_end(ids, ends):

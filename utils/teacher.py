@@ -11,9 +11,6 @@ from utils.summary import say
 
 def check_distillation(common, config, rows):
     """Problems of the distillation's own flags, of the teacher's folder, and of rows that lack an answer."""
-    for flag in ("lmbda", "beta"):
-        if not 0 <= getattr(config, flag) <= 1:
-            yield f"--{flag} {getattr(config, flag):g}: from 0 to 1"
     if config.seq_kd and config.lmbda == 1:
         yield (
             "--seq_kd True with --lmbda 1: every step would be on the student's own answers, and none on the "
@@ -86,22 +83,26 @@ def different_tokenizers(flag, different):
     )
 
 
-def check_tokenizer(common, config, tokenizer):
-    """Raises Refused where the teacher's tokenizer is another one; of a Hub id known only now that it is loaded."""
+def check_tokens(common, config, tokenizer, train, held_out):
+    """Raises Refused where the teacher cannot read the rows; its tokenizer, of a Hub id, is known only now."""
     path = config.teacher_model_name_or_path
+    flag = f"--teacher_model_name_or_path {path}"
     theirs = models.load_tokenizer(path, config.teacher_model_revision, config.trust_remote_code, "the teacher's")
     different = checks.first_difference(tokenizer.get_vocab(), theirs.get_vocab())
     if different:
-        raise checks.Refused([different_tokenizers(f"--teacher_model_name_or_path {path}", different)])
+        raise checks.Refused([different_tokenizers(flag, different)])
+    highest = max(max(row["prompt_ids"] + row["completion_ids"]) for row in train.rows + held_out.rows)
+    if highest >= (vocabulary_rows(path) or math.inf):
+        token = tokenizer.convert_ids_to_tokens(highest)
+        raise checks.Refused([f"{flag}: has no token {highest} ({token!r}), which the student's template or data use"])
 
 
-def prompt_room(common, config, rows):
-    """The tokens of a prompt beside which an answer that is sampled has its room in student and teacher."""
-    unanswered = any("completion" not in values for _, values in rows.held_out)
-    if config.lmbda == 0 and not config.seq_kd and not unanswered:
-        return math.inf
+def prompt_room(common, config):
+    """A function of a row's values: the tokens of its prompt beside which a sampled answer has its room."""
     held = [checks.model_positions(path) for path in (common.model_name_or_path, config.teacher_model_name_or_path)]
-    return min((positions - config.max_completion_length for positions in held if positions), default=math.inf)
+    room = min((positions - config.max_completion_length for positions in held if positions), default=math.inf)
+    sampled = config.lmbda > 0 or config.seq_kd
+    return lambda values: room if sampled or "completion" not in values else math.inf
 
 
 # ── what is said of it ───────────────────────────────────────────────────────────────────────────────────────────────

@@ -23,11 +23,11 @@ class Prepared:
     first: tuple = ("", "")
 
 
-def prepare_rows(rows, tokenizer, columns, max_length, max_prompt=float("inf")):
+def prepare_rows(rows, tokenizer, columns, max_length, max_prompt=lambda values: 10**9):
     """Text rows for the trainer of a method with these columns. Raises Refused where the template rejects a row.
 
     `max_length`: tokens of prompt and answer together; where the policy answers itself, of the prompt.
-    `max_prompt`: tokens of a prompt beside which an answer that is still to be sampled has its room.
+    `max_prompt`: of a row's values, the tokens of its prompt beside which an answer to be sampled has its room.
     """
     prepared, problems = Prepared(), []
     for where, values in rows:
@@ -47,7 +47,7 @@ def prepare_rows(rows, tokenizer, columns, max_length, max_prompt=float("inf")):
         elif longest > limit and starts_training_at(tokenizer, row, prompt) >= limit:
             limited = "max_prompt_length" if columns == PROMPT else "max_length"
             prepared.dropped.append((where, f"prompt longer than {limited}", values))
-        elif len(tokenize(tokenizer, prompt)) > max_prompt:
+        elif len(tokenize(tokenizer, prompt)) > max_prompt(values):
             prepared.dropped.append((where, "prompt leaves no room for max_completion_length", values))
         else:
             if columns == ANSWERED:
