@@ -16,9 +16,9 @@ from tests.conftest import ROOT, command, read_rows
 pytestmark = pytest.mark.slow
 
 
-def run_script(out, *flags, **variables):
+def run_script(out, *flags, script="rlhf_run.sh", **variables):
     return subprocess.run(
-        ["bash", "rlhf_run.sh", *flags],
+        ["bash", script, *flags],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, "OUTPUT_DIR": str(out), **variables},
         text=True,
@@ -57,17 +57,27 @@ def test_the_shipped_job_learns_and_its_next_commands_work(tmp_path):
 
     again = run_script(out)
     assert again.returncode == 2 and "holds a finished run" in again.stderr
-    onward = run_script(tmp_path / "onward", MODEL=str(out), MAX_STEPS="1")
+    onward = run_script(tmp_path / "onward", MODEL=str(out), MAX_STEPS="1", EVAL_FRACTION="0")
     assert onward.returncode == 0, onward.stderr[-2000:]
     assert said(onward, "reference").startswith(f"reference the adapter {out} as it was")
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_runs_on_the_shipped_data(name, tmp_path):
-    done = run_script(tmp_path / "out", RLHF_TYPE=name, MAX_STEPS="1", EVAL_FRACTION="0.02")
+def test_every_method_runs_on_the_shipped_data(name, warm, tmp_path):
+    done = run_script(tmp_path / "out", RLHF_TYPE=name, MAX_STEPS="1", EVAL_FRACTION="0", PYTHON=warm)
     assert done.returncode == 0, done.stderr[-2000:]
     assert said(done, "method").startswith(f"method    {name}:")
     assert "reopened and verified" in said(done, "result")
+
+
+def test_the_shipped_distillation_brings_the_student_nearer_to_its_teacher(tmp_path):
+    out = tmp_path / "out"
+    done = run_script(out, script="gkd_run.sh", MAX_STEPS="6")
+    assert done.returncode == 0, done.stderr[-2000:]
+    before, after = (json.loads((out / "run_card.json").read_text())["held_out"][when] for when in ("before", "after"))
+    assert all(after[name] < before[name] for name in ("forward KL", "reverse KL", "student loss"))
+    assert after["agreement"] > before["agreement"] and after["teacher loss"] == before["teacher loss"]
+    assert len([line for line in done.stdout.splitlines() if line.startswith("  after")]) == 2
 
 
 @pytest.mark.parametrize("mode", ["full", "qlora"])
