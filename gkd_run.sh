@@ -12,7 +12,7 @@ BETA=${BETA:-}                               # 0 forward KL, 1 reverse KL, betwe
 SEQ_KD=${SEQ_KD:-False}                      # True: learn from the teacher's answers, not from those in the data
 TRAIN_DATA=${TRAIN_DATA:-}                   # file, folder or Hub id; empty: data/sft.jsonl
 EVAL_FRACTION=${EVAL_FRACTION:-0.1}          # share of the data held out, on which both are compared
-OUTPUT_DIR=${OUTPUT_DIR:-}                   # empty: output/GKD-MODE
+OUTPUT_DIR=${OUTPUT_DIR:-}                   # empty: output/GKD-MODE, by the kind
 LEARNING_RATE=${LEARNING_RATE:-}             # empty: 2e-5 for full weights, 1e-4 for adapters
 BATCH_SIZE=${BATCH_SIZE:-4}                  # rows a device and forward pass
 ACCUMULATION=${ACCUMULATION:-1}              # passes a step; rows a step = batch x accumulation x devices
@@ -31,11 +31,18 @@ for ((i = 1; i < $#; i++)); do               # flags that decide what the variab
   value=$((i + 1))
   case ${!i} in
     --train_mode) TRAIN_MODE=${!value} ;;
+    --model_name_or_path) MODEL=${!value} ;;
+    --teacher_model_name_or_path | --teacher_model) TEACHER=${!value} ;;
+    --train_data_path | --dataset_name) TRAIN_DATA=${!value} ;;
+    --lmbda) LMBDA=${!value} ;;
+    --beta) BETA=${!value} ;;
+    --seq_kd) SEQ_KD=${!value} ;;
     --eval_data_path) EVAL_FRACTION=0 ;;
     --config) echo "refused: --config: a recipe has values of its own. Type: python -m utils.launch train_gkd.py $*" >&2; exit 2 ;;
   esac
 done
-OUTPUT_DIR=${OUTPUT_DIR:-output/GKD-$TRAIN_MODE}
+[ "$SEQ_KD" = False ] && kind=GKD || kind=SeqKD
+OUTPUT_DIR=${OUTPUT_DIR:-output/$kind-$TRAIN_MODE${LMBDA:+-lmbda$LMBDA}${BETA:+-beta$BETA}}
 TASTE=()
 if [ -z "$MODEL$TEACHER$TRAIN_DATA" ]; then  # the shipped pair: a run of minutes, the first flags
   TASTE=(--learning_rate 1e-4 --max_completion_length 32 --max_steps 16)

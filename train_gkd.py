@@ -69,6 +69,8 @@ def parse_and_check(argv):
     problems = checks.check_config(common, config, NAME, method)
     checks.refuse_if([*problems, *teacher.check_distillation(common, config, rows)])
     data.hold_out(rows, common.eval_fraction, config.seed)
+    if not config.learns_from_data():
+        rows.train = [(where, {"prompt": values["prompt"]}) for where, values in rows.train]
     return common, config, rows
 
 

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 TEACHER, STUDENT = "models/SmolLM2-135M-Instruct", "models/SmolLM2-106M-student"
 SHARED = {
-    "per_device_train_batch_size": 4,
+    "per_device_train_batch_size": 8,  # as is transformers' default
     "learning_rate": 1e-5,
     "logging_steps": 1,
     "seed": 42,
@@ -181,11 +181,10 @@ def make(side, *args, **flags):
 
 
 def measure_on_policy(side, asked, folder):
-    tokenizer, steps = tokenizer_of(TEACHER), 2 if side == "ours" else 1
-    rows = dialogues(SHARED["per_device_train_batch_size"] * steps)
+    tokenizer, rows = tokenizer_of(TEACHER), dialogues(SHARED["per_device_train_batch_size"])
     trainer = make(side, load(STUDENT), load(TEACHER), tokenizer, rows, folder, asked.new_tokens, num_train_epochs=1)
     seconds = time_training(trainer)
-    found = {"completions_per_second": round(len(rows) / seconds, 4), "step_seconds": round(seconds / steps, 1)}
+    found = {"completions_per_second": round(len(rows) / seconds, 4), "step_seconds": round(seconds, 1)}
     return found | ({"gradients_apart": compare_gradients(folder)} if side == "ours" else {})
 
 
@@ -237,7 +236,7 @@ def measure_seq_kd(side, asked, folder):
     _, made = make_ours(student, teacher, tokenizer, rows, folder, asked.seq_tokens, **flags)
     prompts = [row["prompt_ids"] for row in made]
     drawn = sampling.Sampling(asked.seq_tokens)
-    teacher.generation_config.min_new_tokens = asked.seq_tokens
+    teacher.generation_config.eos_token_id = -1  # answers of exactly seq_tokens
     kept = sampling.answers_folder(folder / "answers", "teacher", drawn)
     began = time.perf_counter()
     sampling.answer_prompts(teacher, tokenizer, sampling.missing_prompts(kept, prompts), drawn, kept, 16)
@@ -260,6 +259,7 @@ def time_training(trainer):
 
 def measure_memory(side, asked, folder):
     """Peak of the process in one supervised step above what it held before; a row of 512 tokens, half of it answer."""
+    import psutil
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -270,11 +270,11 @@ def measure_memory(side, asked, folder):
     student, teacher = (Qwen2ForCausalLM(Qwen2Config(**shape, **heads)) for _ in range(2))
     asks, says = "ask " * 180, "say " * 280
     rows = [{"messages": [{"role": "user", "content": asks}, {"role": "assistant", "content": says}]}] * 4
-    cut = {"max_length": 512, "lmbda": 0.0, "num_train_epochs": 1}
+    cut = {"max_length": 512, "lmbda": 0.0, "num_train_epochs": 1, "per_device_train_batch_size": 4}
     trainer = make(side, student, teacher, tokenizer, rows, folder, 8, **cut)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = psutil.Process().memory_info().rss
     trainer.train()
-    return {"step_bytes": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024}
+    return {"step_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before}
 
 
 if __name__ == "__main__":

@@ -378,10 +378,30 @@ def test_the_student_answers_with_a_cache_although_training_checkpoints(tmp_path
     assert learns and checkpointed and width == 4 + 6
 
 
+def test_fully_trained_weights_are_computed_with_in_the_precision_asked_for(run, trainers, monkeypatch):
+    """accelerate's autocast is on `forward`, in whose place TRL calls the loss."""
+    seen = set()
+    loss = gkd_trainer._chunked_divergence_loss
+
+    def look(states, taught, head, *args, **kwargs):
+        seen.add((states.dtype, head.dtype))
+        return loss(states, taught, head, *args, **kwargs)
+
+    monkeypatch.setattr(gkd_trainer, "_chunked_divergence_loss", look)
+    assert run("--lmbda 0 --max_steps 1 --bf16")[0] == 0
+    assert {head for _, head in seen} == {torch.float32}  # what the optimizer keeps
+    layer = trainers[0].model.model.layers[0].mlp.down_proj
+    found = []
+    layer.register_forward_hook(lambda module, inputs, output: found.append(output.dtype))
+    trainers[0].evaluate(trainers[0].train_dataset)
+    assert set(found) == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("shuffle", [True, False])
 @pytest.mark.parametrize("rows, chunks", [(7, 2), (8, 2), (3, 1), (1, 1)])
 def test_an_epoch_has_every_row_although_they_do_not_fill_its_last_step(rows, chunks, shuffle):
-    sampler = EveryRow(range(rows), mini_repeat_count=1, batch_size=4, repeat_count=3, shuffle=shuffle, seed=0)
+    epoch, sizes = [0], {"mini_repeat_count": 1, "batch_size": 4, "repeat_count": 3}
+    sampler = EveryRow(lambda: epoch[0], range(rows), **sizes, shuffle=shuffle, seed=0)
     places = list(sampler)
     assert len(places) == len(sampler) == chunks * 4 * 3
     parts = [places[start : start + 4] for start in range(0, len(places), 4)]
@@ -390,6 +410,10 @@ def test_an_epoch_has_every_row_although_they_do_not_fill_its_last_step(rows, ch
     assert set(once) == set(range(rows)) and max(once.count(row) for row in once) <= -(-chunks * 4 // rows)
     if not shuffle:
         assert once == [n % rows for n in range(chunks * 4)]
+    # a run that goes on from a checkpoint in epoch 1 finds that epoch's order in a new sampler
+    epoch[0] = 1
+    assert list(sampler) == list(EveryRow(lambda: 1, range(rows), **sizes, shuffle=shuffle, seed=0))
+    assert (list(sampler) != places) == (shuffle and rows > 1)
 
 
 def test_the_trainer_takes_every_row_in_as_many_steps_as_they_need(tmp_path):
@@ -443,14 +467,15 @@ def test_answers_that_were_interrupted_are_those_of_a_run_that_was_not(pair, tmp
         folder.mkdir(exist_ok=True)
         missing = sampling.missing_prompts(folder, [*PROMPTS, PROMPTS[0]])
         sampling.answer_prompts(model, tokenizer, missing, drawn, folder, batch_size=2)
-        return (folder / "answers-0.jsonl").read_text()
+        files = sorted(folder.glob("answers-0-*.jsonl"), key=lambda file: file.stat().st_mtime_ns)
+        return files, "".join(file.read_text() for file in files)
 
     def interrupt(model, tokenizer, prompts, drawn):
         if len(prompts[0]) < 4:
             raise KeyboardInterrupt
         return sample(model, tokenizer, prompts, drawn)
 
-    sample, whole = sampling.sample, answer(tmp_path / "whole")
+    sample, (_, whole) = sampling.sample, answer(tmp_path / "whole")
     assert [json.loads(line)["prompt"] for line in whole.splitlines()] == [
         sampling.prompt_key(prompt) for prompt in sorted(PROMPTS, key=len, reverse=True)
     ]
@@ -458,11 +483,13 @@ def test_answers_that_were_interrupted_are_those_of_a_run_that_was_not(pair, tmp
     with pytest.raises(KeyboardInterrupt):
         answer(tmp_path / "cut")
     monkeypatch.setattr(sampling, "sample", sample)
-    file = tmp_path / "cut" / "answers-0.jsonl"
-    assert whole.startswith(file.read_text()) and len(file.read_text().splitlines()) == 2
-    file.write_text(whole[: len(file.read_text()) + 30])  # and half a line
+    (file,) = (tmp_path / "cut").glob("answers-*.jsonl")
+    begun = file.read_text()
+    assert whole.startswith(begun) and len(begun.splitlines()) == 2
+    file.write_text(whole[: len(begun) + 30])  # and half a line
     assert len(sampling.read_answers(tmp_path / "cut")) == 2
-    assert answer(tmp_path / "cut") == whole
+    (_, other), _ = answer(tmp_path / "cut")
+    assert begun + other.read_text() == whole
 
 
 def test_answers_are_kept_apart_by_model_and_setting(tmp_path):
@@ -624,15 +651,12 @@ def trainers(monkeypatch):
     return made
 
 
-def test_a_new_adapter_is_its_base_to_which_it_is_compared_without_a_second_copy(run, pair, trainers, tmp_path):
-    status, out, _ = run("--lmbda 0 --train_mode lora --max_steps 1", teacher=pair[0])
-    assert status == 0
-    assert line_with(out, "teacher   ") == (
-        f"teacher   {pair[0]}, the student's base with its adapter off (no second copy)"
-    )
-    assert trainers[0].teacher_model is None
-    # float32: log probabilities of about 7 to 7 digits
-    assert read_rows(tmp_path / "out" / "metrics.jsonl")[0]["loss"] == pytest.approx(0, abs=1e-6)
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_a_teacher_that_is_what_the_student_starts_from_is_refused(mode, refused, pair):
+    assert refused(f"--train_mode {mode}", teacher=pair[0]) == [
+        f"--teacher_model_name_or_path {pair[0]}: the model that the student starts from, of which there is nothing "
+        "to learn. A base teaches an adapter that has moved away from it: give that as --model_name_or_path"
+    ]
 
 
 def test_an_adapter_learns_from_its_base_as_from_a_copy_of_it(run, pair, trainers, tmp_path):
@@ -693,15 +717,16 @@ def test_a_killed_seqkd_goes_on_and_nothing_is_answered_twice(killed, run):
     status, out, _ = run(f"{flags} --max_steps 1", rows=MANY)
     assert status == 0
     assert f"answers   {48 - len(lines)} to sample, {len(lines)} in {file.parent} already" in out
-    (found,) = answers_in(folder / "answers").values()
-    assert found[: len(lines)] == lines
-    keys = [json.loads(line)["prompt"] for line in found]
+    found = answers_in(folder / "answers")
+    assert found.pop(file)[:-1] == lines
+    (others,) = found.values()
+    keys = [json.loads(line)["prompt"] for line in lines + others]
     assert len(keys) == len(set(keys)) == 48
 
     # once more: the teacher is not even loaded
     status, out, _ = run(f"{flags} --max_steps 1 --overwrite_output_dir", rows=MANY)
     assert status == 0 and f"answers   0 to sample, 48 in {file.parent} already" in out
-    assert list(answers_in(folder / "answers").values()) == [found]
+    assert answers_in(folder / "answers")[file][:-1] == lines and len(answers_in(folder / "answers")) == 2
 
 
 def test_what_is_trained_on_are_the_teachers_answers(run, tmp_path, trainers):
@@ -823,7 +848,7 @@ def test_a_prompt_that_leaves_no_room_for_an_answer_is_dropped_where_one_is_samp
     # the models hold 2048 tokens
     flags += " --check --max_completion_length 1990 --max_drop_fraction 0.5"
     status, out, _ = run(flags, rows=[*CHATS, LONG])
-    counts = "6 rows", "1 prompt leaves no room for max_completion_length" if dropped else "none"
+    counts = "6 rows", "1 prompt leaves no room for an answer" if dropped else "none"
     counts = counts if dropped else ("7 rows", "none")
     said = f"data      {counts[0]} to train on, none held out (--eval_fraction 0.1 would); refused: {counts[1]}"
     assert (status, line_with(out, "data ")) == (0, said)
@@ -837,7 +862,7 @@ def test_a_held_out_prompt_that_leaves_no_room_for_the_teachers_answer_is_droppe
     assert status == 0
     assert line_with(out, "answers ").startswith("answers   6 by the teacher")
     assert line_with(out, "data ") == (
-        "data      6 rows to train on, 6 held out; refused: 1 prompt leaves no room for max_completion_length"
+        "data      6 rows to train on, 6 held out; refused: 1 prompt leaves no room for an answer"
     )
 
 
@@ -863,7 +888,7 @@ def test_held_out_prompts_are_answered_by_the_teacher(run, tmp_path, trainers):
 
 # ── what is refused ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-TEMPERATURE = "--temperature 0: both distributions are softened by it, so above 0"
+TEMPERATURE = "--temperature 0: answers are sampled, so above 0"
 BAD = [
     ("--lmbda 1.5", ["--lmbda 1.5: from 0 to 1"]),
     ("--lmbda -0.1", ["--lmbda -0.1: from 0 to 1"]),
@@ -871,7 +896,7 @@ BAD = [
     ("--beta 2", ["--beta 2: from 0 to 1"]),
     ("--beta nan", ["--beta nan: from 0 to 1"]),
     ("--lmbda 3 --beta 2", ["--lmbda 3: from 0 to 1; --beta 2: from 0 to 1"]),
-    ("--temperature 0 --answers_batch_size 0", [TEMPERATURE, "--answers_batch_size 0: 1 or more"]),
+    ("--temperature 0 --answers_batch_size 0", ["--answers_batch_size 0: 1 or more", TEMPERATURE]),
     (
         "--seq_kd True --lmbda 1",
         [
@@ -1006,7 +1031,7 @@ def test_a_flag_is_read_by_the_name_that_others_have_for_it(flags, note, seen, r
     if seen:
         assert (status, len(lines)) == (0, 1) and seen in line_with(out, "mode ")
     else:  # one token of 2048 is left for the prompt
-        assert status == 2 and "6 prompt leaves no room for max_completion_length" in lines[1]
+        assert status == 2 and "6 prompt leaves no room for an answer" in lines[1]
 
 
 def test_teacher_and_data_are_read_by_the_names_that_trls_script_has_for_them(pair, tmp_path, capsys):

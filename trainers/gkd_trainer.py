@@ -7,19 +7,19 @@ import trl
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.distributed.tensor import DTensor
-from trl.kernels.chunked_divergence import VOCAB_CHUNK_SIZE, _project
+from trl.kernels.chunked_divergence import VOCAB_CHUNK_SIZE, _compute_dtype, _project
 from trl.models import prepare_deepspeed
 from trl.trainer.distillation_trainer import _chunked_divergence_loss
 from trl.trainer.utils import RepeatSampler, maybe_gather_lm_head_ctx
 
-from trainers.online_trainer import Sampling
+from trainers.online_trainer import SamplesAnswers
 from utils.sampling import nameless_tokens
 
 HELD_OUT = ("forward_kl", "reverse_kl", "token_agreement", "student_loss", "teacher_loss")
 CHUNK = 256  # tokens whose distributions are held at once where both are compared in full
 
 
-class GKDTrainer(Sampling, trl.DistillationTrainer):
+class GKDTrainer(SamplesAnswers, trl.DistillationTrainer):
     """Trains on the student's own answers in a share `lmbda` of the steps, in the others on those in the rows.
 
     Rows: {"prompt_ids": [...], "completion_ids": [...]}. `teacher_model`: frozen; None: the student's base, its
@@ -45,8 +45,12 @@ class GKDTrainer(Sampling, trl.DistillationTrainer):
             )
         if self.is_deepspeed_enabled:
             return prepare_deepspeed(model, self.accelerator)
-        if self.is_fsdp_enabled:
-            return fsdp2_prepare_model(self.accelerator, model)  # layer by layer, where TRL's is one piece
+        if self.is_fsdp_enabled:  # layer by layer, where TRL's is one piece
+            plugin = self.accelerator.state.fsdp_plugin
+            policy = plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap
+            model = fsdp2_prepare_model(self.accelerator, model)
+            plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = policy  # the student's layers are others
+            return model
         return self.accelerator.prepare_model(model, evaluation_mode=True)
 
     # ── which answers ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -55,8 +59,10 @@ class GKDTrainer(Sampling, trl.DistillationTrainer):
         """TRL's, of every row: it leaves out those that do not fill a step."""
         args = self.args
         rows = args.per_device_train_batch_size * self.accelerator.num_processes * args.gradient_accumulation_steps
+        dataset = self.train_dataset if dataset is None else dataset
         return EveryRow(
-            self.train_dataset if dataset is None else dataset,
+            lambda: self.state.global_step // -(-len(dataset) // rows),
+            dataset,
             mini_repeat_count=1,
             batch_size=rows,
             repeat_count=args.gradient_accumulation_steps,
@@ -87,38 +93,43 @@ class GKDTrainer(Sampling, trl.DistillationTrainer):
     def _compute_loss(self, student, inputs, num_items_in_batch):
         """(loss, summed entropy, tokens) of the answers; neither model's logits are ever held for all of them.
 
-        Differs from TRL 1.16's: only answered positions are projected, over the shared vocabulary alone.
+        Differs from TRL 1.16's: only answered positions are projected, over the shared vocabulary alone; in the
+        precision asked for (accelerate puts its autocast on `forward`, in whose place this is called).
         """
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)  # (B, P + C)
         mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
         width = inputs["completion_ids"].size(1)
         answered = inputs["completion_mask"].bool()  # (B, C)
-        states = self._get_last_hidden_state(student, ids, mask, width)[answered]  # (N, H)
-        with torch.no_grad():
-            teacher, taught = self.teach(student, ids, mask, width)
-            taught = taught[answered]  # (N, H of the teacher)
-        ours, theirs = Head(student, self.vocabulary).cut(), Head(teacher, self.vocabulary)
-        loss, entropy, count = _chunked_divergence_loss(
-            states[None],
-            taught[None],
-            ours.weight,
-            theirs.weight,
-            torch.ones_like(states[None, :, 0]),
-            self.beta,
-            num_items_in_batch=num_items_in_batch,
-            student_lm_head_bias=ours.bias,
-            teacher_lm_head_bias=theirs.bias,
-            student_logit_scale=ours.scale,
-            teacher_logit_scale=theirs.scale,
-            student_final_logit_softcapping=ours.cap,
-            teacher_final_logit_softcapping=theirs.cap,
-            temperature=self.temperature,
-        )
-        if not self.model.training:
-            heads = maybe_gather_lm_head_ctx(ours.weight, ours.bias, theirs.weight, theirs.bias)
-            with torch.no_grad(), heads:
-                targets = inputs["completion_ids"][answered]
-                self.compared += compare(states, ours.gather(), taught, theirs.gather(), targets)
+        tokens = None  # FSDP2 rounds num_items_in_batch, a float, to bfloat16
+        if self.model.training:
+            tokens = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
+        with self.accelerator.autocast():
+            states = self._get_last_hidden_state(student, ids, mask, width)[answered]  # (N, H)
+            with torch.no_grad():
+                teacher, taught = self.teach(student, ids, mask, width)
+                taught = taught[answered]  # (N, H of the teacher)
+            ours, theirs = Head(student, self.vocabulary).cut(), Head(teacher, self.vocabulary)
+            loss, entropy, count = _chunked_divergence_loss(
+                states[None],
+                taught[None],
+                ours.weight,
+                theirs.weight,
+                torch.ones_like(states[None, :, 0]),
+                self.beta,
+                num_items_in_batch=tokens,
+                student_lm_head_bias=ours.bias,
+                teacher_lm_head_bias=theirs.bias,
+                student_logit_scale=ours.scale,
+                teacher_logit_scale=theirs.scale,
+                student_final_logit_softcapping=ours.cap,
+                teacher_final_logit_softcapping=theirs.cap,
+                temperature=self.temperature,
+            )
+            if not self.model.training:
+                heads = maybe_gather_lm_head_ctx(ours.weight, ours.bias, theirs.weight, theirs.bias)
+                with torch.no_grad(), heads:
+                    targets = inputs["completion_ids"][answered]
+                    self.compared += compare(states, ours.gather(), taught, theirs.gather(), targets)
         return loss, entropy.detach(), count
 
     def teach(self, student, ids, mask, width):
@@ -168,9 +179,10 @@ class Head:
     def logits(self, states):
         """(N, V) in float32 of states (N, H), projected as in the loss."""
         logits = torch.empty(len(states), self.vocabulary, device=states.device)
+        dtype = _compute_dtype(states)
         for start in range(0, self.vocabulary, VOCAB_CHUNK_SIZE):
             end = min(start + VOCAB_CHUNK_SIZE, self.vocabulary)
-            _project(logits[:, start:end], states, self.weight, self.bias, start, end, states.dtype)
+            _project(logits[:, start:end], states.to(dtype), self.weight, self.bias, start, end, dtype)
         logits *= self.scale
         return self.cap * torch.tanh(logits / self.cap) if self.cap else logits
 
@@ -201,12 +213,20 @@ def compare(states, student, taught, teacher, targets):
 
 
 class EveryRow(RepeatSampler):
-    """TRL's sampler, with the last batch of an epoch filled up by rows from its beginning instead of left out."""
+    """TRL's sampler, with the last batch of an epoch filled up by rows from its beginning instead of left out.
+
+    `epoch`: a function that says which one begins; its order is the same when a run goes on from a checkpoint.
+    """
+
+    def __init__(self, epoch, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.epoch = epoch
 
     def __iter__(self):
         rows = range(self.num_samples)
-        rows = torch.randperm(self.num_samples, generator=self.generator).tolist() if self.shuffle else rows
-        rows = list(islice(cycle(rows), -(-self.num_samples // self.batch_size) * self.batch_size))
+        if self.shuffle:
+            rows = torch.randperm(self.num_samples, generator=self.generator.manual_seed(self.seed + self.epoch()))
+        rows = list(islice(cycle(map(int, rows)), -(-self.num_samples // self.batch_size) * self.batch_size))
         for start in range(0, len(rows), self.batch_size):
             for _ in range(self.repeat_count):
                 yield from rows[start : start + self.batch_size]

@@ -13,7 +13,7 @@ from utils.rewards import RewardFailed
 from utils.text import template, tokenize
 
 
-class Sampling:
+class SamplesAnswers:
     """Mixin before a TRL trainer whose policy answers prompts itself.
 
     `generating`: called with the tokens sampled so far of a rollout, for the progress bar.
@@ -42,7 +42,7 @@ class Sampling:
             self.generating(self.max_completion_length, self.max_completion_length)
 
 
-class Online(Sampling):
+class Online(SamplesAnswers):
     """Mixin before a TRL trainer that samples answers and scores them.
 
     `ref_model`: the frozen start of fully trained weights, as for DPO; TRL would load one from the name in the config

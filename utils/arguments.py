@@ -184,11 +184,14 @@ def no_such_flag(flag, name, known):
     bare = flag[2:].replace("-", "_")
     choice = f" --rlhf_type {name}" if name in METHODS else ""
     others = [other for other, method in METHODS.items() if bare in {*flags_of(method), *dict(method.renamed)}]
+    scripts = [m.entry for m in DISTILLATION.values() if bare in {*flags_of(m), *dict(m.renamed)} and not others]
     near = difflib.get_close_matches(bare, sorted(known), 1)
     if bare in ELSEWHERE:
         way_out = ELSEWHERE[bare]
     elif others:
         way_out = f"It is one of {', '.join(others)}"
+    elif scripts and EVERY[name].entry not in scripts:
+        way_out = f"It is one of train_{scripts[0]}.py"
     elif near:
         way_out = f"Did you mean --{near[0]}?"
     else:

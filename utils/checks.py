@@ -262,6 +262,26 @@ def check_rollouts(common, config):
     judges = len(common.reward_funcs or ()) + bool(common.reward_model_path)
     if config.reward_weights and len(config.reward_weights) != judges:
         yield f"--reward_weights: {len(config.reward_weights)} of them for {judges} rewards. Give each its weight"
+    yield from check_sampling(common, config)
+    if config.max_prompt_length is not None and config.max_prompt_length < 1:
+        yield f"--max_prompt_length {config.max_prompt_length}: 1 or more"
+    if not config.beta >= 0:
+        yield f"--beta {config.beta:g}: 0 or more; 0: nothing holds the policy near the reference"
+    for weight in config.reward_weights or ():
+        if not math.isfinite(weight):
+            yield f"--reward_weights {weight}: a finite number for each reward"
+    answers, batch = config.num_generations_eval or config.num_generations, config.per_device_eval_batch_size
+    if (common.eval_data_path or common.eval_fraction) and batch * config.world_size % answers:
+        yield (
+            f"--num_generations_eval {answers}: an evaluation batch has {batch * config.world_size} answers, which is "
+            f"no whole number of prompts. Type --per_device_eval_batch_size {answers}"
+        )
+    if getattr(config, "value_model_path", None):
+        yield from check_value_model(config.value_model_path, common)
+
+
+def check_sampling(common, config):
+    """Problems of how the model that is trained answers prompts itself."""
     held = model_positions(common.model_name_or_path)
     if config.max_completion_length < 1:
         yield f"--max_completion_length {config.max_completion_length}: 1 or more"
@@ -270,25 +290,10 @@ def check_rollouts(common, config):
             f"--max_completion_length {config.max_completion_length}: the model holds {held} tokens, prompt and "
             f"answer. Type --max_completion_length {held // 2}"
         )
-    if config.max_prompt_length is not None and config.max_prompt_length < 1:
-        yield f"--max_prompt_length {config.max_prompt_length}: 1 or more"
-    if not config.beta >= 0:
-        yield f"--beta {config.beta:g}: 0 or more; 0: nothing holds the policy near the reference"
-    for weight in config.reward_weights or ():
-        if not math.isfinite(weight):
-            yield f"--reward_weights {weight}: a finite number for each reward"
     if not config.temperature > 0:
         yield f"--temperature {config.temperature:g}: answers are sampled, so above 0"
-    answers, batch = config.num_generations_eval or config.num_generations, config.per_device_eval_batch_size
-    if (common.eval_data_path or common.eval_fraction) and batch * config.world_size % answers:
-        yield (
-            f"--num_generations_eval {answers}: an evaluation batch has {batch * config.world_size} answers, which is "
-            f"no whole number of prompts. Type --per_device_eval_batch_size {answers}"
-        )
     if config.use_vllm:
         yield from check_vllm()
-    if getattr(config, "value_model_path", None):
-        yield from check_value_model(config.value_model_path, common)
 
 
 def length_limit(config, path):
@@ -371,10 +376,9 @@ def read_vocabulary(folder):
 
 def model_positions(path):
     """How many tokens a model's config says it holds, of an adapter its base's; None where it does not say."""
-    from utils.models import read_adapter, read_config
+    from utils.models import read_base_config
 
-    adapter = read_adapter(path)
-    config = read_config(adapter["base_model_name_or_path"] if adapter else path)
+    config = read_base_config(path)
     return config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings")
 
 

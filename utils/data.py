@@ -95,7 +95,7 @@ def make_rows(rows, columns, notes, problems=()):
     for where, values in rows:
         row_kind = kind
         if columns == ANSWERED and values.get("prompt") is not None and values.get("completion") is None:
-            row_kind = PROMPT  # whether an answer is needed hangs on the flags: teacher.check_answers
+            row_kind = PROMPT  # whether an answer is needed hangs on the flags: teacher.check_distillation
         problem = check_row(values, row_kind, columns)
         if problem:
             problems.append(f"{where}: {problem}")

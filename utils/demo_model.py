@@ -45,6 +45,7 @@ def make_demo_student(folder=STUDENT, teacher=FOLDER):
     model = AutoModelForCausalLM.from_pretrained(teacher)
     kept = [layer for place, layer in enumerate(model.model.layers) if place not in LEFT_OUT]
     model.model.layers, model.config.num_hidden_layers = torch.nn.ModuleList(kept), len(kept)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".demo-") as work:
         model.save_pretrained(Path(work) / "model")
         AutoTokenizer.from_pretrained(teacher).save_pretrained(Path(work) / "model")

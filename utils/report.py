@@ -110,9 +110,11 @@ class Report(TrainerCallback):
         """The newest of the answers that the policy learns from, with its rewards, ten times a run."""
         logs = getattr(self.trainer, "_logs", None)
         if logs and logs["prompt"]:
-            rewards = ", ".join(f"{name} {values[-1]:.3g}" for name, values in logs["rewards"].items())
+            rewards = ", ".join(f"{name} {values[-1]:.3g}" for name, values in logs.get("rewards", {}).items())
             asked, answer = (last_words({"prompt": logs[name][-1]}) for name in ("prompt", "completion"))
-            said = f"sampled   step {step}: {shorten(asked, 60)} -> {shorten(answer, 120)} [{rewards}]"
+            said = f"sampled   step {step}: {shorten(asked, 60)} -> {shorten(answer, 120)}" + f" [{rewards}]" * bool(
+                rewards
+            )
             (self.bar.write if self.bar else print)(said, file=sys.stdout)
 
     def warn(self, step, logs):
@@ -265,7 +267,8 @@ def draw_report(folder, method):
     from matplotlib import pyplot
 
     panels = [("loss", "loss"), *method.metrics, *method.curves, ("learning rate", "learning_rate")]
-    panels = [(title, key) for title, key in panels if any(line.get(key) is not None for line in train)]
+    seen = {key.removeprefix("eval_") for line in [*train, *held] for key, value in line.items() if value is not None}
+    panels = [(title, key) for title, key in panels if key in seen]
     columns = min(len(panels), 5)
     rows = -(-len(panels) // columns)
     size = 4 * columns, 3.2 * rows

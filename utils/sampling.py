@@ -1,12 +1,14 @@
 """Answers of a model to many prompts: in batches sorted by length, kept on disk, never sampled twice.
 
 A folder holds the answers of one model under one setting, as lines {"prompt": key, "ids": [token, ...]}. Each process
-appends whole batches to a file of its own, so that a kill loses one batch and repeats none.
+of each run appends whole batches to a file of its own: a kill loses one batch and repeats none, and two runs at once
+do not meet.
 """
 
 import hashlib
 import json
 import os
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -70,8 +72,7 @@ def answer_prompts(model, tokenizer, prompts, sampling, folder, batch_size, what
 
     state = PartialState()
     mine = prompts[state.process_index :: state.num_processes]
-    file = Path(folder) / f"answers-{state.process_index}.jsonl"
-    cut_broken_line(file)
+    file = Path(folder) / f"answers-{state.process_index}-{os.getpid()}-{time.time_ns()}.jsonl"
     bar = tqdm(total=len(mine), desc=what, unit="prompt", disable=not environment.is_main())
     with open(file, "a", encoding="utf-8") as handle:
         for start in range(0, len(mine), batch_size):
@@ -86,14 +87,6 @@ def answer_prompts(model, tokenizer, prompts, sampling, folder, batch_size, what
     state.wait_for_everyone()
 
 
-def cut_broken_line(file):
-    """Takes away what a kill left of a line, so that the next one begins on its own."""
-    if file.exists():
-        whole = file.read_bytes()
-        if whole and not whole.endswith(b"\n"):
-            file.write_bytes(whole[: whole.rfind(b"\n") + 1])
-
-
 def sample(model, tokenizer, prompts, sampling):
     """One answer to each of a few prompts, as lists of token ids; an answer ends with its end of turn, or is cut."""
     import torch
@@ -104,7 +97,7 @@ def sample(model, tokenizer, prompts, sampling):
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
     ends = model.generation_config.eos_token_id
-    config = GenerationConfig(
+    config = model.generation_config = GenerationConfig(  # what is not said here is not taken from the model either
         max_new_tokens=sampling.max_new_tokens,
         do_sample=sampling.temperature > 0,
         pad_token_id=tokenizer.pad_token_id,

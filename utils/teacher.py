@@ -5,6 +5,7 @@ import json
 import math
 from pathlib import Path
 
+from rlhf_args.methods import DISTILLATION
 from utils import checks, environment, models, sampling
 from utils.summary import say
 
@@ -16,22 +17,11 @@ def check_distillation(common, config, rows):
             "--seq_kd True with --lmbda 1: every step would be on the student's own answers, and none on the "
             "teacher's. Type --lmbda 0 for SeqKD, or leave --seq_kd out"
         )
-    if not config.temperature > 0:
-        yield f"--temperature {config.temperature:g}: both distributions are softened by it, so above 0"
     if config.answers_batch_size < 1:
         yield f"--answers_batch_size {config.answers_batch_size}: 1 or more"
     if config.teacher_model_init_kwargs:
         yield "--teacher_model_init_kwargs: not used here. --dtype and --teacher_load_in_4bit say how it is held"
-    held = checks.model_positions(common.model_name_or_path)
-    if config.max_completion_length < 1:
-        yield f"--max_completion_length {config.max_completion_length}: 1 or more"
-    elif held and held <= config.max_completion_length:
-        yield (
-            f"--max_completion_length {config.max_completion_length}: the model holds {held} tokens, prompt and "
-            f"answer. Type --max_completion_length {held // 2}"
-        )
-    if config.use_vllm:
-        yield from checks.check_vllm()
+    yield from checks.check_sampling(common, config)
     if config.learns_from_data():
         lacking = [where for where, values in rows.train if "completion" not in values]
         if lacking:
@@ -55,6 +45,19 @@ def check_teacher(common, config):
         return
     if checks.is_reward_model(described):
         yield f"{flag}: a trained reward model, which scores and cannot answer. A teacher is a language model"
+    adapter = models.read_adapter(path)
+    if adapter:
+        yield from checks.check_adapter(path, adapter, "GKD", DISTILLATION["GKD"])
+        if environment.engine() == "zero3" and not config.teacher_load_in_4bit:
+            yield (
+                f"{flag}: an adapter, and zero3 holds its base in pieces, into which it cannot be merged. Type python "
+                f"-m utils.merge_lora {path} MERGED, and give that; or LAUNCH=zero2"
+            )
+    if models.same_path(common.model_name_or_path, path) and common.model_revision == config.teacher_model_revision:
+        yield (
+            f"{flag}: the model that the student starts from, of which there is nothing to learn. A base teaches an "
+            "adapter that has moved away from it: give that as --model_name_or_path"
+        )
     if described.get("quantization_config"):
         yield f"{flag}: quantised already. Take the original; --teacher_load_in_4bit holds it in 4 bits"
     if config.teacher_load_in_4bit and common.train_mode == "lora" and shares_base(common, config):
@@ -126,8 +129,6 @@ def describe(common, config, train, held_out):
             f"note      embeddings of {sizes[0]} (student) and {sizes[1]} (teacher) rows for one tokenizer: compared "
             f"over the {min(sizes)} that both have"
         )
-    if models.same_path(common.model_name_or_path, path):
-        lines.append("warning   the teacher is what the student starts from: there is nothing to learn from it yet")
     student, teacher = (count_numbers(path) for path in (common.model_name_or_path, path))
     if student and teacher and teacher < student:
         lines.append(
@@ -137,10 +138,9 @@ def describe(common, config, train, held_out):
     return lines
 
 
-def vocabulary_rows(path):
-    """How many tokens a folder's config has embeddings for, of an adapter its base; None for a Hub id."""
-    adapter = models.read_adapter(path)
-    config = models.read_config(adapter["base_model_name_or_path"] if adapter else path)
+def vocabulary_rows(path, revision=None):
+    """How many tokens a model's config has embeddings for, of an adapter its base's; None where it does not say."""
+    config = models.read_base_config(path, revision)
     return config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
 
 
@@ -198,6 +198,7 @@ def rows_to_answer(config, train, held_out):
 def write_answers(common, config, tokenizer, train, held_out):
     """Puts the teacher's answers into the rows that want one, sampling those that are not in answers_dir yet."""
     import torch
+    from accelerate.utils import broadcast_object_list
 
     rows = rows_to_answer(config, train, held_out)
     if not rows:
@@ -213,8 +214,8 @@ def write_answers(common, config, tokenizer, train, held_out):
     held = "4bit" if in_4bit(common, config) else common.dtype
     folder = sampling.answers_folder(config.answers_dir, [*weights, held, tokenizer.eos_token_id], drawn)
     prompts = [row["prompt_ids"] for row in rows]
-    missing = sampling.missing_prompts(folder, prompts)
-    config.distributed_state.wait_for_everyone()  # all looked at the folder before one writes into it
+    # the main process looks for all: what another run writes meanwhile, or another node's copy of the teacher, is else
+    folder, missing = broadcast_object_list([folder, sampling.missing_prompts(folder, prompts)])
     say(f"answers   {len(missing)} to sample, {len({*map(tuple, prompts)}) - len(missing)} in {folder} already")
     if missing:
         with models.unsharded():

@@ -48,7 +48,7 @@ def prepare_rows(rows, tokenizer, columns, max_length, max_prompt=lambda values:
             limited = "max_prompt_length" if columns == PROMPT else "max_length"
             prepared.dropped.append((where, f"prompt longer than {limited}", values))
         elif len(tokenize(tokenizer, prompt)) > max_prompt(values):
-            prepared.dropped.append((where, "prompt leaves no room for max_completion_length", values))
+            prepared.dropped.append((where, "prompt leaves no room for an answer", values))
         else:
             if columns == ANSWERED:
                 row["completion_ids"] = row["completion_ids"][: limit - len(row["prompt_ids"])]
