@@ -57,7 +57,7 @@ def main():
     parser.add_argument("--new_tokens", type=int, default=128)
     parser.add_argument("--seq_tokens", type=int, default=32)
     parser.add_argument("--seq_epochs", type=int, default=3)
-    parser.add_argument("--kind_steps", type=int, default=24)
+    parser.add_argument("--kind_steps", type=int, default=16)
     parser.add_argument("--parts", nargs="+", default=["on_policy", "seq_kd", "memory", "kinds"])
     parser.add_argument("--side", choices=SIDES, help="(internal) one measurement")
     asked = parser.parse_args()
