@@ -90,7 +90,6 @@ FLAGS = [
     ("DPO", "--simpo_gamma 1", ["--simpo_gamma: no such flag for DPO. It is one of CPO, SimPO, CPOSimPO"]),
     ("DPO", "--zzz 1", [f"--zzz: no such flag for DPO. {HELP}"]),
     ("DPO", "--lora_ra 8", ["--lora_ra: no such flag for DPO. Did you mean --lora_rank?"]),
-    ("DPO", "--use_peft", ["--use_peft: no such flag for DPO. Did you mean --use_cpu?"]),
     (
         "DPO",
         "--lora_ra 8 --zzz 1",
