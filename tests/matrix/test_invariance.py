@@ -75,7 +75,7 @@ def assert_same(found, wanted, layout):
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("mode", ["full", "lora"])
-@pytest.mark.parametrize("name", [*METHODS, "GKD"])
+@pytest.mark.parametrize("name", [*METHODS, "KD"])
 def test_the_layout_does_not_change_the_training(name, mode, train):
     flags = WITHOUT_KL.get(name, [])
     wanted = train(name, mode, WHOLE, *flags)
