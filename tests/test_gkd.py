@@ -962,6 +962,15 @@ def test_a_teacher_that_cannot_teach_is_refused(change, problem, refused, pair, 
     assert refused(teacher=tmp_path / "teacher") == [f"--teacher_model_name_or_path {tmp_path / 'teacher'}: {problem}"]
 
 
+def test_a_teacher_that_is_an_adapter_without_its_base_is_refused(refused, pair, tmp_path):
+    folder = tmp_path / "adapter"
+    shutil.copytree(pair[1], folder)
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "task_type": "CAUSAL_LM"}))
+    assert refused(teacher=folder) == [
+        f"{folder}: its base model (unnamed) is not there. Set base_model_name_or_path in its adapter_config.json"
+    ]
+
+
 def test_a_teacher_of_another_tokenizer_is_refused_by_the_first_token_that_differs(refused, pair, tmp_path):
     shutil.copytree(pair[1], tmp_path / "teacher")
     file = tmp_path / "teacher" / "tokenizer.json"

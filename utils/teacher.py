@@ -47,7 +47,10 @@ def check_teacher(common, config):
         yield f"{flag}: a trained reward model, which scores and cannot answer. A teacher is a language model"
     adapter = models.read_adapter(path)
     if adapter:
-        yield from checks.check_adapter(path, adapter, "GKD", DISTILLATION["GKD"])
+        problems = checks.check_adapter(path, adapter, "GKD", DISTILLATION["GKD"])
+        yield from problems
+        if problems:
+            return  # what follows looks into its base
         if environment.engine() == "zero3" and not config.teacher_load_in_4bit:
             yield (
                 f"{flag}: an adapter, and zero3 holds its base in pieces, into which it cannot be merged. Type python "
