@@ -79,19 +79,14 @@ class SharedArgs:
 
 
 @dataclass
-class CommonArgs(SharedArgs):
-    """What train_rlhf.py takes."""
+class RewardArgs(SharedArgs):
+    """What a script takes in which answers are judged."""
 
-    rlhf_type: str = field(
-        default="DPO", metadata={"help": "The method, a row of rlhf_args/methods.py, in any letter case."}
-    )
-
-    # ── rewards, for the methods that learn from one ─────────────────────────────────────────────────────────────────
     reward_model_path: str | None = field(
         default=None,
         metadata={
-            "help": "A trained reward model that scores the policy's answers: a folder, a Hub id, or an adapter made "
-            "by --rlhf_type Reward. It may be of another family than the policy: it reads text, in its own template."
+            "help": "A trained reward model that scores the model's answers: a folder, a Hub id, or an adapter made "
+            "by --rlhf_type Reward. It may be of another family than the model: it reads text, in its own template."
         },
     )
     reward_funcs: list[str] | None = field(
@@ -100,4 +95,13 @@ class CommonArgs(SharedArgs):
             "help": "Functions that score answers, one or several, as FILE.py:FUNCTION, called as TRL calls them: "
             "data/rewards.py has one. Their sum is the reward, each by its --reward_weights."
         },
+    )
+
+
+@dataclass
+class CommonArgs(RewardArgs):
+    """What train_rlhf.py takes."""
+
+    rlhf_type: str = field(
+        default="DPO", metadata={"help": "The method, a row of rlhf_args/methods.py, in any letter case."}
     )

@@ -219,6 +219,19 @@ DISTILLATION = {
 }
 EVERY = METHODS | DISTILLATION
 
+# What rejection_sampling.py asks of its model, data and rewards. It trains by the rows of METHODS, if at all.
+REJECTION = Method(
+    title="Rejection sampling: sample, score, select",
+    source="arXiv 2304.06767, 2309.06657",
+    entry="rejection",
+    arguments="common_args:RewardArgs",
+    config="rlhf_args.rejection_config:RejectionConfig",
+    trainer="",
+    columns=PROMPT,
+    sample_data="data/prompts.jsonl",
+    sample_reward="data/rewards.py:brevity",
+)
+
 
 def find_method(name):
     """The table's own spelling of `name`, whatever its letter case; None where there is no such method."""

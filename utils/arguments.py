@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from common_args import CommonArgs
-from rlhf_args.methods import DISTILLATION, EVERY, METHODS, find_method, load
+from rlhf_args.methods import DISTILLATION, EVERY, METHODS, REJECTION, find_method, load
 from utils import environment
 from utils.checks import Refused, near_path, refuse_if
 
@@ -146,6 +146,28 @@ def parse(argv, name):
     return common, config
 
 
+def parse_rejection(argv):
+    """The flags of rejection sampling: (RewardArgs, RejectionConfig, words that are left for --then's method)."""
+    kinds = [load(REJECTION.arguments), load(REJECTION.config)]
+    kinds[1]._argument_group_name = "the flags of rejection sampling"
+    parser = make_parser(
+        kinds,
+        prog="rejection_sampling.py",
+        description=f"{REJECTION.title} ({REJECTION.source}).",
+        epilog="--then METHOD also takes that method's flags: `python train_rlhf.py --rlhf_type METHOD --help`.",
+    )
+    common, config, left = parser.parse_args_into_dataclasses(
+        argv, return_remaining_strings=True, look_for_args_file=False
+    )
+    known = {field.name for kind in kinds for field in fields(kind)}
+    problems = [no_such_flag(word, None, known) for word in left if word.startswith("--") and not config.then]
+    if left and not config.then and not problems:
+        problems = [f"{' '.join(left)}: not a flag. Every value follows its --flag"]
+    refuse_if(parser.problems + problems)
+    common.dtype = resolve_dtype(common.dtype, None, None, "rejection sampling", REJECTION)
+    return common, config, left
+
+
 def asks_help(words):
     return "--help" in words or "-h" in words
 
@@ -183,20 +205,21 @@ def flag_first(message):
 def no_such_flag(flag, name, known):
     bare = flag[2:].replace("-", "_")
     choice = f" --rlhf_type {name}" if name in METHODS else ""
+    script = f"train_{EVERY[name].entry}.py" if name else "rejection_sampling.py"
     others = [other for other, method in METHODS.items() if bare in {*flags_of(method), *dict(method.renamed)}]
     scripts = [m.entry for m in DISTILLATION.values() if bare in {*flags_of(m), *dict(m.renamed)} and not others]
     near = difflib.get_close_matches(bare, sorted(known), 1)
     if bare in ELSEWHERE:
         way_out = ELSEWHERE[bare]
     elif others:
-        way_out = f"It is one of {', '.join(others)}"
-    elif scripts and EVERY[name].entry not in scripts:
+        way_out = f"It is one of {', '.join(others)}" + ("" if name else ", for --then")
+    elif scripts and name not in DISTILLATION:
         way_out = f"It is one of train_{scripts[0]}.py"
     elif near:
         way_out = f"Did you mean --{near[0]}?"
     else:
-        way_out = f"`python train_{EVERY[name].entry}.py{choice} --help` lists them"
-    return f"{flag}: no such flag for {name}. {way_out}"
+        way_out = f"`python {script}{choice} --help` lists them"
+    return f"{flag}: no such flag for {name or 'rejection sampling'}. {way_out}"
 
 
 def flags_of(method):

@@ -81,60 +81,79 @@ def load_rows(train_paths, eval_paths, columns, name, max_samples=None, problems
 # ── checking and converting ──────────────────────────────────────────────────────────────────────────────────────────
 
 
+@dataclass
+class Pass:
+    """What one pass over raw rows came upon besides those that it made."""
+
+    kind: tuple = ()  # the columns that they are read by
+    problems: list = field(default_factory=list)
+    dropped: list = field(default_factory=list)  # (where, reason, values)
+    names: dict = field(default_factory=dict)  # of their columns
+    parts: set = field(default_factory=set)  # of their messages
+    spoken: dict = field(default_factory=dict)  # {whether it is a chat: the first such row}
+    margins: dict = field(default_factory=dict)
+    types: dict = field(default_factory=dict)  # {further column: {type: the first such row}}
+
+
 def make_rows(rows, columns, notes, problems=()):
     """Checked rows of the method's own kind, and those that cannot be used: (rows, dropped).
 
     `dropped` is a list of (where, reason, values). Broken rows, and `problems` that reading found, raise Refused, the
     first 20 named and all counted.
     """
-    kind = find_kind(rows, columns)
-    if columns == PROMPT:  # a reward function is given every column of every row, None where a row has none
-        names = dict.fromkeys(name for _, values in rows for name in values)
-        rows = [(where, dict.fromkeys(names) | values) for where, values in rows]
-    problems, made, dropped, spoken, margins = list(problems), [], [], {}, {}
+    found = Pass(problems=list(problems))
+    made = list(walk(rows, columns, notes, found))
+    conclude(found, columns, notes)
+    return keep_apart(made) if columns == UNPAIRED and found.kind != UNPAIRED else made, found.dropped
+
+
+def walk(rows, columns, notes, found):
+    """Yields the rows that can be used, (where, converted); `rows` are gone over more than once."""
+    found.kind = find_kind(rows, columns)
+    found.names = {name: None for _, values in rows for name in values}
     for where, values in rows:
-        row_kind = kind
+        if columns == PROMPT:  # a reward function is given every column of every row, None where a row has none
+            values = found.names | values
+        row_kind = found.kind
         if columns == ANSWERED and values.get("prompt") is not None and values.get("completion") is None:
             row_kind = PROMPT  # whether an answer is needed hangs on the flags: teacher.check_distillation
+        messages = (message for name in found.kind if isinstance(values.get(name), list) for message in values[name])
         problem = check_row(values, row_kind, columns)
         if problem:
-            problems.append(f"{where}: {problem}")
+            found.problems.append(f"{where}: {problem}")
             continue
+        found.parts.update(part for message in messages for part in message)
         row = normalize(values, row_kind, notes)
         row = split_answer(row) if columns == ANSWERED else row
-        spoken.setdefault(is_chat(row), where)
-        margins.setdefault("margin" in row, where)
+        found.spoken.setdefault(is_chat(row), where)
+        found.margins.setdefault("margin" in row, where)
+        for name in found.names if columns == PROMPT else ():
+            if name != "prompt" and values[name] is not None:
+                found.types.setdefault(name, {}).setdefault(say_type(values[name]), where)
         reason = useless(row, columns)
         if reason:
-            dropped.append((where, reason, values))
+            found.dropped.append((where, reason, values))
         else:
-            made += [(where, converted) for converted in convert(row, columns, values)]
+            yield from ((where, converted) for converted in convert(row, columns, values))
+
+
+def conclude(found, columns, notes):
+    """Raises Refused where rows are broken or do not go together; notes what is not used of them."""
+    problems, spoken, margins = found.problems, found.spoken, found.margins
     if len(spoken) == 2:
         problems.append(f"{spoken[True]} is a chat and {spoken[False]} is plain text. One run takes one of the two")
     if len(margins) == 2 and columns == RANKED:
         problems.append(f'{margins[False]}: no "margin", and {margins[True]} has one. All rows have one, or none has')
-    if columns == PROMPT:
-        problems += check_further(rows)
+    problems += check_further(found.types)
     refuse_rows(problems)
-    if columns == UNPAIRED and kind != UNPAIRED:
-        made = keep_apart(made)
-    extra = sorted({name for _, values in rows for name in values} - {n for k in ACCEPTED[columns] for n in k})
-    extra = [name for name in extra if name != "margin"]
+    extra = sorted(found.names.keys() - {name for kind in ACCEPTED[columns] for name in kind} - {"margin"})
     if extra and columns == PROMPT:
         notes.append(f"columns that the reward functions are given: {', '.join(extra)}")
     elif extra:
         notes.append(f"columns not used: {', '.join(extra)}")
-    messages = (
-        message
-        for _, values in rows
-        for name in kind
-        if isinstance(values.get(name), list)
-        for message in values[name]
-    )
-    parts = sorted({part for message in messages for part in message} - {"role", "content"})
+    parts = sorted(found.parts - {"role", "content"})
     if parts:
         notes.append(f"of the messages only role and content are used, not {', '.join(parts)}")
-    return made, dropped
 
 
 def find_kind(rows, columns):
@@ -179,14 +198,9 @@ def check_row(values, kind, columns):
     return None
 
 
-def check_further(rows):
+def check_further(types):
     """Problems of the columns beside the prompt, which reward functions are given: names of TRL, mixed types."""
-    kinds = {}
-    for where, values in rows:
-        for name, value in values.items():
-            if value is not None and name != "prompt":
-                kinds.setdefault(name, {}).setdefault(say_type(value), where)
-    for name, found in kinds.items():
+    for name, found in types.items():
         if name in RESERVED:
             yield f'{next(iter(found.values()))}: a column "{name}", which TRL uses itself. Rename it'
         elif len(found) > 1:

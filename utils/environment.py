@@ -88,6 +88,22 @@ def offloads():
     return os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none") != "none"
 
 
+def local_device():
+    """The torch device of this process, of those on its node."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if has_gpu() else "cpu"
+
+
+def wait_for_everyone():
+    """Until every process is here, be it days: they share the work, and only then look at what came of it."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        import datetime
+
+        from accelerate import PartialState
+
+        cpu = {} if has_gpu() else {"cpu": True, "backend": "gloo"}
+        PartialState(timeout=datetime.timedelta(days=7), **cpu).wait_for_everyone()
+
+
 def processes_asked():
     """How many processes utils/launch.py, or accelerate launch itself, was asked for, on all nodes together."""
     return int(os.environ.get("LAUNCH_PROCESSES") or os.environ.get("WORLD_SIZE") or 1)

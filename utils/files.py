@@ -6,6 +6,7 @@ Standard library only, but for parquet (pyarrow) and Hub ids (datasets), so that
 import csv
 import glob
 import io
+import itertools
 import json
 import logging
 import re
@@ -52,30 +53,55 @@ def is_data(path):
     return is_ending(path) and path.is_file()
 
 
+class FileRows:
+    """The rows of files, (where, values) each, read anew at every pass so that a long file need not be held.
+
+    After a pass `notes` are for the reader, `problems` what could not be read. Raises Refused where there is no file.
+    """
+
+    def __init__(self, paths, flag, limit=None):
+        self.files, self.limit = find_files(paths, flag), limit
+
+    def __iter__(self):
+        self.notes, self.problems = [], []
+        return itertools.islice(self.read(), self.limit)
+
+    def read(self):
+        for file in self.files:
+            rows, problems = 0, len(self.problems)
+            try:
+                read = READERS.get(Path(file).suffix.lower(), read_hub)
+                for line, values in read(file, self.notes, self.problems):
+                    where = f"{file}:{line}"
+                    if isinstance(values, dict):
+                        rows += 1
+                        yield where, values
+                    else:
+                        self.problems.append(f"{where}: {say_type(values)}, not an object with columns")
+            except UnicodeDecodeError:
+                self.problems.append(say_not_utf8(file))
+            except OSError as error:
+                self.problems.append(f"{file}: {error.strerror or error}")
+            if not rows and len(self.problems) == problems:
+                self.problems.append(f"{file}: no rows in it")
+
+
 def read_rows(paths, flag):
     """All rows of the files, with where they stand, notes for the reader, and what cannot be read.
 
     (rows, notes, problems). Raises Refused where there is no such file.
     """
-    rows, notes, problems = [], [], []
-    for file in find_files(paths, flag):
-        before = len(rows), len(problems)
-        try:
-            read = READERS.get(Path(file).suffix.lower(), read_hub)
-            for line, values in read(file, notes, problems):
-                where = f"{file}:{line}"
-                if isinstance(values, dict):
-                    rows.append((where, values))
-                else:
-                    problems.append(f"{where}: {say_type(values)}, not an object with columns")
-        except UnicodeDecodeError as error:
-            line = error.object.count(b"\n", 0, error.start) + 1
-            problems.append(f"{file}:{line}: not UTF-8 (byte {error.start}). Save the file as UTF-8")
-        except OSError as error:
-            problems.append(f"{file}: {error.strerror or error}")
-        if (len(rows), len(problems)) == before:
-            problems.append(f"{file}: no rows in it")
-    return rows, notes, problems
+    reader = FileRows(paths, flag)
+    rows = list(reader)
+    return rows, reader.notes, reader.problems
+
+
+def say_not_utf8(file):
+    try:
+        Path(file).read_bytes().decode()
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        return f"{file}:{line}: not UTF-8 (byte {error.start}). Save the file as UTF-8"
 
 
 def read_text(file):
@@ -83,17 +109,19 @@ def read_text(file):
 
 
 def read_jsonl(file, notes, problems):
-    text = read_text(file)
-    if text.lstrip().startswith("[") and not has_json_line(text):
-        notes.append(f"{file} is one JSON array, not a line a row; read as that")
-        yield from parse_json(file, text, problems)
-        return
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except ValueError as error:
-                problems.append(f"{file}:{number}: not valid JSON ({error.msg}, column {error.colno})")
+    with open(file, encoding="utf-8-sig") as lines:
+        first = next((line for line in lines if line.strip()), "")
+        if first.lstrip().startswith("[") and not has_json_line(text := read_text(file)):
+            notes.append(f"{file} is one JSON array, not a line a row; read as that")
+            yield from parse_json(file, text, problems)
+            return
+        lines.seek(0)
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    yield number, json.loads(line.rstrip("\n"))
+                except ValueError as error:
+                    problems.append(f"{file}:{number}: not valid JSON ({error.msg}, column {error.colno})")
 
 
 def has_json_line(text):

@@ -87,30 +87,62 @@ def answer_prompts(model, tokenizer, prompts, sampling, folder, batch_size, what
     state.wait_for_everyone()
 
 
-def sample(model, tokenizer, prompts, sampling):
-    """One answer to each of a few prompts, as lists of token ids; an answer ends with its end of turn, or is cut."""
+def sample(model, tokenizer, prompts, sampling, seeds=None):
+    """One answer to each of a few prompts, as lists of token ids; an answer ends with its end of turn, or is cut.
+
+    `seeds`: a number a prompt; unset, one that its tokens give. The draws hang on it alone: in whatever batch and
+    process an answer is sampled it is the same, up to the rounding of its logits.
+    """
     import torch
     from transformers import GenerationConfig
 
+    seeds = seeds or [seed_of(sampling.seed, ids) for ids in prompts]
     width, device = max(map(len, prompts)), model.device
     ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
     ends = model.generation_config.eos_token_id
     config = model.generation_config = GenerationConfig(  # what is not said here is not taken from the model either
         max_new_tokens=sampling.max_new_tokens,
-        do_sample=sampling.temperature > 0,
+        do_sample=False,  # the last processor has chosen
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=ends,
         use_cache=True,
         suppress_tokens=nameless_tokens(model, tokenizer) or None,
-        **(drawn if sampling.temperature > 0 else {}),
     )
-    torch.manual_seed(int(prompt_key([sampling.seed, *prompts[0]])[:8], 16))  # wherever the batch is sampled
+    choice = choose_seeded(sampling, seeds, width, device) if sampling.temperature > 0 else []
     with torch.no_grad():
-        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, width:]
+        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=choice)
     ends = {ends} if isinstance(ends, int) else set(ends)
-    return [cut_at_end(row, ends) for row in out.tolist()]
+    return [cut_at_end(row, ends) for row in out[:, width:].tolist()]
+
+
+def seed_of(*what):
+    """63 bits that name `what`."""
+    return int(hashlib.sha256(json.dumps(what).encode()).hexdigest()[:15], 16)
+
+
+def choose_seeded(sampling, seeds, width, device):
+    """The logits processors that warp as transformers does, then draw each row's token by its own random numbers.
+
+    One uniform number a token, and the token at which the cumulated probabilities pass it.
+    """
+    import torch
+    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    numbers = [torch.Generator().manual_seed(seed) for seed in seeds]
+    drawn = torch.stack([torch.rand(sampling.max_new_tokens, generator=g, dtype=torch.float64) for g in numbers])
+    drawn = drawn.to(device)  # (B, max_new_tokens)
+
+    def draw(ids, scores):
+        cumulated = scores.double().softmax(-1).cumsum(-1)  # (B, vocabulary)
+        drawn_at = drawn[:, ids.shape[1] - width, None] * cumulated[:, -1:]
+        token = torch.searchsorted(cumulated, drawn_at, right=True)
+        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+
+    warpers = [TemperatureLogitsWarper(sampling.temperature)]
+    warpers += [TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
+    warpers += [TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
+    return LogitsProcessorList([*warpers, draw])
 
 
 def nameless_tokens(model, tokenizer, shared=None):

@@ -1,0 +1,133 @@
+"""The report of a scored pool: the reward of best-of-n against n with what it costs in KL, lengths, duplicates."""
+
+import collections
+import json
+import math
+import random
+import statistics
+from pathlib import Path
+
+SHOWN = 10_000  # answers drawn at random for histogram and scatter; the means are over all
+
+
+def best_of(scores):
+    """[the mean of the best of n, for n from 1 to N] over all ways to draw n of these N scores.
+
+    The i-th lowest is the best of C(i - 1, n - 1) of the C(N, n) draws. Source: the estimator of pass@k, arXiv
+    2107.03374, for scores; exact, where keeping the first n of the N would be one draw of many.
+    """
+    ranked, total = sorted(scores), len(scores)
+    return [
+        math.fsum(score * math.comb(place, n - 1) for place, score in enumerate(ranked)) / math.comb(total, n)
+        for n in range(1, total + 1)
+    ]
+
+
+def kl_bound(n):
+    """At most so far, in nats, is best-of-n from the model that it draws from (arXiv 2401.01879)."""
+    return math.log(n) - (n - 1) / n
+
+
+class Pool:
+    """Sums over prompts, one at a time; of the answers a random share is kept for the picture."""
+
+    def __init__(self, samples, seed):
+        self.samples, self.random = samples, random.Random(seed)
+        self.curve, self.full = [0.0] * samples, 0
+        self.prompts = self.answers = self.cut = self.failed = 0
+        self.scores, self.shown = 0.0, []
+        self.dropped, self.gone = collections.Counter(), collections.Counter()
+
+    def add(self, answers, why, gone):
+        """The scored answers to one prompt, why nothing of it was chosen (or None), and what `choose` left out."""
+        self.prompts += 1
+        self.dropped[why] += why is not None
+        self.gone.update(gone)
+        sampled = [answer for answer in answers if answer["sample"] < self.samples]
+        scored = [answer for answer in sampled if "failed" not in answer]
+        self.failed += sum("failed" in answer for answer in answers)
+        if len(scored) == self.samples:
+            self.full += 1
+            best = best_of([answer["score"] for answer in scored])
+            self.curve = [have + more for have, more in zip(self.curve, best, strict=True)]
+        for answer in scored:
+            self.answers += 1
+            self.cut += not answer["ended"]
+            self.scores += answer["score"]
+            point = answer["score"], answer["tokens"] or len(answer["completion"].split())
+            if len(self.shown) < SHOWN:
+                self.shown.append(point)
+            elif (place := self.random.randrange(self.answers)) < SHOWN:
+                self.shown[place] = point
+
+    def report(self, counts):
+        """What report.json holds; `counts`: rows written by file."""
+        scores, lengths = [s for s, _ in self.shown], [n for _, n in self.shown]
+        varies = len(set(scores)) > 1 and len(set(lengths)) > 1
+        curve = [
+            {"n": n, "reward": total / self.full, "kl_bound": kl_bound(n)}
+            for n, total in enumerate(self.curve, 1)
+            if self.full
+        ]
+        return {
+            "prompts": self.prompts,
+            "answers": self.answers,
+            "mean_reward": self.scores / self.answers if self.answers else None,
+            "best_of_n": curve,
+            "prompts_in_best_of_n": self.full,
+            "failed": self.failed,
+            "cut": self.cut,
+            "left_out": {reason: count for reason, count in self.gone.items() if count},
+            "prompts_dropped": {reason: count for reason, count in self.dropped.items() if count},
+            "score_length_correlation": statistics.correlation(scores, lengths) if varies else None,
+            "written": counts,
+        }
+
+
+def say_report(found, say):
+    """The lines that a run ends with."""
+    curve = found["best_of_n"]
+    if curve:
+        shown = [point for point in curve if point["n"] & (point["n"] - 1) == 0 or point is curve[-1]]
+        say("best of   " + "".join(f"{point['n']:>9}" for point in shown))
+        say("reward    " + "".join(f"{point['reward']:>9.4f}" for point in shown))
+        say("KL bound  " + "".join(f"{point['kl_bound']:>9.4f}" for point in shown))
+    left = ", ".join(f"{count} {reason}" for reason, count in found["left_out"].items()) or "none"
+    dropped = ", ".join(f"{count} {reason}" for reason, count in found["prompts_dropped"].items()) or "none"
+    mean = "none" if found["mean_reward"] is None else f"{found['mean_reward']:.4f}"
+    say(f"scored    {found['answers']} sampled answers to {found['prompts']} prompts, mean reward {mean}")
+    if found["cut"]:
+        say(
+            f"cut       {found['cut']} answers, at --max_new_tokens: they can be rejected, but not chosen (--keep_cut)"
+        )
+    say(f"left out  answers: {left}; prompts: {dropped}")
+
+
+def draw(folder, found, shown):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(15, 4), layout="constrained")
+    curve = found["best_of_n"]
+    left.plot([point["n"] for point in curve], [point["reward"] for point in curve], marker="o", label="reward")
+    left.set_xlabel("n")
+    left.set_title("reward of best-of-n")
+    bound = left.twinx()
+    bound.plot([p["n"] for p in curve], [p["kl_bound"] for p in curve], color="gray", linestyle="--")
+    bound.set_ylabel("KL bound log n - (n - 1)/n, nats (dashed)")
+    scores, lengths = [score for score, _ in shown], [length for _, length in shown]
+    middle.hist(scores, bins=40)
+    middle.set_title(f"score of {len(shown)} of {found['answers']} answers")
+    right.scatter(lengths, scores, s=8, alpha=0.5)
+    right.set_xlabel("answer tokens")
+    r = found["score_length_correlation"]
+    right.set_title("score and length" + ("" if r is None else f": correlation {r:+.2f}"))
+    figure.savefig(Path(folder) / "report.png", dpi=120)
+    pyplot.close(figure)
+
+
+def write_report(folder, found):
+    file = Path(folder) / "report.json"
+    file.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

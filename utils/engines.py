@@ -1,0 +1,141 @@
+"""Who answers prompts: the model through transformers or vLLM, or a server that speaks OpenAI's API.
+
+An engine has `batch`, how many answers it takes at once unless told, and complete(requests): for each (prompt, seed)
+{"completion": text, "tokens": how many, "ended": by itself or cut}, or {"failed": reason}.
+"""
+
+from utils import environment, models, sampling, text
+from utils.server import GivenUp, Server
+from utils.summary import say
+
+
+class Transformers:
+    """The model on this process' device; an answer does not depend on the batch that it is sampled in."""
+
+    batch = 64
+
+    def __init__(self, common, config, tokenizer):
+        import torch
+
+        self.tokenizer = tokenizer
+        self.drawn = sampling.Sampling(
+            config.max_new_tokens, config.temperature, config.top_p, config.top_k, config.seed
+        )
+        self.model = models.load_model(
+            common.model_name_or_path,
+            task="CAUSAL_LM",
+            dtype=common.dtype,
+            tokenizer=tokenizer,
+            seed=config.seed,
+            revision=common.model_revision,
+            attn_implementation=common.attn_implementation,
+            trust_remote_code=config.trust_remote_code,
+            adapter="merge",
+        )
+        self.model = self.model.to(environment.local_device()).eval().requires_grad_(False)
+        self.out_of_memory = torch.OutOfMemoryError
+
+    def complete(self, requests):
+        prompts, seeds = [self.tokens(prompt) for prompt, _ in requests], [seed for _, seed in requests]
+        answers, start = [], 0
+        size = len(requests) if self.fits is None else self.fits
+        while start < len(requests):
+            part = slice(start, start + size)
+            try:
+                answers += sampling.sample(self.model, self.tokenizer, prompts[part], self.drawn, seeds[part])
+                start += size
+            except self.out_of_memory:
+                if size == 1:
+                    raise
+                size = self.fits = (size + 1) // 2
+                say(f"\nnote      out of memory: {size} answers at once from here on (--generate_batch_size)")
+        ends = self.model.generation_config.eos_token_id
+        ends = {ends} if isinstance(ends, int) else set(ends)
+        return [self.line(ids, bool(ids) and ids[-1] in ends) for ids in answers]
+
+    fits = None  # how many answers the memory holds at once, once that is known
+
+    def tokens(self, prompt):
+        return text.tokenize(self.tokenizer, text.render(self.tokenizer, {"prompt": prompt})[0])
+
+    def line(self, ids, ended):
+        return {
+            "completion": self.tokenizer.decode(ids, skip_special_tokens=True).strip(),
+            "tokens": len(ids),
+            "ended": ended,
+        }
+
+
+class Vllm:
+    """The model through vLLM, in one process on one GPU."""
+
+    batch = 1024
+
+    def __init__(self, common, config, tokenizer):
+        from vllm import LLM, SamplingParams
+
+        self.tokenizer = tokenizer
+        self.llm = LLM(
+            model=common.model_name_or_path,
+            revision=common.model_revision,
+            dtype=common.dtype,
+            seed=config.seed,
+            trust_remote_code=config.trust_remote_code,
+        )
+        stop = [tokenizer.eos_token_id]
+        self.params = lambda seed: SamplingParams(
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+            max_tokens=config.max_new_tokens,
+            seed=seed % 2**31,
+            stop_token_ids=stop,
+        )
+
+    def complete(self, requests):
+        prompts = [{"prompt_token_ids": Transformers.tokens(self, prompt)} for prompt, _ in requests]
+        found = self.llm.generate(prompts, [self.params(seed) for _, seed in requests], use_tqdm=False)
+        answers = [one.outputs[0] for one in found]
+        return [
+            {
+                "completion": answer.text.strip(),
+                "tokens": len(answer.token_ids),
+                "ended": answer.finish_reason == "stop",
+            }
+            for answer in answers
+        ]
+
+
+class OpenAI:
+    """A server's model; it applies its own template."""
+
+    batch = 64
+
+    def __init__(self, common, config, tokenizer):
+        self.server = Server(
+            config.api_base_url,
+            config.api_model,
+            config.api_key_variable,
+            concurrency=config.api_concurrency,
+            timeout=config.api_timeout,
+            retries=config.api_retries,
+        )
+        self.drawn = {
+            "temperature": config.temperature,
+            "top_p": config.top_p,
+            "max_tokens": config.max_new_tokens,
+        }
+
+    def complete(self, requests):
+        def sampling_of(seed):
+            return lambda attempt: self.drawn | {"seed": seed % 2**31}
+
+        found = self.server.ask_all([(prompt, self.read, sampling_of(seed)) for prompt, seed in requests])
+        return [{"failed": str(one)} if isinstance(one, GivenUp) else one for one in found]
+
+    @staticmethod
+    def read(written, tokens, ended):
+        return {"completion": written.strip(), "tokens": tokens, "ended": ended}
+
+
+ENGINES = {"transformers": Transformers, "vllm": Vllm, "openai": OpenAI}

@@ -1,0 +1,226 @@
+"""The folder of a rejection sampling: prompts, and lines keyed by prompt and sample that outlive a kill at any moment.
+
+prompts.jsonl is written once, whole. completions.jsonl and scores.jsonl stand in order of prompt and sample; what is
+new is appended to files of its own in NAME.parts/, a batch in one write, and merged into them when a stage ends. No
+list of all lines is ever held: two numbers a sample say where its line is.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+import random
+import shutil
+import time
+from pathlib import Path
+
+import numpy
+
+from utils import data, environment, text
+from utils.checks import Refused
+
+LOCK_SECONDS = 20  # that a run which is being killed may take to be gone
+
+
+class Prompts:
+    """prompts.jsonl by number: {"where", "tokens", "prompt", "further"}; `numbers` are those that this run takes."""
+
+    def __init__(self, file, eval_fraction, held_out, seed):
+        lengths, tokens = [], []
+        with open(file, "rb") as handle:
+            for line in handle:
+                lengths.append(len(line))
+                tokens.append(json.loads(line)["tokens"])
+        self.handle = open(file, "rb")
+        self.offsets = numpy.cumsum([0, *lengths[:-1]], dtype=numpy.int64)
+        self.tokens = numpy.array(tokens, dtype=numpy.int32)
+        held = set(random.Random(seed).sample(range(len(tokens)), count_held(len(tokens), eval_fraction)))
+        self.numbers = numpy.array([n for n in range(len(tokens)) if (n in held) == held_out], dtype=numpy.int64)
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def __getitem__(self, number):
+        self.handle.seek(self.offsets[number])
+        return json.loads(self.handle.readline())
+
+
+def count_held(prompts, fraction):
+    """How many prompts are held out: one at least of a share above 0, and one is left."""
+    return min(max(round(prompts * fraction), 1), prompts - 1) if fraction else 0
+
+
+def write_prompts(file, rows, notes, tokenizer=None, system=None, longest=None):
+    """Writes the prompts of `rows` (utils.files.FileRows), each once, and those that cannot be used beside them.
+
+    (prompts, dropped, duplicates), two numbers and a data.Pass. `file` None: nothing is written. Raises Refused.
+    `longest`: tokens that a prompt may have.
+    """
+    from rlhf_args.methods import PROMPT
+
+    found, seen, count, duplicates = data.Pass(), set(), 0, 0
+    part = Path(f"{file}.part") if file else Path(os.devnull)
+    with open(part, "w", encoding="utf-8") as handle:
+        for where, values in data.walk(rows, PROMPT, notes, found):
+            prompt = values["prompt"]
+            if system and isinstance(prompt, list) and prompt[0]["role"] not in ("system", "developer"):
+                prompt = [{"role": "system", "content": system}, *prompt]
+            key = text_key(prompt, values["further"])
+            if key in seen:
+                duplicates += 1
+                continue
+            seen.add(key)
+            if tokenizer and not count and not duplicates:
+                notes += text.fit_tokenizer(tokenizer, chat=isinstance(prompt, list))
+            try:
+                tokens = len(prompt_ids(tokenizer, prompt)) if tokenizer else len(data.text_of(prompt))
+            except Exception as error:  # noqa: BLE001  templates raise what they like
+                found.problems.append(f"{where}: the chat template refuses it ({text.say_error(error)})")
+                continue
+            if longest is not None and tokens > longest:
+                found.dropped.append((where, "prompt leaves no room for an answer", values))
+                continue
+            line = {"where": where, "tokens": tokens, "prompt": prompt, "further": values["further"]}
+            handle.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+            count += 1
+    found.problems += rows.problems
+    try:
+        data.conclude(found, PROMPT, notes)
+    except Refused:
+        if file:
+            part.unlink()
+        raise
+    if file:
+        os.replace(part, file)
+    return count, found, duplicates
+
+
+def prompt_ids(tokenizer, prompt):
+    return text.tokenize(tokenizer, text.render(tokenizer, {"prompt": prompt})[0])
+
+
+def text_key(*values):
+    written = json.dumps(values, sort_keys=True, ensure_ascii=False, default=str)
+    return int.from_bytes(hashlib.sha256(written.encode()).digest()[:8], "little")
+
+
+class Lines:
+    """The lines of one stage, {"prompt": number, "sample": number, ...}; those with "failed" are done again."""
+
+    def __init__(self, folder, name, prompts, samples):
+        self.file, self.parts = Path(folder) / f"{name}.jsonl", Path(folder) / f"{name}.parts"
+        self.shape, self.handle = (prompts, samples), None
+
+    def files(self):
+        return [*([self.file] if self.file.exists() else []), *sorted(self.parts.glob("*.jsonl"))]
+
+    def find(self):
+        """(places, done), both (prompts, samples): where a line is (file and offset), -1 for nowhere; if it is sound.
+
+        The last sound line of a sample counts. One that a kill cut short is not there.
+        """
+        places, done = numpy.full(self.shape, -1, dtype=numpy.int64), numpy.zeros(self.shape, dtype=bool)
+        for number, file in enumerate(self.files()):
+            offset = 0
+            with open(file, "rb") as handle:
+                for line in handle:
+                    if line.endswith(b"\n"):
+                        values = json.loads(line)
+                        key, sound = (values["prompt"], values["sample"]), "failed" not in values
+                        if sound or not done[key]:
+                            places[key], done[key] = number << 44 | offset, sound
+                    offset += len(line)
+        return places, done
+
+    def append(self, lines):
+        """Keeps a batch: all of it, or after a kill in this very moment none or its first lines."""
+        if self.handle is None:
+            self.parts.mkdir(parents=True, exist_ok=True)
+            rank = os.environ.get("RANK", 0)
+            self.handle = open(self.parts / f"{time.time_ns()}-{rank}-{os.getpid()}.jsonl", "ab", buffering=0)
+        self.handle.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+        os.fsync(self.handle.fileno())
+
+    def merge(self):
+        """Brings all lines in order into one file, in one move."""
+        if self.handle:
+            self.handle.close()
+            self.handle = None
+        if self.parts.exists():
+            places, part = self.find()[0], Path(f"{self.file}.part")
+            with contextlib.ExitStack() as stack:
+                sources = [stack.enter_context(open(file, "rb")) for file in self.files()]
+                whole = stack.enter_context(open(part, "wb"))
+                for place in places[places >= 0].tolist():  # row by row: in order of prompt and sample
+                    source = sources[place >> 44]
+                    source.seek(place & (1 << 44) - 1)
+                    whole.write(source.readline())
+                whole.flush()
+                os.fsync(whole.fileno())
+            os.replace(part, self.file)
+            shutil.rmtree(self.parts)
+        elif not self.file.exists():
+            self.file.touch()
+
+    def groups(self):
+        """(prompt number, its lines) in order, of what was merged."""
+        with open(self.file, encoding="utf-8") as handle:
+            yield from (
+                (number, list(lines))
+                for number, lines in itertools.groupby(map(json.loads, handle), key=lambda line: line["prompt"])
+            )
+
+
+# ── what the folder was made with ────────────────────────────────────────────────────────────────────────────────────
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """One run at a time; the main process holds the folder. Raises Refused where another has it."""
+    if not environment.is_main():
+        yield
+        return
+    with open(Path(folder) / ".lock", "a+", encoding="utf-8") as handle:
+        until = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    handle.seek(0)
+                    raise Refused(
+                        [f"--output_dir {folder}: process {handle.read()} is at work in it. Wait, or end it"]
+                    ) from None
+                time.sleep(0.5)
+        handle.truncate(0)
+        handle.write(str(os.getpid()))
+        handle.flush()
+        yield
+
+
+def read_settings(folder):
+    file = Path(folder) / "settings.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def compare_settings(folder, stage, wanted, way_out):
+    """Problems of a stage whose lines in `folder` were made with other settings, each named."""
+    kept = read_settings(folder).get(stage)
+    if kept is None:
+        return
+    for name in sorted(kept.keys() | wanted.keys()):
+        if kept.get(name) != wanted.get(name):
+            yield (
+                f"--output_dir {folder}: holds a run with {name} {json.dumps(kept.get(name), ensure_ascii=False)}, "
+                f"and this one has {json.dumps(wanted.get(name), ensure_ascii=False)}. {way_out}"
+            )
+
+
+def keep_settings(folder, stage, wanted):
+    settings = read_settings(folder) | {stage: wanted}
+    part = Path(folder) / "settings.json.part"
+    part.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(part, Path(folder) / "settings.json")

@@ -1,0 +1,204 @@
+"""Rounds of sampling, scoring, selecting and training, each from the last one's model: RAFT with --then SFT, iterative
+DPO with --then DPO.
+
+Each part is a command of its own, started by utils/launch.py, that goes on where it was stopped; so does the whole.
+"""
+
+import ctypes
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+from rlhf_args.methods import PROMPT, find_method
+from utils import data, files, pool, selection
+from utils.checks import Failed, Refused
+from utils.rejection import TRAINING, check
+from utils.summary import say
+
+PLAIN = ("auto", "cpu", "single_gpu", "multi_gpu")  # launches under which each process holds a whole model
+
+
+def run(common, config, words):
+    """Exit status of all rounds. `words`: the flags of the training method, given with the others."""
+    method, folder = find_method(config.then), Path(config.output_dir)
+    file = selection.file_for(method)
+    config.write = [*config.write, *({file} - {*config.write})]
+    check_training(common, config, method, file, words)
+    if common.check:
+        return check(common, config)
+    if common.overwrite_output_dir and folder.is_dir():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with pool.locked(folder):
+        model, rows = common.model_name_or_path, [{"round": 0, "model": common.model_name_or_path}]
+        measured = bool(common.eval_fraction or common.eval_data_path)
+        if measured:
+            rows[0]["held_out_reward"] = measure(common, config, model, folder / "held-out-0")
+        for number in range(1, config.rounds + 1):
+            here = folder / f"round-{number}"
+            say(f"\nround     {number} of {config.rounds}: sample from {model}, then {method}")
+            sample(common, config, here, model_name_or_path=model)
+            path = selection.path_of(here, file, config.chunk_size)
+            found = json.loads((here / "report.json").read_text(encoding="utf-8"))
+            if not found["written"][file]:
+                raise Failed(f"{path}: nothing was selected to train on; {here}/report.json says why")
+            trained = here / method
+            if not (trained / "run_card.json").exists():
+                start(
+                    train_command(common, config, method, model, path, trained, words), f"{method} of round {number}"
+                )
+            model = str(trained)
+            row = {"round": number, "model": model, "sampled_reward": found["mean_reward"]}
+            row |= {"best_reward": found["best_of_n"][-1]["reward"]} if found["best_of_n"] else {}
+            row |= {"rows": found["written"][file]}
+            if measured:
+                row["held_out_reward"] = measure(common, config, model, folder / f"held-out-{number}")
+            rows.append(row)
+            (folder / "rounds.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        say_table(rows, config.num_completions)
+        say(f"\nresult    {model}")
+        say(f"chat      python -m utils.chat {model}")
+    return 0
+
+
+def say_table(rows, samples):
+    titles = {
+        "round": "round",
+        "sampled_reward": "sampled",
+        "best_reward": f"best of {samples}",
+        "rows": "rows",
+        "held_out_reward": "held out",
+        "model": "model",
+    }
+    titles = {name: title for name, title in titles.items() if any(name in row for row in rows)}
+    say("\n" + "  ".join(f"{title:>9}" for title in titles.values()))
+    for row in rows:
+        cells = (row.get(name, "") for name in titles)
+        say("  ".join(f"{cell:>9.4f}" if isinstance(cell, float) else f"{cell:>9}" for cell in cells))
+    say(
+        "          (mean rewards: of what the round sampled from its model before training; of the new model's answers"
+    )
+    say(
+        "          to held-out prompts)"
+        if "held_out_reward" in titles
+        else "          --eval_fraction 0.1 would measure)"
+    )
+
+
+# ── the parts ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def sample(common, config, folder, **changed):
+    """One rejection sampling into `folder`, by flags that differ from this run's own in `changed`."""
+    given = {name: value for args in (common, config) for name, value in differing(args).items()}
+    own = {"then", "rounds", "overwrite_output_dir", "check", *TRAINING}
+    flags = {name: value for name, value in given.items() if name not in own}
+    flags |= {"output_dir": str(folder), **changed}
+    launch = os.environ.get("LAUNCH", "auto")
+    env = {"LAUNCH": launch if launch in PLAIN else "auto"}
+    command = [sys.executable, "-m", "utils.launch", "rejection_sampling.py", *as_words(flags)]
+    start((command, env), f"the sampling into {folder}")
+
+
+def measure(common, config, model, folder):
+    """The mean reward of a model's answers to the held-out prompts."""
+    if common.eval_data_path:
+        where = {"train_data_path": common.eval_data_path, "eval_data_path": None, "max_samples": None}
+    else:
+        where = {"held_out_prompts": True}
+    if config.engine == "openai":
+        where |= {"engine": "transformers", "api_model": None}
+    say(f"\nheld out  {model} answers the held-out prompts")
+    sample(common, config, folder, model_name_or_path=model, stages=["generate,score"], **where)
+    with open(folder / "scores.jsonl", encoding="utf-8") as lines:
+        scores = [line["score"] for line in map(json.loads, lines) if "score" in line]
+    if not scores:
+        raise Failed(f"{folder}: none of the held-out answers has a score")
+    return statistics.fmean(scores)
+
+
+def train_command(common, config, method, model, path, output_dir, words):
+    """rlhf_run.sh on a file, with this run's own flags of training: (command, environment)."""
+    env = {
+        "RLHF_TYPE": method,
+        "TRAIN_MODE": common.train_mode,
+        "MODEL": model,
+        "TRAIN_DATA": path,
+        "OUTPUT_DIR": str(output_dir),
+        "EVAL_FRACTION": "0",
+        "PYTHON": sys.executable,
+    }
+    given = differing(common)
+    kept = (*TRAINING[1:], "dtype", "attn_implementation", "max_drop_fraction")
+    flags = {name: given[name] for name in kept if name in given}
+    flags |= {"seed": config.seed} | ({"trust_remote_code": True} if config.trust_remote_code else {})
+    if common.model_revision and model == common.model_name_or_path:
+        flags["model_revision"] = common.model_revision
+    return ["bash", "rlhf_run.sh", *as_words(flags), *words], env
+
+
+def check_training(common, config, method, file, words):
+    """Lets the training check itself on a few rows of the kind that it will get, before anything is sampled."""
+    rows = files.FileRows(common.train_data_path, "--train_data_path", 8)
+    made, _ = data.make_rows(list(rows), PROMPT, [])
+    good, bad = (
+        [{"completion": word, "sample": 0, "score": score, "scores": {}}] for word, score in (("a", 1), ("b", 0))
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.jsonl"
+        with open(path, "w", encoding="utf-8") as handle:
+            for _, values in made:
+                for row, _ in selection.rows_of(file, values["prompt"], good, bad, config):
+                    handle.write(json.dumps(row) + "\n")
+        command, env = train_command(
+            common, config, method, common.model_name_or_path, str(path), f"{folder}/out", words
+        )
+        done = subprocess.run(
+            [*command, "--check"],
+            env={**os.environ, **env},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    if done.returncode:
+        said = [line.removeprefix("refused: ") for line in done.stderr.splitlines() if line.startswith("refused: ")]
+        raise Refused([f"--then {method}: {line}" for line in said or [done.stderr.strip()]])
+
+
+def start(part, what):
+    """Runs a part to its end. Raises Failed where it fails."""
+    command, env = part
+    status = subprocess.call(command, env={**os.environ, **env}, preexec_fn=end_with_parent)
+    if status:
+        raise Failed(f"{what} ended with status {status}. The same command goes on from there")
+
+
+def end_with_parent():
+    """A killed run is not to leave a part at work behind that the next one would meet."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def differing(args):
+    """{name: value} of the fields of a dataclass that are not at their defaults."""
+    found = {}
+    for one in fields(args):
+        default = one.default if one.default_factory is MISSING else one.default_factory()
+        if getattr(args, one.name) != default:
+            found[one.name] = getattr(args, one.name)
+    return found
+
+
+def as_words(flags):
+    words = []
+    for name, value in flags.items():
+        if value is not None:
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return words

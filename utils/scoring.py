@@ -1,0 +1,104 @@
+"""What judges the completions of a rejection sampling, and how much each judge weighs."""
+
+import asyncio
+import inspect
+import math
+from pathlib import Path
+
+from utils import judge as llm_judge, reward_models, rewards
+from utils.server import GivenUp
+
+AT_ONCE = 64  # answers, or a little more: scored and kept together
+
+
+def name_scorers(common, config):
+    """The names of what judges, in the order of --reward_weights."""
+    names = [spec.rpartition(":")[2] for spec in common.reward_funcs or ()]
+    names += [Path(common.reward_model_path).name] if common.reward_model_path else []
+    return names + ([config.judge_model] if config.judge_model else [])
+
+
+class Scorers:
+    """Reward functions, a reward model and an LLM judge. A score is their weighted sum; without one there is none."""
+
+    def __init__(self, common, config, rows, tokenizer, device):
+        self.tokenizer, self.judge = tokenizer, None
+        self.functions = rewards.load_functions(common.reward_funcs, rows, tokenizer or no_tokens)
+        if common.reward_model_path:
+            model = reward_models.load_reward_model(
+                common.reward_model_path,
+                rows,
+                common.dtype,
+                device,
+                config.score_batch_size,
+                config.trust_remote_code,
+            )
+            reward_models.try_reward_model(model, rows, common.dtype)
+            self.functions.append(model)
+        if config.judge_model:
+            self.judge = llm_judge.Judge(config)
+        self.names = name_scorers(common, config)
+        self.weights = config.reward_weights or [1.0] * len(self.names)
+
+    def score(self, prompts, groups):
+        """Score lines for groups of completion lines; `prompts`: their lines of prompts.jsonl."""
+        lines = [(row, line) for row, group in zip(prompts, groups, strict=True) for line in group]
+        columns = [self.call(function, lines) for function in self.functions]
+        if self.judge:
+            asked = [
+                (row["prompt"], [line["completion"] for line in group])
+                for row, group in zip(prompts, groups, strict=True)
+            ]
+            columns.append([score for scores in self.judge.score(asked) for score in scores])
+        return [self.line(line, found) for (_, line), *found in zip(lines, *columns, strict=True)]
+
+    def call(self, function, lines):
+        from transformers import TrainerState
+
+        prompts = [row["prompt"] for row, _ in lines]
+        completions = [as_completion(row["prompt"], line["completion"]) for row, line in lines]
+        tokenize = self.tokenizer or no_tokens
+        kwargs = {name: [row["further"].get(name) for row, _ in lines] for name in lines[0][0]["further"]}
+        kwargs |= {"trainer_state": TrainerState(), "log_extra": lambda *_: None, "log_metric": lambda *_: None}
+        ids = [tokenize(line["completion"])["input_ids"] for _, line in lines]
+        found = function(prompts=prompts, completions=completions, completion_ids=ids, **kwargs)
+        return asyncio.run(found) if inspect.iscoroutine(found) else found
+
+    def line(self, line, found):
+        key = {"prompt": line["prompt"], "sample": line["sample"]}
+        failed = next((score for score in found if isinstance(score, GivenUp)), None)
+        if failed is not None:
+            return key | {"failed": str(failed)}
+        scores = {n: s for n, s in zip(self.names, found, strict=True) if s is not None}
+        if not scores:
+            return key | {"failed": "no reward function applies to it"}
+        total = math.fsum(w * s for w, s in zip(self.weights, found, strict=True) if s is not None)
+        return key | {"score": total, "scores": scores}
+
+
+def no_tokens(text):
+    """In place of a tokenizer where a server answers: a function that looks at completion_ids fails in one line."""
+    return {"input_ids": None}
+
+
+def as_completion(prompt, written):
+    """A completion as reward functions get it: of a chat a list of one message."""
+    return [{"role": "assistant", "content": written}] if isinstance(prompt, list) else written
+
+
+def chunk_groups(groups):
+    """Groups of completion lines, [(prompt number, lines)], so many that about AT_ONCE answers are scored at once."""
+    chunk, count = [], 0
+    for number, group in groups:
+        chunk.append((number, group))
+        count += len(group)
+        if count >= AT_ONCE:
+            yield chunk
+            chunk, count = [], 0
+    if chunk:
+        yield chunk
+
+
+def as_rows(prompts):
+    """Lines of prompts.jsonl as the rows that rewards are tried on."""
+    return [(row["where"], {"prompt": row["prompt"], "further": row["further"]}) for row in prompts]

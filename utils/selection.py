@@ -1,0 +1,143 @@
+"""From one scored pool the files that train_rlhf.py reads: which answers are good, which bad, and what is written."""
+
+import collections
+import contextlib
+import itertools
+import json
+import os
+import shutil
+from pathlib import Path
+
+from rlhf_args.methods import METHODS
+from utils.scoring import as_completion
+
+FILES = ("SFT", "DPO", "KTO", "Reward")  # each the data of all methods with its columns
+TINY = 1e-12  # by more than this the chosen answer of a pair is the better one
+
+
+def file_for(method):
+    """Which of FILES a method of train_rlhf.py trains on; None: it samples itself."""
+    return next((name for name in FILES if METHODS[name].columns == METHODS[method].columns), None)
+
+
+def candidates(completions, scores):
+    """(prompt number, its scored answers) in order, from the groups of both; {"failed": True} where one has none."""
+    scored = iter(scores)
+    ahead = next(scored, None)
+    for number, group in completions:
+        found = {}
+        while ahead is not None and ahead[0] <= number:
+            found = {line["sample"]: line for line in ahead[1]} if ahead[0] == number else {}
+            ahead = next(scored, None)
+        yield number, [{**line, **found.get(line["sample"], {"failed": "not scored"})} for line in group]
+
+
+def choose(answers, config):
+    """(good, bad, why nothing was chosen or None, how many answers fell away by reason) of one prompt.
+
+    Both best first, good against bad in pairs: the best good one with the worst bad one, and so on. An answer that was
+    cut at max_new_tokens never ended: it can be bad, and good only with keep_cut.
+    """
+    gone, ranked, seen = collections.Counter(), [], set()
+    for answer in answers:
+        written = answer.get("completion")
+        reason = (
+            "failed" if "failed" in answer else "empty" if not written else "duplicate" if written in seen else None
+        )
+        seen.add(written)
+        gone[reason] += reason is not None
+        if reason is None:
+            ranked.append(answer)
+    ranked.sort(key=lambda answer: (-answer["score"], answer["sample"]))
+    ended = [answer for answer in ranked if answer["ended"] or config.keep_cut]
+    if not ended:
+        return [], [], "no answer that ended", gone
+    if config.select == "threshold":
+        good = [answer for answer in ended if answer["score"] >= config.threshold]
+        bad = [answer for answer in ranked if answer["score"] < config.threshold]
+        return good, bad, None if good else "none reaches the threshold", gone
+    best, worst = ranked[0]["score"], ranked[-1]["score"]
+    if best == worst and (len(ranked) > 1 or gone["duplicate"]):
+        return [], [], "all answers equal", gone
+    if config.select == "pairs" and (len(ranked) < 2 or ended[0]["score"] - worst < max(config.min_margin, TINY)):
+        return [], [], "no pair of that margin", gone
+    take = config.select_k if config.select == "top_k" else 1
+    good = ended[:take]
+    return good, [answer for answer in ranked if answer not in good][-take:], None, gone
+
+
+def rows_of(name, prompt, good, bad, config):
+    """The rows of one prompt for the file `name`: (row, which answers it is made of)."""
+    pairs = [
+        (chosen, rejected)
+        for chosen, rejected in zip(good, reversed(bad), strict=False)
+        if chosen["score"] - rejected["score"] >= max(config.min_margin, TINY)
+    ]
+    if name in ("DPO", "Reward"):
+        for chosen, rejected in pairs:
+            sides = {"chosen": chosen, "rejected": rejected}
+            texts = {side: as_completion(prompt, answer["completion"]) for side, answer in sides.items()}
+            yield {"prompt": prompt, **texts}, {side: traced(answer) for side, answer in sides.items()}
+    elif name == "KTO":
+        for label, answers in ((True, good), (False, bad)):
+            for answer in answers:
+                completion = as_completion(prompt, answer["completion"])
+                yield {"prompt": prompt, "completion": completion, "label": label}, traced(answer)
+    else:
+        for answer in good:
+            completion = as_completion(prompt, answer["completion"])
+            chat = isinstance(prompt, list)
+            row = {"messages": prompt + completion} if chat else {"prompt": prompt, "completion": completion}
+            yield row, traced(answer)
+
+
+def traced(answer):
+    """Which answer it was and what it was worth."""
+    return {name: answer[name] for name in ("sample", "score", "scores")}
+
+
+class Files:
+    """Rows by file name, moved to their places in `folder` when all are written."""
+
+    def __init__(self, folder, names, chunk_size):
+        self.folder, self.chunk_size = Path(folder), chunk_size
+        self.counts = dict.fromkeys(names, 0)
+        self.handles, self.made = {}, Path(folder) / "selected.part"
+
+    def __enter__(self):
+        shutil.rmtree(self.made, ignore_errors=True)
+        self.made.mkdir()
+        self.stack = contextlib.ExitStack()
+        for name in self.counts:
+            self.open(name)
+        return self
+
+    def open(self, name):
+        file = self.made / path_of("", name, self.chunk_size)
+        if self.chunk_size:
+            file.mkdir(exist_ok=True)
+            file /= f"{self.counts[name] // self.chunk_size:05d}.jsonl"
+        if name in self.handles:
+            self.handles[name].close()
+        self.handles[name] = self.stack.enter_context(open(file, "w", encoding="utf-8"))
+
+    def add(self, name, row):
+        if self.chunk_size and self.counts[name] and self.counts[name] % self.chunk_size == 0:
+            self.open(name)
+        self.handles[name].write(json.dumps(row, ensure_ascii=False) + "\n")
+        self.counts[name] += 1
+
+    def __exit__(self, kind, error, trace):
+        self.stack.close()
+        if kind is None:
+            for name, chunked in itertools.product(FILES, (None, 1)):  # of an earlier selection
+                old = Path(path_of(self.folder, name, chunked))
+                shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+            for made in sorted(self.made.iterdir()):
+                os.replace(made, self.folder / made.name)
+        shutil.rmtree(self.made)
+
+
+def path_of(folder, name, chunk_size):
+    """Where the rows of `name` are: one file, or a folder of files of chunk_size rows."""
+    return str(Path(folder) / (name.lower() if chunk_size else f"{name.lower()}.jsonl"))
