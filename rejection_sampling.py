@@ -12,7 +12,6 @@ Exit status: as train_rlhf.py; 1 also where more than --max_failed_fraction of t
 import sys
 from pathlib import Path
 
-from rlhf_args.methods import REJECTION
 from utils import arguments, checks, training
 
 
@@ -53,11 +52,9 @@ def parse_and_check(argv):
     """Flags, folders and templates. What needs no library is refused within a second, so that comes first."""
     words = arguments.expand(argv)
     common, config, left = arguments.parse_rejection(words)
-    from utils import rejection
+    from utils import rejection_checks
 
-    problems = rejection.check_flags(common, config, words)
-    problems += checks.check_common(common, "Rejection sampling", REJECTION) if rejection.needs_model(config) else []
-    checks.refuse_if([*problems, *rejection.check_output_dir(common, config)])
+    checks.refuse_if(rejection_checks.check_flags(common, config, words))
     return common, config, left
 
 

@@ -19,7 +19,8 @@ from pathlib import Path
 from rlhf_args.methods import PROMPT, find_method
 from utils import data, files, pool, selection
 from utils.checks import Failed, Refused
-from utils.rejection import TRAINING, check
+from utils.rejection import check
+from utils.rejection_checks import TRAINING
 from utils.summary import say
 
 PLAIN = ("auto", "cpu", "single_gpu", "multi_gpu")  # launches under which each process holds a whole model

@@ -1,0 +1,252 @@
+"""What a rejection sampling refuses before anything is sampled, and what it compares with an earlier run's folder."""
+
+import hashlib
+import os
+from pathlib import Path
+
+from rlhf_args.methods import METHODS, REJECTION, find_method
+from utils import checks, environment, files, judge, models, pool, sampling, scoring, selection
+
+STAGES = ("generate", "score", "select")
+TRAINING = ("train_mode", "use_dora", "lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules")
+
+
+def needs_model(config):
+    """Whether the model's folder is read: to sample from it, or to train it."""
+    return "generate" in config.stages and config.engine != "openai" or bool(config.then)
+
+
+def check_flags(common, config, words):
+    """Problems of the flags of rejection sampling, all of them."""
+    problems = [*check_generation(common, config)] if "generate" in config.stages else []
+    problems += check_scorers(common, config) if "score" in config.stages else []
+    problems += check_selection(config)
+    unknown = [stage for stage in config.stages if stage not in STAGES]
+    if unknown or not config.stages:
+        problems.append(f"--stages {','.join(config.stages)}: takes {', '.join(STAGES)}, some or all")
+    if not 0 <= config.max_failed_fraction <= 1:
+        problems.append(f"--max_failed_fraction {config.max_failed_fraction:g}: a share from 0 to 1")
+    if "generate" in config.stages:
+        problems += check_data(common, config)
+    if environment.engine():
+        problems.append(f"LAUNCH={environment.engine()}: each process samples with a whole model. Type LAUNCH=auto")
+    if config.then:
+        problems += check_then(config)
+    else:
+        given = [name for name in TRAINING if f"--{name}" in words]
+        problems += [f"--{name}: nothing is trained without --then. Leave it out" for name in given]
+        if config.rounds != 1:
+            problems.append(f"--rounds {config.rounds}: a round ends with a training. Add --then DPO (or another)")
+    if needs_model(config):
+        problems += checks.check_common(common, "Rejection sampling", REJECTION)
+    return problems + check_output_dir(common, config)
+
+
+def check_data(common, config):
+    if not common.train_data_path and not needs_model(config):
+        yield f"--train_data_path: missing. Type --train_data_path {REJECTION.sample_data} to try"
+    for flag, paths in (("--train_data_path", common.train_data_path), ("--eval_data_path", common.eval_data_path)):
+        try:
+            files.find_files(paths or (), flag)
+        except checks.Refused as refusal:
+            yield from refusal.problems
+    if common.eval_data_path and not config.then:
+        yield "--eval_data_path: measures what --then trains. Leave it out, or add --then"
+
+
+def check_generation(common, config):
+    if config.num_completions < 1:
+        yield f"--num_completions {config.num_completions}: 1 or more"
+    if config.max_new_tokens < 1:
+        yield f"--max_new_tokens {config.max_new_tokens}: 1 or more"
+    if not config.temperature >= 0:
+        yield f"--temperature {config.temperature:g}: 0 (the likeliest token) or more"
+    elif config.temperature == 0 and config.num_completions > 1:
+        yield (
+            f"--temperature 0 with --num_completions {config.num_completions}: the same answer so many times. Type "
+            "--temperature 1, or --num_completions 1"
+        )
+    if not 0 < config.top_p <= 1:
+        yield f"--top_p {config.top_p:g}: above 0, up to 1"
+    if config.top_k < 0:
+        yield f"--top_k {config.top_k}: 0 (all tokens) or more"
+    if config.generate_batch_size is not None and config.generate_batch_size < 1:
+        yield f"--generate_batch_size {config.generate_batch_size}: 1 or more"
+    if config.engine == "openai":
+        if not config.api_base_url:
+            yield "--engine openai: no server. Type --api_base_url http://localhost:8000/v1"
+        if not config.api_model:
+            yield "--engine openai: which of the server's models? Type --api_model NAME"
+        if config.top_k:
+            yield "--top_k with --engine openai: its API has no such field. Leave it out; --top_p it has"
+        yield from check_server(config, config.api_key_variable)
+    else:
+        for name in ("api_base_url", "api_model"):
+            if getattr(config, name) and not (name == "api_base_url" and config.judge_model):
+                yield f"--{name}: is for --engine openai, and this is {config.engine}. Add --engine openai"
+    if config.engine == "vllm":
+        yield from (problem.replace("--use_vllm", "--engine vllm") for problem in checks.check_vllm())
+        if environment.processes_asked() > 1:
+            yield "--engine vllm with several processes: one engine is one process here. Type NUM_PROCESSES=1"
+        path = common.model_name_or_path
+        if path and models.read_adapter(path):
+            yield f"--engine vllm: {path} is an adapter. Type python -m utils.merge_lora {path} MERGED, and give that"
+        if config.then and common.train_mode != "full":
+            yield f"--engine vllm with --then and --train_mode {common.train_mode}: it takes no adapter. Type full"
+
+
+def check_server(config, variable):
+    if not os.environ.get(variable):
+        yield f"{variable} is not set: the server's key. Type export {variable}=...; a local server takes any word"
+    if config.api_concurrency < 1:
+        yield f"--api_concurrency {config.api_concurrency}: 1 or more"
+    if not config.api_timeout > 0:
+        yield f"--api_timeout {config.api_timeout:g}: seconds, above 0"
+    if config.api_retries < 0:
+        yield f"--api_retries {config.api_retries}: 0 or more"
+
+
+def check_scorers(common, config):
+    names = scoring.name_scorers(common, config)
+    if not names:
+        yield (
+            f"no scorer: what is a good answer? Type --reward_funcs {REJECTION.sample_reward} to try, "
+            "--reward_model_path FOLDER or --judge_model NAME"
+        )
+    elif common.reward_funcs or common.reward_model_path:
+        yield from checks.check_rewards(common, "Rejection sampling", REJECTION)
+    if config.judge_model and config.judge_model in names[:-1]:
+        yield f"two rewards are called {config.judge_model}. Rename one"
+    if config.reward_weights and len(config.reward_weights) != len(names):
+        yield f"--reward_weights: {len(config.reward_weights)} of them for {len(names)} rewards. Give each its weight"
+    if not all(abs(weight) < float("inf") for weight in config.reward_weights or ()):
+        yield f"--reward_weights {' '.join(map(str, config.reward_weights))}: finite numbers"
+    if config.score_batch_size < 1:
+        yield f"--score_batch_size {config.score_batch_size}: 1 or more"
+    if not config.judge_model:
+        for name in ("judge_template", "judge_base_url"):
+            if getattr(config, name):
+                yield f"--{name}: without --judge_model there is no judge. Type --judge_model NAME"
+        return
+    if not (config.judge_base_url or config.api_base_url):
+        yield "--judge_model: no server. Type --judge_base_url http://localhost:8000/v1"
+    yield from check_server(config, config.judge_key_variable or config.api_key_variable)
+    yield from judge.check_template(config.judge_template or judge.TEMPLATES[config.judge_mode], config.judge_mode)
+    if len(config.judge_scale) != 2 or not config.judge_scale[0] < config.judge_scale[1]:
+        yield f"--judge_scale {' '.join(map(str, config.judge_scale))}: the least number and the highest, like 1 10"
+    candidates = config.num_completions + bool(config.reference_column)
+    if config.judge_mode == "pick" and not 2 <= candidates <= len(judge.LABELS):
+        yield f"--judge_mode pick: picks of 2 to {len(judge.LABELS)} answers, and there are {candidates}"
+
+
+def check_selection(config):
+    for name in config.write:
+        if name not in selection.FILES:
+            yield f"--write {name}: takes {', '.join(selection.FILES)}"
+    if (config.select == "threshold") != (config.threshold is not None):
+        yield "--select threshold and --threshold NUMBER belong together: give both, or neither"
+    if config.select_k < 1:
+        yield f"--select_k {config.select_k}: 1 or more"
+    if not config.min_margin >= 0:
+        yield f"--min_margin {config.min_margin:g}: 0 or more"
+    if config.chunk_size is not None and config.chunk_size < 1:
+        yield f"--chunk_size {config.chunk_size}: 1 or more rows a file"
+
+
+def check_then(config):
+    name = find_method(config.then)
+    able = [method for method in METHODS if selection.file_for(method)]
+    if name not in able:
+        why = "it samples for itself, with --rlhf_type" if name else "no such method"
+        yield f"--then {config.then}: {why}. It takes {', '.join(able)}"
+    if config.rounds < 1:
+        yield f"--rounds {config.rounds}: 1 or more"
+    if config.rounds > 1 and config.engine == "openai":
+        yield "--rounds with --engine openai: the server's model would be the same in each. Type --rounds 1"
+    if name == "Reward" and config.rounds > 1:
+        yield "--then Reward with --rounds: a reward model cannot answer in the next round. Type --rounds 1"
+    if set(config.stages) != set(STAGES):
+        yield f"--then with --stages {','.join(config.stages)}: it needs all of them. Leave --stages out"
+
+
+def check_output_dir(common, config):
+    if not config.output_dir:
+        return ["--output_dir: missing. A folder for the answers, scores and files"]
+    folder = Path(config.output_dir)
+    if folder.is_file():
+        return [f"--output_dir {folder}: a file of that name is there. Name a folder"]
+    above = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        return [f"--output_dir {folder}: nothing can be written in {above}. Name another folder"]
+    ours = any((folder / trace).exists() for trace in ("settings.json", "prompts.jsonl.part", ".lock", "rounds.json"))
+    if folder.is_dir() and any(folder.iterdir()) and not ours:
+        return [f"--output_dir {folder}: holds files that no rejection sampling made. Name another folder"]
+    if config.then or common.overwrite_output_dir:
+        return []  # of a round's folder its own run looks
+    if "generate" not in config.stages and not (folder / "completions.jsonl").exists():
+        return [f"--output_dir {folder}: no completions in it. Add generate to --stages"]
+    if config.stages == ["select"] and not (folder / "scores.jsonl").exists():
+        return [f"--output_dir {folder}: no scores in it. Add score to --stages"]
+    return [*compare(common, config, folder)]
+
+
+# ── what a folder was made with ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def compare(common, config, folder):
+    """Problems of going on in a folder that was made with other settings."""
+    anew = "Name another --output_dir, or add --overwrite_output_dir to start afresh"
+    if "generate" in config.stages and (folder / "prompts.jsonl").exists():
+        yield from pool.compare_settings(folder, "generate", generation_settings(common, config), anew)
+    if "score" in config.stages and any(folder.glob("scores.*")):
+        anew = f"Name another --output_dir, or rm -r {folder}/scores.* to score the same answers anew"
+        yield from pool.compare_settings(folder, "score", score_settings(common, config), anew)
+
+
+def generation_settings(common, config):
+    """All that an answer depends on."""
+    model = {"model": common.model_name_or_path, "model_revision": common.model_revision, "dtype": common.dtype}
+    model |= {"weights": hash_short(str(weights_of(common.model_name_or_path, common.model_revision)))}
+    server = {"api_base_url": config.api_base_url, "api_model": config.api_model}
+    names = (
+        "engine", "num_completions", "temperature", "top_p", "top_k", "max_new_tokens", "max_prompt_length",
+        "system_prompt", "reference_column", "seed", "held_out_prompts",
+    )  # fmt: skip
+    found = files.find_files(common.train_data_path, "--train_data_path")
+    return {
+        **{name: getattr(config, name) for name in names},
+        **(server if config.engine == "openai" else model),
+        "data": {file: hash_file(file) for file in found},
+        "max_samples": common.max_samples,
+        "eval_fraction": common.eval_fraction,
+    }
+
+
+def weights_of(path, revision):
+    adapter = models.read_adapter(path)
+    base = [adapter["base_model_name_or_path"], adapter.get("revision")] if adapter else None
+    return [sampling.describe_weights(path, revision), base and sampling.describe_weights(*base)]
+
+
+def score_settings(common, config):
+    functions = {spec: hash_file(spec.rpartition(":")[0]) for spec in common.reward_funcs or ()}
+    found = {"reward_funcs": functions, "reward_weights": config.reward_weights}
+    if common.reward_model_path:
+        weights = hash_short(str(weights_of(common.reward_model_path, None)))
+        found |= {"reward_model_path": common.reward_model_path, "reward_model_weights": weights}
+    if config.judge_model:
+        template = config.judge_template or judge.TEMPLATES[config.judge_mode]
+        found |= {"judge_model": config.judge_model, "judge_mode": config.judge_mode}
+        found |= {"judge_template": hash_file(template), "judge_scale": config.judge_scale}
+    return found
+
+
+def hash_file(path):
+    if not Path(path).expanduser().is_file():
+        return None  # a Hub id
+    with open(Path(path).expanduser(), "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()[:12]
+
+
+def hash_short(text):
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
