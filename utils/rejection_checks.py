@@ -141,8 +141,8 @@ def check_scorers(common, config):
 
 def check_selection(config):
     for name in config.write:
-        if name not in selection.FILES:
-            yield f"--write {name}: takes {', '.join(selection.FILES)}"
+        if name not in selection.FILES.values():
+            yield f"--write {name}: takes {', '.join(selection.FILES.values())}"
     if (config.select == "threshold") != (config.threshold is not None):
         yield "--select threshold and --threshold NUMBER belong together: give both, or neither"
     if config.select_k < 1:
@@ -163,8 +163,8 @@ def check_then(config):
         yield f"--rounds {config.rounds}: 1 or more"
     if config.rounds > 1 and config.engine == "openai":
         yield "--rounds with --engine openai: the server's model would be the same in each. Type --rounds 1"
-    if name == "Reward" and config.rounds > 1:
-        yield "--then Reward with --rounds: a reward model cannot answer in the next round. Type --rounds 1"
+    if name and METHODS[name].task != "CAUSAL_LM" and config.rounds > 1:
+        yield f"--then {name} with --rounds: a reward model cannot answer in the next round. Type --rounds 1"
     if set(config.stages) != set(STAGES):
         yield f"--then with --stages {','.join(config.stages)}: it needs all of them. Leave --stages out"
 

@@ -43,7 +43,8 @@ class Scorers:
     def score(self, prompts, groups):
         """Score lines for groups of completion lines; `prompts`: their lines of prompts.jsonl."""
         lines = [(row, line) for row, group in zip(prompts, groups, strict=True) for line in group]
-        columns = [self.call(function, lines) for function in self.functions]
+        asked = self.columns(lines) if self.functions else {}
+        columns = [call(function, asked) for function in self.functions]
         if self.judge:
             asked = [
                 (row["prompt"], [line["completion"] for line in group])
@@ -52,17 +53,21 @@ class Scorers:
             columns.append([score for scores in self.judge.score(asked) for score in scores])
         return [self.line(line, found) for (_, line), *found in zip(lines, *columns, strict=True)]
 
-    def call(self, function, lines):
+    def columns(self, lines):
+        """What TRL gives reward functions, by keyword."""
         from transformers import TrainerState
 
-        prompts = [row["prompt"] for row, _ in lines]
-        completions = [as_completion(row["prompt"], line["completion"]) for row, line in lines]
-        tokenize = self.tokenizer or no_tokens
-        kwargs = {name: [row["further"].get(name) for row, _ in lines] for name in lines[0][0]["further"]}
-        kwargs |= {"trainer_state": TrainerState(), "log_extra": lambda *_: None, "log_metric": lambda *_: None}
-        ids = [tokenize(line["completion"])["input_ids"] for _, line in lines]
-        found = function(prompts=prompts, completions=completions, completion_ids=ids, **kwargs)
-        return asyncio.run(found) if inspect.iscoroutine(found) else found
+        written = [line["completion"] for _, line in lines]
+        further = {name: [row["further"].get(name) for row, _ in lines] for name in lines[0][0]["further"]}
+        return {
+            "prompts": [row["prompt"] for row, _ in lines],
+            "completions": [as_completion(row["prompt"], line["completion"]) for row, line in lines],
+            "completion_ids": (self.tokenizer or no_tokens)(written)["input_ids"],
+            "trainer_state": TrainerState(),
+            "log_extra": lambda *_: None,
+            "log_metric": lambda *_: None,
+            **further,
+        }
 
     def line(self, line, found):
         key = {"prompt": line["prompt"], "sample": line["sample"]}
@@ -76,9 +81,14 @@ class Scorers:
         return key | {"score": total, "scores": scores}
 
 
+def call(function, columns):
+    found = function(**columns)
+    return asyncio.run(found) if inspect.iscoroutine(found) else found
+
+
 def no_tokens(text):
     """In place of a tokenizer where a server answers: a function that looks at completion_ids fails in one line."""
-    return {"input_ids": None}
+    return {"input_ids": None if isinstance(text, str) else [None] * len(text)}
 
 
 def as_completion(prompt, written):

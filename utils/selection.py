@@ -8,16 +8,17 @@ import os
 import shutil
 from pathlib import Path
 
-from rlhf_args.methods import METHODS
+from rlhf_args.methods import METHODS, PAIR, PROMPT, RANKED, UNPAIRED
 from utils.scoring import as_completion
 
-FILES = ("SFT", "DPO", "KTO", "Reward")  # each the data of all methods with its columns
+# {columns: the first method that trains on them}, which names the file of such rows
+FILES = {method.columns: name for name, method in reversed(METHODS.items()) if method.columns != PROMPT}
 TINY = 1e-12  # by more than this the chosen answer of a pair is the better one
 
 
 def file_for(method):
-    """Which of FILES a method of train_rlhf.py trains on; None: it samples itself."""
-    return next((name for name in FILES if METHODS[name].columns == METHODS[method].columns), None)
+    """Which file a method of train_rlhf.py trains on; None: it samples itself."""
+    return FILES.get(METHODS[method].columns)
 
 
 def candidates(completions, scores):
@@ -73,12 +74,13 @@ def rows_of(name, prompt, good, bad, config):
         for chosen, rejected in zip(good, reversed(bad), strict=False)
         if chosen["score"] - rejected["score"] >= max(config.min_margin, TINY)
     ]
-    if name in ("DPO", "Reward"):
+    columns = METHODS[name].columns
+    if columns in (PAIR, RANKED):
         for chosen, rejected in pairs:
             sides = {"chosen": chosen, "rejected": rejected}
             texts = {side: as_completion(prompt, answer["completion"]) for side, answer in sides.items()}
             yield {"prompt": prompt, **texts}, {side: traced(answer) for side, answer in sides.items()}
-    elif name == "KTO":
+    elif columns == UNPAIRED:
         for label, answers in ((True, good), (False, bad)):
             for answer in answers:
                 completion = as_completion(prompt, answer["completion"])
@@ -130,7 +132,7 @@ class Files:
     def __exit__(self, kind, error, trace):
         self.stack.close()
         if kind is None:
-            for name, chunked in itertools.product(FILES, (None, 1)):  # of an earlier selection
+            for name, chunked in itertools.product(FILES.values(), (None, 1)):  # of an earlier selection
                 old = Path(path_of(self.folder, name, chunked))
                 shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
             for made in sorted(self.made.iterdir()):
