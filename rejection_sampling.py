@@ -1,7 +1,7 @@
 """Sample answers, score them, select the good ones: files that train_rlhf.py reads, and with --then a better model.
 
     bash rejection_run.sh                        the shipped job, through accelerate launch
-    bash rejection_run.sh --then DPO             and train on what came of it
+    bash rejection_run.sh --then DPO             and train on what comes of it
     python rejection_sampling.py --help          every flag
     python rejection_sampling.py --model_name_or_path MODEL --train_data_path data/prompts.jsonl \\
         --reward_funcs data/rewards.py:brevity --num_completions 8 --output_dir OUT
@@ -16,7 +16,7 @@ from utils import arguments, checks, training
 
 
 def main(argv=None):
-    return training.guard(run, sys.argv[1:] if argv is None else list(argv))
+    return training.guard(run, sys.argv[1:] if argv is None else list(argv), "The same command goes on from here")
 
 
 def run(argv):

@@ -84,7 +84,7 @@ class Pool:
         }
 
 
-def say_report(found, say):
+def say_report(found, keep_cut, say):
     """The lines that a run ends with."""
     curve = found["best_of_n"]
     if curve:
@@ -97,9 +97,8 @@ def say_report(found, say):
     mean = "none" if found["mean_reward"] is None else f"{found['mean_reward']:.4f}"
     say(f"scored    {found['answers']} sampled answers to {found['prompts']} prompts, mean reward {mean}")
     if found["cut"]:
-        say(
-            f"cut       {found['cut']} answers, at --max_new_tokens: they can be rejected, but not chosen (--keep_cut)"
-        )
+        kept = "and can be chosen (--keep_cut)" if keep_cut else "and can be rejected, not chosen (--keep_cut would)"
+        say(f"cut       {found['cut']} answers never ended, at --max_new_tokens, {kept}")
     say(f"left out  answers: {left}; prompts: {dropped}")
 
 

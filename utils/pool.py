@@ -53,7 +53,7 @@ def count_held(prompts, fraction):
 
 
 def write_prompts(file, rows, notes, tokenizer=None, system=None, longest=None):
-    """Writes the prompts of `rows` (utils.files.FileRows), each once, and those that cannot be used beside them.
+    """Writes the prompts of `rows` (utils.files.FileRows), each once.
 
     (prompts, dropped, duplicates), two numbers and a data.Pass. `file` None: nothing is written. Raises Refused.
     `longest`: tokens that a prompt may have.
@@ -65,7 +65,10 @@ def write_prompts(file, rows, notes, tokenizer=None, system=None, longest=None):
     with open(part, "w", encoding="utf-8") as handle:
         for where, values in data.walk(rows, PROMPT, notes, found):
             prompt = values["prompt"]
-            if system and isinstance(prompt, list) and prompt[0]["role"] not in ("system", "developer"):
+            if system and isinstance(prompt, str):
+                found.problems.append(f"{where}: plain text, and --system_prompt is for chats. Leave it out")
+                continue
+            if system and prompt[0]["role"] not in ("system", "developer"):
                 prompt = [{"role": "system", "content": system}, *prompt]
             key = text_key(prompt, values["further"])
             if key in seen:

@@ -21,6 +21,7 @@ from utils import (
     rejection_checks,
     rewards,
     sampling,
+    saves,
     scoring,
     selection,
     summary,
@@ -48,6 +49,8 @@ def opened(folder, common):
 
 def load_tokenizer(common, config):
     """The tokenizer of the model that answers; None where a server does, or the model is not asked for again."""
+    if not {"generate", "score"} & set(config.stages):
+        return None
     kept = pool.read_settings(config.output_dir or "").get("generate", {}) if "generate" not in config.stages else {}
     path = kept.get("model") or (common.model_name_or_path if config.engine != "openai" else None)
     if not path:
@@ -88,6 +91,8 @@ def check_prompts(common, config, file=None, tokenizer=None):
         raise checks.Refused([f"--eval_fraction {common.eval_fraction:g}: of one prompt nothing can be held out"])
     refused = ", ".join(f"{number} {reason}" for reason, number in data.count_reasons(found.dropped).items()) or "none"
     doubled = f"; {twice} repeated ones left out" if twice else ""
+    if file:
+        saves.prepare_output_dir(file.parent, False, found.dropped)
     return count, [f"prompts   {count}; refused: {refused}{doubled}", *(f"note      {note}" for note in notes)]
 
 
@@ -239,7 +244,7 @@ class Work:
         """Writes the files and the report from all that is scored; done anew each time, it takes seconds."""
         config, kept = self.config, pool.read_settings(self.folder)
         tally = best_of_n.Pool(self.samples, self.made_with["seed"])
-        origin = {name: self.made_with.get(name) for name in ("model", "api_model", "api_base_url", "engine")}
+        origin = {name: self.made_with.get(name) for name in ("model", "api_model", "engine")}
         origin = {name: value for name, value in origin.items() if value is not None}
         drawn = {name: self.made_with[name] for name in ("temperature", "top_p", "top_k", "max_new_tokens", "seed")}
         names = list(dict.fromkeys(config.write))
@@ -255,14 +260,13 @@ class Work:
         found = tally.report(out.counts) | {"select": config.select, "scored_by": kept.get("score")}
         best_of_n.write_report(self.folder, found)
         best_of_n.draw(self.folder, found, tally.shown)
-        best_of_n.say_report(found, summary.say)
+        best_of_n.say_report(found, config.keep_cut, summary.say)
         for name in names:
             path = selection.path_of(self.folder, name, config.chunk_size)
             summary.say(f"written   {path}: {out.counts[name]} rows")
-            if out.counts[name]:
+            if out.counts[name] and self.made_with.get("model"):
                 summary.say(
-                    f"train     RLHF_TYPE={name} MODEL={self.made_with.get('model') or 'MODEL'} TRAIN_DATA={path} "
-                    "bash rlhf_run.sh"
+                    f"train     RLHF_TYPE={name} MODEL={self.made_with['model']} TRAIN_DATA={path} bash rlhf_run.sh"
                 )
 
     def end(self):

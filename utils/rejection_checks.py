@@ -31,7 +31,7 @@ def check_flags(common, config, words):
     if environment.engine():
         problems.append(f"LAUNCH={environment.engine()}: each process samples with a whole model. Type LAUNCH=auto")
     if config.then:
-        problems += check_then(config)
+        problems += check_then(common, config)
     else:
         given = [name for name in TRAINING if f"--{name}" in words]
         problems += [f"--{name}: nothing is trained without --then. Leave it out" for name in given]
@@ -77,6 +77,8 @@ def check_generation(common, config):
             yield "--engine openai: no server. Type --api_base_url http://localhost:8000/v1"
         if not config.api_model:
             yield "--engine openai: which of the server's models? Type --api_model NAME"
+        if config.max_prompt_length:
+            yield "--max_prompt_length with --engine openai: the server counts the tokens, not we. Leave it out"
         if config.top_k:
             yield "--top_k with --engine openai: its API has no such field. Leave it out; --top_p it has"
         yield from check_server(config, config.api_key_variable)
@@ -153,7 +155,7 @@ def check_selection(config):
         yield f"--chunk_size {config.chunk_size}: 1 or more rows a file"
 
 
-def check_then(config):
+def check_then(common, config):
     name = find_method(config.then)
     able = [method for method in METHODS if selection.file_for(method)]
     if name not in able:
@@ -165,6 +167,12 @@ def check_then(config):
         yield "--rounds with --engine openai: the server's model would be the same in each. Type --rounds 1"
     if name and METHODS[name].task != "CAUSAL_LM" and config.rounds > 1:
         yield f"--then {name} with --rounds: a reward model cannot answer in the next round. Type --rounds 1"
+    held_out = common.eval_data_path or common.eval_fraction
+    if held_out and config.judge_mode == "pick" and scoring.name_scorers(common, config) == [config.judge_model]:
+        yield (
+            "--judge_mode pick with held-out prompts: what it gives the answers to a prompt always adds up to 1 and "
+            "measures no model. Type --judge_mode score, or --eval_fraction 0"
+        )
     if set(config.stages) != set(STAGES):
         yield f"--then with --stages {','.join(config.stages)}: it needs all of them. Leave --stages out"
 
@@ -205,9 +213,12 @@ def compare(common, config, folder):
 
 def generation_settings(common, config):
     """All that an answer depends on."""
-    model = {"model": common.model_name_or_path, "model_revision": common.model_revision, "dtype": common.dtype}
-    model |= {"weights": hash_short(str(weights_of(common.model_name_or_path, common.model_revision)))}
-    server = {"api_base_url": config.api_base_url, "api_model": config.api_model}
+    path, revision = common.model_name_or_path, common.model_revision
+    if config.engine == "openai":
+        asked = {"api_model": config.api_model}
+    else:
+        asked = {"model": path, "model_revision": revision, "dtype": common.dtype}
+        asked |= {"weights": hash_short(str(weights_of(path, revision)))}
     names = (
         "engine", "num_completions", "temperature", "top_p", "top_k", "max_new_tokens", "max_prompt_length",
         "system_prompt", "reference_column", "seed", "held_out_prompts",
@@ -215,7 +226,7 @@ def generation_settings(common, config):
     found = files.find_files(common.train_data_path, "--train_data_path")
     return {
         **{name: getattr(config, name) for name in names},
-        **(server if config.engine == "openai" else model),
+        **asked,
         "data": {file: hash_file(file) for file in found},
         "max_samples": common.max_samples,
         "eval_fraction": common.eval_fraction,

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from rlhf_args.methods import PROMPT, find_method
 from utils import data, files, pool, selection
-from utils.checks import Failed, Refused
+from utils.checks import Failed, Refused, refuse_if
 from utils.rejection import check
 from utils.rejection_checks import TRAINING
 from utils.summary import say
@@ -34,10 +34,15 @@ def run(common, config, words):
     check_training(common, config, method, file, words)
     if common.check:
         return check(common, config)
+    anew = "Name another --output_dir, or add --overwrite_output_dir to start afresh"
+    wanted = round_settings(common, config, method, words)
+    if not common.overwrite_output_dir:
+        refuse_if([*pool.compare_settings(folder, "rounds", wanted, anew)])
     if common.overwrite_output_dir and folder.is_dir():
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with pool.locked(folder):
+        pool.keep_settings(folder, "rounds", wanted)
         model, rows = common.model_name_or_path, [{"round": 0, "model": common.model_name_or_path}]
         measured = bool(common.eval_fraction or common.eval_data_path)
         if measured:
@@ -67,6 +72,17 @@ def run(common, config, words):
         say(f"\nresult    {model}")
         say(f"chat      python -m utils.chat {model}")
     return 0
+
+
+def round_settings(common, config, method, words):
+    """What finished rounds were selected and trained with, beside what their own folders say of their answers."""
+    selected = ("select", "select_k", "threshold", "min_margin", "keep_cut")
+    return {
+        "then": method,
+        **{name: getattr(config, name) for name in selected},
+        **{name: getattr(common, name) for name in TRAINING},
+        "flags of the training": " ".join(words),
+    }
 
 
 def say_table(rows, samples):
@@ -99,7 +115,7 @@ def say_table(rows, samples):
 def sample(common, config, folder, **changed):
     """One rejection sampling into `folder`, by flags that differ from this run's own in `changed`."""
     given = {name: value for args in (common, config) for name, value in differing(args).items()}
-    own = {"then", "rounds", "overwrite_output_dir", "check", *TRAINING}
+    own = {"then", "rounds", "eval_data_path", "overwrite_output_dir", "check", *TRAINING}
     flags = {name: value for name, value in given.items() if name not in own}
     flags |= {"output_dir": str(folder), **changed}
     launch = os.environ.get("LAUNCH", "auto")
@@ -111,11 +127,12 @@ def sample(common, config, folder, **changed):
 def measure(common, config, model, folder):
     """The mean reward of a model's answers to the held-out prompts."""
     if common.eval_data_path:
-        where = {"train_data_path": common.eval_data_path, "eval_data_path": None, "max_samples": None}
+        where = {"train_data_path": common.eval_data_path, "max_samples": None}
     else:
         where = {"held_out_prompts": True}
     if config.engine == "openai":
-        where |= {"engine": "transformers", "api_model": None}
+        where |= {"engine": "transformers", "api_model": None, "api_base_url": None}
+        where |= {"judge_base_url": config.judge_base_url or config.api_base_url} if config.judge_model else {}
     say(f"\nheld out  {model} answers the held-out prompts")
     sample(common, config, folder, model_name_or_path=model, stages=["generate,score"], **where)
     with open(folder / "scores.jsonl", encoding="utf-8") as lines:
@@ -177,6 +194,8 @@ def start(part, what):
     """Runs a part to its end. Raises Failed where it fails."""
     command, env = part
     status = subprocess.call(command, env={**os.environ, **env}, preexec_fn=end_with_parent)
+    if status == 2:
+        raise Refused([f"so {what} did not start"])
     if status:
         raise Failed(f"{what} ended with status {status}. The same command goes on from there")
 

@@ -117,7 +117,7 @@ def sample(model, tokenizer, prompts, sampling, seeds=None):
 
 
 def seed_of(*what):
-    """63 bits that name `what`."""
+    """60 bits that name `what`."""
     return int(hashlib.sha256(json.dumps(what).encode()).hexdigest()[:15], 16)
 
 

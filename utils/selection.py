@@ -64,7 +64,8 @@ def choose(answers, config):
         return [], [], "no pair of that margin", gone
     take = config.select_k if config.select == "top_k" else 1
     good = ended[:take]
-    return good, [answer for answer in ranked if answer not in good][-take:], None, gone
+    worse = [answer for answer in ranked if answer["score"] < good[-1]["score"]]
+    return good, worse[-take:], None, gone
 
 
 def rows_of(name, prompt, good, bad, config):

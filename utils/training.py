@@ -5,7 +5,7 @@ import sys
 from utils import checks, environment
 
 
-def guard(run, argv):
+def guard(run, argv, onward="--resume_from_checkpoint auto goes on from the newest checkpoint"):
     """Exit status of run(argv): 0 done, 2 refused, 1 failed in one line, 130 interrupted; another error is raised."""
     environment.calm_libraries()
     try:
@@ -16,7 +16,7 @@ def guard(run, argv):
         return 2
     except KeyboardInterrupt:
         if environment.is_main():
-            print("interrupted. --resume_from_checkpoint auto goes on from the newest checkpoint", file=sys.stderr)
+            print(f"interrupted. {onward}", file=sys.stderr)
         return 130
     except checks.Failed as error:
         environment.record_failure(error)
