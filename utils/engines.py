@@ -1,7 +1,7 @@
 """Who answers prompts: the model through transformers or vLLM, or a server that speaks OpenAI's API.
 
 An engine has `batch`, how many answers it takes at once unless told, and complete(requests): for each (prompt, seed)
-{"completion": text, "tokens": how many, "ended": by itself or cut}, or {"failed": reason}.
+{"completion": text, "tokens": how many, "ended": by itself or cut}, or {"failed": reason}. say_end() comes last.
 """
 
 from utils import environment, models, sampling, text
@@ -9,7 +9,12 @@ from utils.server import GivenUp, Server
 from utils.summary import say
 
 
-class Transformers:
+class Engine:
+    def say_end(self):
+        """Nothing to say, but of a server."""
+
+
+class Transformers(Engine):
     """The model on this process' device; an answer does not depend on the batch that it is sampled in."""
 
     batch = 64
@@ -66,7 +71,7 @@ class Transformers:
         }
 
 
-class Vllm:
+class Vllm(Engine):
     """The model through vLLM, in one process on one GPU."""
 
     batch = 1024
@@ -106,7 +111,7 @@ class Vllm:
         ]
 
 
-class OpenAI:
+class OpenAI(Engine):
     """A server's model; it applies its own template."""
 
     batch = 64
@@ -128,10 +133,13 @@ class OpenAI:
 
     def complete(self, requests):
         def sampling_of(seed):
-            return lambda attempt: self.drawn | {"seed": seed % 2**31}
+            return lambda refused: self.drawn | {"seed": seed % 2**31}
 
         found = self.server.ask_all([(prompt, self.read, sampling_of(seed)) for prompt, seed in requests])
         return [{"failed": str(one)} if isinstance(one, GivenUp) else one for one in found]
+
+    def say_end(self):
+        self.server.say_failures()
 
     @staticmethod
     def read(written, tokens, ended):

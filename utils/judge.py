@@ -4,7 +4,6 @@ Its verdict stands in double brackets at the end of what it says: [[7]], [[B]]. 
 ones or outside what was asked is no verdict: it is asked again, and in the end counted as failed.
 """
 
-import math
 import random
 import re
 import string
@@ -16,6 +15,7 @@ from utils.server import GivenUp, Server, Unusable
 TEMPLATES = {"score": "data/judge_score.txt", "pick": "data/judge_pick.txt"}
 PLACES = {"score": ("{prompt}", "{completion}"), "pick": ("{prompt}", "{completions}")}
 VERDICT = re.compile(r"\[\[(.*?)\]\]")
+NUMBER = re.compile(r"[-+]?\d+(\.\d+)?", re.ASCII)
 LABELS = string.ascii_uppercase
 
 
@@ -87,6 +87,8 @@ class Judge:
         for place, (_, answers) in enumerate(groups):
             wins = found[2 * place : 2 * place + 2]
             failed = next((win for win in wins if isinstance(win, GivenUp)), None)
+            if len(answers) < 2:
+                failed = GivenUp("one answer is left, and nothing to pick from")
             scores.append([failed or wins.count(who) / 2 for who in range(len(answers))])
         return scores
 
@@ -95,29 +97,30 @@ class Judge:
         written = re.sub(r"\{(\w+)\}", lambda place: values.get(place[1], place[0]), self.template)
         return [{"role": "user", "content": written}]
 
-    def sampling(self, attempt):
+    def sampling(self, refused):
         """The likeliest reply first; after a reply that was no verdict another one is to come."""
-        return {"temperature": float(attempt > 0), "max_tokens": self.max_tokens, "seed": self.seed + attempt}
+        return {"temperature": float(refused > 0), "max_tokens": self.max_tokens, "seed": self.seed + refused}
 
     def read_number(self, written, tokens, ended):
-        said = read_verdict(written)
-        try:
-            number = float(said)
-        except ValueError:
-            raise Unusable("the judge's verdict is no number") from None
-        if not (math.isfinite(number) and self.least <= number <= self.most):
+        said = read_verdict(written, ended)
+        if not NUMBER.fullmatch(said):
+            raise Unusable("the judge's verdict is no number")
+        number = float(said)
+        if not self.least <= number <= self.most:
             raise Unusable(f"the judge's verdict is not within {self.least:g} to {self.most:g}")
         return number
 
     def read_label(self, written, tokens, ended, order):
         """Which answer was picked."""
-        said = read_verdict(written)
+        said = read_verdict(written, ended)
         if len(said) != 1 or said not in LABELS[: len(order)]:
             raise Unusable("the judge's verdict is none of the letters")
         return order[LABELS.index(said)]
 
 
-def read_verdict(written):
+def read_verdict(written, ended):
+    if not ended:
+        raise Unusable("the judge's reply was cut at --judge_max_tokens")
     said = {verdict.strip() for verdict in VERDICT.findall(written)}
     if len(said) != 1:
         raise Unusable("the judge gave no verdict" if not said else "the judge gave two verdicts")

@@ -168,20 +168,20 @@ class Work:
         size = self.config.generate_batch_size or engine.batch
         starts = range(self.rank * size, len(flat), self.world * size)
         mine = sum(int((~flat[start : start + size]).sum()) for start in starts)
-        bar = tqdm(total=mine, desc="generate", unit="answer", disable=not environment.is_main())
-        for start in starts:
-            places = (start + numpy.flatnonzero(~flat[start : start + size])).tolist()
-            if not places:
-                continue
-            keys = [(int(order[place // self.samples]), place % self.samples) for place in places]
-            asked = [(self.prompts[number]["prompt"], sample) for number, sample in keys]
-            requests = [(prompt, sampling.seed_of(self.config.seed, prompt, sample)) for prompt, sample in asked]
-            answers = engine.complete(requests)
-            self.completions.append(
-                [{"prompt": n, "sample": s, **answer} for (n, s), answer in zip(keys, answers, strict=True)]
-            )
-            bar.update(len(places))
-        bar.close()
+        with tqdm(total=mine, desc="generate", unit="answer", disable=not environment.is_main()) as bar:
+            for start in starts:
+                places = (start + numpy.flatnonzero(~flat[start : start + size])).tolist()
+                if not places:
+                    continue
+                keys = [(int(order[place // self.samples]), place % self.samples) for place in places]
+                asked = [(self.prompts[number]["prompt"], sample) for number, sample in keys]
+                requests = [(prompt, sampling.seed_of(self.config.seed, prompt, sample)) for prompt, sample in asked]
+                answers = engine.complete(requests)
+                self.completions.append(
+                    [{"prompt": n, "sample": s, **answer} for (n, s), answer in zip(keys, answers, strict=True)]
+                )
+                bar.update(len(places))
+        engine.say_end()
 
     def add_references(self, done):
         """The answers in the data, as one more sample of each prompt that has one."""
@@ -206,15 +206,16 @@ class Work:
         summary.say(f"score     {int(missing.sum())} answers to score, {int((answered & scored).sum())} are there")
         if total:
             scorers = self.load_scorers()
-            bar = tqdm(total=total, desc="score", unit="prompt", disable=not environment.is_main())
-            for turn, chunk in enumerate(scoring.chunk_groups(self.completions.groups())):
-                wanted = [(number, group) for number, group in chunk if missing[number].any()]
-                bar.update(len(wanted))
-                if turn % self.world == self.rank and wanted:
-                    prompts = [self.prompts[number] for number, _ in wanted]
-                    groups = [[line for line in group if "failed" not in line] for _, group in wanted]
-                    self.scores.append(scorers.score(prompts, groups))
-            bar.close()
+            with tqdm(total=total, desc="score", unit="prompt", disable=not environment.is_main()) as bar:
+                for turn, chunk in enumerate(scoring.chunk_groups(self.completions.groups())):
+                    wanted = [(number, group) for number, group in chunk if missing[number].any()]
+                    bar.update(len(wanted))
+                    if turn % self.world == self.rank and wanted:
+                        prompts = [self.prompts[number] for number, _ in wanted]
+                        groups = [[line for line in group if "failed" not in line] for _, group in wanted]
+                        self.scores.append(scorers.score(prompts, groups))
+            if scorers.judge:
+                scorers.judge.server.say_failures()
         self.finish(self.scores, answered)
 
     def finish(self, lines, wanted=None):

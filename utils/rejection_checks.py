@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import urllib.parse
 from pathlib import Path
 
 from rlhf_args.methods import METHODS, REJECTION, find_method
@@ -81,7 +82,7 @@ def check_generation(common, config):
             yield "--max_prompt_length with --engine openai: the server counts the tokens, not we. Leave it out"
         if config.top_k:
             yield "--top_k with --engine openai: its API has no such field. Leave it out; --top_p it has"
-        yield from check_server(config, config.api_key_variable)
+        yield from check_server(config, config.api_key_variable, "api_base_url")
     else:
         for name in ("api_base_url", "api_model"):
             if getattr(config, name) and not (name == "api_base_url" and config.judge_model):
@@ -97,15 +98,29 @@ def check_generation(common, config):
             yield f"--engine vllm with --then and --train_mode {common.train_mode}: it takes no adapter. Type full"
 
 
-def check_server(config, variable):
-    if not os.environ.get(variable):
+def check_server(config, variable, flag):
+    key = os.environ.get(variable)
+    if not key:
         yield f"{variable} is not set: the server's key. Type export {variable}=...; a local server takes any word"
+    elif not (key.isascii() and key.isprintable()):
+        yield f"{variable}: holds a line break or a letter that no key has. Set it anew"
+    url = getattr(config, flag)
+    if url and not is_address(url):
+        yield f"--{flag} {url}: no address of a server. It is like http://localhost:8000/v1"
     if config.api_concurrency < 1:
         yield f"--api_concurrency {config.api_concurrency}: 1 or more"
     if not config.api_timeout > 0:
         yield f"--api_timeout {config.api_timeout:g}: seconds, above 0"
     if config.api_retries < 0:
         yield f"--api_retries {config.api_retries}: 0 or more"
+
+
+def is_address(url):
+    try:
+        parts = urllib.parse.urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number
+        return False
 
 
 def check_scorers(common, config):
@@ -132,7 +147,8 @@ def check_scorers(common, config):
         return
     if not (config.judge_base_url or config.api_base_url):
         yield "--judge_model: no server. Type --judge_base_url http://localhost:8000/v1"
-    yield from check_server(config, config.judge_key_variable or config.api_key_variable)
+    flag = "judge_base_url" if config.judge_base_url else "api_base_url"
+    yield from check_server(config, config.judge_key_variable or config.api_key_variable, flag)
     yield from judge.check_template(config.judge_template or judge.TEMPLATES[config.judge_mode], config.judge_mode)
     if len(config.judge_scale) != 2 or not config.judge_scale[0] < config.judge_scale[1]:
         yield f"--judge_scale {' '.join(map(str, config.judge_scale))}: the least number and the highest, like 1 10"
