@@ -16,11 +16,14 @@ def best_of(scores):
     The i-th lowest is the best of C(i - 1, n - 1) of the C(N, n) draws. Source: the estimator of pass@k, arXiv
     2107.03374, for scores; exact, where keeping the first n of the N would be one draw of many.
     """
-    ranked, total = sorted(scores), len(scores)
-    return [
-        math.fsum(score * math.comb(place, n - 1) for place, score in enumerate(ranked)) / math.comb(total, n)
-        for n in range(1, total + 1)
-    ]
+    ranked, best = sorted(scores), []
+    for n in range(1, len(ranked) + 1):
+        share, parts = n / len(ranked), []  # of the draws, those whose best is the highest of all
+        for place in range(len(ranked) - 1, n - 2, -1):
+            parts.append(ranked[place] * share)
+            share *= (place - n + 1) / max(place, 1)
+        best.append(math.fsum(parts))
+    return best
 
 
 def kl_bound(n):

@@ -430,15 +430,8 @@ def check_output_dir(common, config):
     if not any((folder / trace).exists() for trace in ("metrics.jsonl", "run_card.json", "dropped.jsonl")):
         return [f"--output_dir {folder}: holds files that no run of ours made. Name another folder"]
     if common.overwrite_output_dir:
-        inside = [
-            path
-            for path in (common.model_name_or_path, *common.train_data_path, *(common.eval_data_path or ()))
-            if Path(path).resolve().is_relative_to(folder.resolve())
-        ]
-        return [
-            f"--overwrite_output_dir: would delete {path}, which this run needs. Name another --output_dir"
-            for path in inside
-        ]
+        read = common.model_name_or_path, *common.train_data_path, *(common.eval_data_path or ())
+        return check_overwrite(folder, read)
     if (folder / "run_card.json").exists():
         return [f"--output_dir {folder}: holds a finished run. Name another folder, or add --overwrite_output_dir"]
     if not config.resume_from_checkpoint:
@@ -447,3 +440,12 @@ def check_output_dir(common, config):
             "or --overwrite_output_dir to start afresh"
         ]
     return []
+
+
+def check_overwrite(folder, paths):
+    """Problems of deleting what is in the folder: `paths` are what the run is to read, None for nothing."""
+    return [
+        f"--overwrite_output_dir: would delete {path}, which this run needs. Name another --output_dir"
+        for path in paths
+        if path and Path(path).resolve().is_relative_to(Path(folder).resolve())
+    ]

@@ -104,7 +104,9 @@ def make_rows(rows, columns, notes, problems=()):
     found = Pass(problems=list(problems))
     made = list(walk(rows, columns, notes, found))
     conclude(found, columns, notes)
-    return keep_apart(made) if columns == UNPAIRED and found.kind != UNPAIRED else made, found.dropped
+    if columns == UNPAIRED:
+        made = keep_apart(made) if found.kind != UNPAIRED else spread(made, notes)
+    return made, found.dropped
 
 
 def walk(rows, columns, notes, found):
@@ -354,6 +356,16 @@ def keep_apart(rows):
     chosen, rejected = rows[::2], rows[1::2]
     half = len(rejected) // 2
     return [row for two in zip(chosen, rejected[half:] + rejected[:half], strict=True) for row in two]
+
+
+def spread(rows, notes):
+    """Rows of which neighbours answer one prompt, each followed by one from half the file away; for KTO, as above."""
+    prompts = [values["prompt"] for _, values in rows]
+    if all(prompts[place] != prompts[place - 1] for place in range(1, len(rows))):
+        return rows
+    notes.append("answers to one prompt stood together, and were spread: KTO compares a row with its neighbour")
+    half = (len(rows) + 1) // 2
+    return [rows[place // 2 + place % 2 * half] for place in range(len(rows))]
 
 
 def refuse_rows(problems):

@@ -52,11 +52,18 @@ def count_held(prompts, fraction):
     return min(max(round(prompts * fraction), 1), prompts - 1) if fraction else 0
 
 
-def write_prompts(file, rows, notes, tokenizer=None, system=None, longest=None):
+def empty(folder):
+    """Deletes all in a folder but its lock, which this process has."""
+    for path in Path(folder).iterdir():
+        if path.name != ".lock":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def write_prompts(file, rows, notes, tokenizer=None, system=None, longest=None, reference=None):
     """Writes the prompts of `rows` (utils.files.FileRows), each once.
 
     (prompts, dropped, duplicates), two numbers and a data.Pass. `file` None: nothing is written. Raises Refused.
-    `longest`: tokens that a prompt may have.
+    `longest`: tokens that a prompt may have. `reference`: a column whose values are answers.
     """
     from rlhf_args.methods import PROMPT
 
@@ -70,6 +77,10 @@ def write_prompts(file, rows, notes, tokenizer=None, system=None, longest=None):
                 continue
             if system and prompt[0]["role"] not in ("system", "developer"):
                 prompt = [{"role": "system", "content": system}, *prompt]
+            problem = check_reference(prompt, values["further"].get(reference), reference)
+            if problem:
+                found.problems.append(f"{where}: {problem}")
+                continue
             key = text_key(prompt, values["further"])
             if key in seen:
                 duplicates += 1
@@ -98,6 +109,15 @@ def write_prompts(file, rows, notes, tokenizer=None, system=None, longest=None):
     if file:
         os.replace(part, file)
     return count, found, duplicates
+
+
+def check_reference(prompt, answer, name):
+    """What is wrong with an answer in the data, or None; it may be missing."""
+    if answer in (None, "", []):
+        return None
+    if isinstance(answer, list) and isinstance(prompt, str):
+        return f'"{name}" is a list, and the prompt is plain text'
+    return data.check_text(answer, name)
 
 
 def prompt_ids(tokenizer, prompt):

@@ -33,16 +33,17 @@ from utils import (
 @contextlib.contextmanager
 def opened(folder, common):
     """The output folder, for this run alone; of a run that is refused before it sampled anything nothing stays."""
+    fresh = common.overwrite_output_dir or not folder.is_dir() or not any(folder.iterdir())
     if environment.is_main():
-        if common.overwrite_output_dir and folder.is_dir():
-            shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
-    environment.wait_for_everyone()
     with pool.locked(folder):
+        if environment.is_main() and common.overwrite_output_dir:
+            pool.empty(folder)
+        environment.wait_for_everyone()
         try:
             yield
         except checks.Refused:
-            if environment.is_main() and not any(folder.glob("completions.*")):
+            if environment.is_main() and fresh and not any(folder.glob("completions.*")):
                 shutil.rmtree(folder)
             raise
 
@@ -81,7 +82,8 @@ def check_prompts(common, config, file=None, tokenizer=None):
     rows, notes = files.FileRows(common.train_data_path, "--train_data_path", common.max_samples), []
     tokenizer = tokenizer or load_tokenizer(common, config)
     longest = longest_prompt(common, config)
-    count, found, twice = pool.write_prompts(file, rows, notes, tokenizer, config.system_prompt, longest)
+    asked = config.system_prompt, longest, config.reference_column
+    count, found, twice = pool.write_prompts(file, rows, notes, tokenizer, *asked)
     seen = data.Rows([], dropped=found.dropped, total=count + twice + len(found.dropped), notes=notes)
     data.check_dropped(seen, common.max_drop_fraction)
     if config.reference_column and config.reference_column not in found.names:
@@ -185,12 +187,20 @@ class Work:
 
     def add_references(self, done):
         """The answers in the data, as one more sample of each prompt that has one."""
-        for number in self.prompts.numbers.tolist():
-            answer = self.prompts[number]["further"].get(self.reference)
-            if not done[number, self.samples] and answer:
-                written = answer if isinstance(answer, str) else answer[-1]["content"]
+        lines = []
+        for number in self.prompts.numbers[~done[self.prompts.numbers, self.samples]].tolist():
+            row = self.prompts[number]
+            answer = row["further"].get(self.reference)
+            if answer:
+                written = answer[-1]["content"] if isinstance(answer, list) else answer
+                written = written.removeprefix(row["prompt"]) if isinstance(row["prompt"], str) else written
                 line = {"completion": written.strip(), "tokens": None, "ended": True, "reference": True}
-                self.completions.append([{"prompt": number, "sample": self.samples, **line}])
+                lines.append({"prompt": number, "sample": self.samples, **line})
+            if len(lines) == 1000:
+                self.completions.append(lines)
+                lines = []
+        if lines:
+            self.completions.append(lines)
 
     def load_scorers(self):
         rows = scoring.as_rows(self.first)
@@ -200,6 +210,7 @@ class Work:
         """Scores every prompt whose answers are not all scored."""
         from tqdm import tqdm
 
+        self.merge(self.completions)  # of a generation that was interrupted
         answered, scored = self.completions.find()[1], self.scores.find()[1]
         missing = answered & ~scored
         total = int(missing.any(1).sum())
@@ -209,21 +220,24 @@ class Work:
             with tqdm(total=total, desc="score", unit="prompt", disable=not environment.is_main()) as bar:
                 for turn, chunk in enumerate(scoring.chunk_groups(self.completions.groups())):
                     wanted = [(number, group) for number, group in chunk if missing[number].any()]
-                    bar.update(len(wanted))
                     if turn % self.world == self.rank and wanted:
                         prompts = [self.prompts[number] for number, _ in wanted]
                         groups = [[line for line in group if "failed" not in line] for _, group in wanted]
                         self.scores.append(scorers.score(prompts, groups))
+                    bar.update(len(wanted))  # also what the other processes do meanwhile
             if scorers.judge:
                 scorers.judge.server.say_failures()
         self.finish(self.scores, answered)
 
-    def finish(self, lines, wanted=None):
-        """Brings a stage's lines in order, and counts what failed."""
+    def merge(self, lines):
         environment.wait_for_everyone()
         if environment.is_main():
             lines.merge()
         environment.wait_for_everyone()
+
+    def finish(self, lines, wanted=None):
+        """Brings a stage's lines in order, and counts what failed."""
+        self.merge(lines)
         if wanted is None:
             wanted = numpy.zeros(lines.shape, dtype=bool)
             wanted[self.prompts.numbers, : self.samples] = True

@@ -1,6 +1,7 @@
 """What a rejection sampling refuses before anything is sampled, and what it compares with an earlier run's folder."""
 
 import hashlib
+import math
 import os
 import urllib.parse
 from pathlib import Path
@@ -34,7 +35,8 @@ def check_flags(common, config, words):
     if config.then:
         problems += check_then(common, config)
     else:
-        given = [name for name in TRAINING if f"--{name}" in words]
+        given = {word[2:].replace("-", "_") for word in words if word.startswith("--")}
+        given = [name for name in TRAINING if name in given]
         problems += [f"--{name}: nothing is trained without --then. Leave it out" for name in given]
         if config.rounds != 1:
             problems.append(f"--rounds {config.rounds}: a round ends with a training. Add --then DPO (or another)")
@@ -58,6 +60,10 @@ def check_data(common, config):
 def check_generation(common, config):
     if config.num_completions < 1:
         yield f"--num_completions {config.num_completions}: 1 or more"
+    if config.max_prompt_length is not None and config.max_prompt_length < 1:
+        yield f"--max_prompt_length {config.max_prompt_length}: 1 or more"
+    if config.held_out_prompts and not common.eval_fraction:
+        yield "--held_out_prompts: no prompt is held out. Add --eval_fraction 0.1"
     if config.max_new_tokens < 1:
         yield f"--max_new_tokens {config.max_new_tokens}: 1 or more"
     if not config.temperature >= 0:
@@ -161,6 +167,10 @@ def check_selection(config):
     for name in config.write:
         if name not in selection.FILES.values():
             yield f"--write {name}: takes {', '.join(selection.FILES.values())}"
+    if not config.write:
+        yield f"--write: names no file. It takes {', '.join(selection.FILES.values())}"
+    if config.threshold is not None and not math.isfinite(config.threshold):
+        yield f"--threshold {config.threshold}: a finite number"
     if (config.select == "threshold") != (config.threshold is not None):
         yield "--select threshold and --threshold NUMBER belong together: give both, or neither"
     if config.select_k < 1:
@@ -205,7 +215,18 @@ def check_output_dir(common, config):
     ours = any((folder / trace).exists() for trace in ("settings.json", "prompts.jsonl.part", ".lock", "rounds.json"))
     if folder.is_dir() and any(folder.iterdir()) and not ours:
         return [f"--output_dir {folder}: holds files that no rejection sampling made. Name another folder"]
-    if config.then or common.overwrite_output_dir:
+    rounds = "rounds" in pool.read_settings(folder) or (folder / "rounds.json").exists()
+    plain = (folder / "prompts.jsonl").exists()
+    if (plain if config.then else rounds) and not common.overwrite_output_dir:
+        holds, other = ("rounds of --then", "without") if rounds else ("one sampling", "with")
+        return [f"--output_dir {folder}: holds {holds}, and this run is {other} --then. Name another folder"]
+    if common.overwrite_output_dir:
+        read = (
+            common.model_name_or_path, common.reward_model_path, config.judge_template,
+            *(common.train_data_path or ()), *(common.eval_data_path or ()),
+        )  # fmt: skip
+        return checks.check_overwrite(folder, read)
+    if config.then:
         return []  # of a round's folder its own run looks
     if "generate" not in config.stages and not (folder / "completions.jsonl").exists():
         return [f"--output_dir {folder}: no completions in it. Add generate to --stages"]

@@ -7,7 +7,6 @@ Each part is a command of its own, started by utils/launch.py, that goes on wher
 import ctypes
 import json
 import os
-import shutil
 import signal
 import statistics
 import subprocess
@@ -38,10 +37,10 @@ def run(common, config, words):
     wanted = round_settings(common, config, method, words)
     if not common.overwrite_output_dir:
         refuse_if([*pool.compare_settings(folder, "rounds", wanted, anew)])
-    if common.overwrite_output_dir and folder.is_dir():
-        shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with pool.locked(folder):
+        if common.overwrite_output_dir:
+            pool.empty(folder)
         pool.keep_settings(folder, "rounds", wanted)
         model, rows = common.model_name_or_path, [{"round": 0, "model": common.model_name_or_path}]
         measured = bool(common.eval_fraction or common.eval_data_path)
@@ -55,7 +54,7 @@ def run(common, config, words):
             found = json.loads((here / "report.json").read_text(encoding="utf-8"))
             if not found["written"][file]:
                 raise Failed(f"{path}: nothing was selected to train on; {here}/report.json says why")
-            trained = here / method
+            trained = here / "trained"
             if not (trained / "run_card.json").exists():
                 start(
                     train_command(common, config, method, model, path, trained, words), f"{method} of round {number}"
@@ -130,6 +129,7 @@ def measure(common, config, model, folder):
         where = {"train_data_path": common.eval_data_path, "max_samples": None}
     else:
         where = {"held_out_prompts": True}
+    where["reference_column"] = None  # the data's answers are none of the model's
     if config.engine == "openai":
         where |= {"engine": "transformers", "api_model": None, "api_base_url": None}
         where |= {"judge_base_url": config.judge_base_url or config.api_base_url} if config.judge_model else {}

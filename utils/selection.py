@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 from rlhf_args.methods import METHODS, PAIR, PROMPT, RANKED, UNPAIRED
+from utils import data
 from utils.scoring import as_completion
 
 # {columns: the first method that trains on them}, which names the file of such rows
@@ -40,14 +41,12 @@ def choose(answers, config):
     cut at max_new_tokens never ended: it can be bad, and good only with keep_cut.
     """
     gone, ranked, seen = collections.Counter(), [], set()
-    for answer in answers:
-        written = answer.get("completion")
-        reason = (
-            "failed" if "failed" in answer else "empty" if not written else "duplicate" if written in seen else None
-        )
-        seen.add(written)
-        gone[reason] += reason is not None
-        if reason is None:
+    for answer in sorted(answers, key=lambda answer: not answer.get("ended")):  # of two alike the one that ended
+        reason = unusable(answer, seen)
+        if reason:
+            gone[reason] += 1
+        else:
+            seen.add(answer["completion"])
             ranked.append(answer)
     ranked.sort(key=lambda answer: (-answer["score"], answer["sample"]))
     ended = [answer for answer in ranked if answer["ended"] or config.keep_cut]
@@ -66,6 +65,16 @@ def choose(answers, config):
     good = ended[:take]
     worse = [answer for answer in ranked if answer["score"] < good[-1]["score"]]
     return good, worse[-take:], None, gone
+
+
+def unusable(answer, seen):
+    """Why an answer can be neither chosen nor rejected, or None."""
+    if "failed" in answer:
+        return "failed"
+    written = answer["completion"]
+    if data.check_text(written, "completion"):
+        return "unreadable"  # a list of messages turned into text, which train_rlhf.py would refuse
+    return "empty" if not written else "duplicate" if written in seen else None
 
 
 def rows_of(name, prompt, good, bad, config):
