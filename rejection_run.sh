@@ -41,7 +41,8 @@ fi
 taste=()
 if [ -z "$TRAIN_DATA" ]; then                # a run of minutes
   TRAIN_DATA=data/prompts.jsonl EVAL_FRACTION=${EVAL_FRACTION:-0.2} MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-64}
-  taste=(--max_samples 40)
+  taste=(--max_samples 40 --system_prompt "Answer in one short sentence.")
+  export EPOCHS=${EPOCHS:-2}                 # of the training, should there be one
   [ -n "${GIVEN_REWARD:-}" ] || REWARD=${REWARD:-data/rewards.py:brevity}
 fi
 case $REWARD in
