@@ -171,6 +171,9 @@ class Stub:
     def __init__(self, common, config, tokenizer):
         pass
 
+    def say_end(self):
+        pass
+
     def complete(self, requests):
         return [{"completion": f"{seed} " + "word " * 60, "tokens": 60, "ended": True} for _, seed in requests]
 

@@ -904,7 +904,8 @@ def kill_in(stage, after, words, folder):
 TAKES = {"generate": 1.0, "score": 0.7, "select": 0.7}
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [20])
 def test_a_run_that_was_killed_at_any_moment_ends_as_one_that_was_not(kills, warm, slow_command, tmp_path):
     whole, _ = finished([warm, "rejection_sampling.py", *slow_command(tmp_path / "whole")], tmp_path / "whole")
     assert whole["completions.jsonl"].count(b"\n") == whole["scores.jsonl"].count(b"\n") == 160

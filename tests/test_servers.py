@@ -1121,6 +1121,7 @@ def words_for_serve(url, model, prompts, out, flags):
     return words + flags.split()
 
 
+@pytest.mark.slow
 def test_transformers_serve_answers_and_judges(tiny_model, tmp_path, waits, capsys):
     """A model of random weights: its answers are noise, and its verdicts none. All is counted as what it is."""
     model = sampling_copy(tiny_model, tmp_path / "model")
