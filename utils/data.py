@@ -360,12 +360,16 @@ def keep_apart(rows):
 
 def spread(rows, notes):
     """Rows of which neighbours answer one prompt, each followed by one from half the file away; for KTO, as above."""
-    prompts = [values["prompt"] for _, values in rows]
-    if all(prompts[place] != prompts[place - 1] for place in range(1, len(rows))):
+    half = (len(rows) + 1) // 2
+    apart = [rows[place // 2 + place % 2 * half] for place in range(len(rows))]
+    if count_neighbours(apart) >= count_neighbours(rows):
         return rows
     notes.append("answers to one prompt stood together, and were spread: KTO compares a row with its neighbour")
-    half = (len(rows) + 1) // 2
-    return [rows[place // 2 + place % 2 * half] for place in range(len(rows))]
+    return apart
+
+
+def count_neighbours(rows):
+    return sum(one["prompt"] == other["prompt"] for (_, one), (_, other) in zip(rows, rows[1:], strict=False))
 
 
 def refuse_rows(problems):
