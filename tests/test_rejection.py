@@ -1371,6 +1371,7 @@ def test_a_training_flag_that_is_mistyped_is_refused_before_anything_is_sampled(
     ]
 
 
+@pytest.mark.slow
 def test_two_rounds_of_training_end_to_end(warm, tiny_model, tmp_path):
     rows, out = write_rows(tmp_path / "rows.jsonl", CHATS), tmp_path / "out"
     (tmp_path / "reward.py").write_text(REWARD)

@@ -82,6 +82,20 @@ def test_the_shipped_distillation_brings_the_student_nearer_to_its_teacher(tmp_p
     assert len([line for line in done.stdout.splitlines() if line.startswith("  after")]) == 2
 
 
+def test_the_shipped_rejection_sampling_then_dpo_makes_a_better_model(tmp_path):
+    """With fewer prompts and answers than as shipped, and more passes over the pairs."""
+    out = tmp_path / "out"
+    flags = ("--then", "DPO", "--max_samples", "24", "--num_completions", "4", "--learning_rate", "2e-4")
+    done = run_script(out, *flags, script="rejection_run.sh", EVAL_FRACTION="0.34", EPOCHS="3")
+    assert done.returncode == 0, done.stderr[-2000:]
+    before, after = json.loads((out / "rounds.json").read_text())
+    assert after["held_out_reward"] > before["held_out_reward"]
+    assert after["best_reward"] > after["sampled_reward"] and after["rows"] > 4
+    curve = json.loads((out / "round-1" / "report.json").read_text())["best_of_n"]
+    assert [point["n"] for point in curve] == [1, 2, 3, 4]
+    assert said(done, "best of") and said(done, "result    " + str(out / "round-1" / "trained"))
+
+
 @pytest.mark.parametrize("mode", ["full", "qlora"])
 def test_the_other_train_modes_run_on_the_real_model(mode, tmp_path):
     done = run_script(tmp_path / "out", TRAIN_MODE=mode, MAX_STEPS="1", EVAL_FRACTION="0.02")
