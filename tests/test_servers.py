@@ -1144,8 +1144,8 @@ def test_transformers_serve_answers_and_judges(tiny_model, tmp_path, waits, caps
         assert rejection_sampling.main(words) == 0
         judged = read_rows(out / "scores.jsonl")
         assert [(line["prompt"], line["sample"]) for line in judged] == every(4, 3)
-        assert all(line["failed"] == NO_VERDICT for line in judged)
-        assert f"failed    12 of 12 in {out / 'scores.jsonl'}: 12 {NO_VERDICT}. " in capsys.readouterr().out
+        assert {line["failed"] for line in judged} <= {NO_VERDICT, "the judge's reply was cut at --judge_max_tokens"}
+        assert f"failed    12 of 12 in {out / 'scores.jsonl'}: " in capsys.readouterr().out
 
         # the same without a chat: /v1/completions
         prompts, flags = write_rows(tmp_path / "texts.jsonl", TEXTS), flags + "--stages generate"
