@@ -418,13 +418,20 @@ def check_launch(common, config):
     return problems
 
 
-def check_output_dir(common, config):
-    folder = Path(config.output_dir)
+def check_writable(folder):
+    """Problems of a folder that is to be made, or written in."""
     if folder.is_file():
         return [f"--output_dir {folder}: a file of that name is there. Name a folder"]
     above = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         return [f"--output_dir {folder}: nothing can be written in {above}. Name another folder"]
+    return []
+
+
+def check_output_dir(common, config):
+    folder = Path(config.output_dir)
+    if problems := check_writable(folder):
+        return problems
     if not folder.is_dir() or not any(folder.iterdir()):
         return []
     if not any((folder / trace).exists() for trace in ("metrics.jsonl", "run_card.json", "dropped.jsonl")):

@@ -207,11 +207,8 @@ def check_output_dir(common, config):
     if not config.output_dir:
         return ["--output_dir: missing. A folder for the answers, scores and files"]
     folder = Path(config.output_dir)
-    if folder.is_file():
-        return [f"--output_dir {folder}: a file of that name is there. Name a folder"]
-    above = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        return [f"--output_dir {folder}: nothing can be written in {above}. Name another folder"]
+    if problems := checks.check_writable(folder):
+        return problems
     ours = any((folder / trace).exists() for trace in ("settings.json", "prompts.jsonl.part", ".lock", "rounds.json"))
     if folder.is_dir() and any(folder.iterdir()) and not ours:
         return [f"--output_dir {folder}: holds files that no rejection sampling made. Name another folder"]
