@@ -318,20 +318,18 @@ def check_rollout_fits(config, prompts):
         )
 
 
-def check_vllm():
+def check_vllm(flag="--use_vllm"):
     import importlib.metadata
     import importlib.util
 
     if importlib.util.find_spec("vllm") is None:
-        yield "--use_vllm: vLLM is not installed. Type pip install -r requirements-vllm.txt, or leave the flag out"
+        yield f"{flag}: vLLM is not installed. Type pip install -r requirements-vllm.txt, or leave the flag out"
         return
     from packaging.version import Version
 
     found = importlib.metadata.version("vllm")
     if not Version(VLLM[0]) <= Version(Version(found).base_version) <= Version(VLLM[1]):
-        yield (
-            f"--use_vllm: vLLM {found} is installed; this TRL takes {VLLM[0]} to {VLLM[1]}. See requirements-vllm.txt"
-        )
+        yield (f"{flag}: vLLM {found} is installed; this TRL takes {VLLM[0]} to {VLLM[1]}. See requirements-vllm.txt")
 
 
 def check_value_model(path, common):

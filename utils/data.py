@@ -426,9 +426,14 @@ def hold_out(rows, fraction, seed):
     if len(places) < 2:
         raise Refused([f"--eval_fraction {fraction:g}: of one row nothing can be held out. Type --eval_fraction 0"])
     random.Random(seed).shuffle(places)
-    held = set(places[: min(max(round(len(places) * fraction), 1), len(places) - 1)])
+    held = set(places[: count_held(len(places), fraction)])
     rows.held_out += [row for row in rows.train if row[0] in held]
     rows.train = [row for row in rows.train if row[0] not in held]
+
+
+def count_held(rows, fraction):
+    """How many of so many rows are held out: of a share above 0 one at least, and one is left."""
+    return min(max(round(rows * fraction), 1), rows - 1) if fraction else 0
 
 
 def hash_rows(rows):

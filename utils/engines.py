@@ -61,7 +61,7 @@ class Transformers(Engine):
     fits = None  # how many answers the memory holds at once, once that is known
 
     def tokens(self, prompt):
-        return text.tokenize(self.tokenizer, text.render(self.tokenizer, {"prompt": prompt})[0])
+        return text.prompt_ids(self.tokenizer, prompt)
 
     def line(self, ids, ended):
         return {
@@ -98,7 +98,7 @@ class Vllm(Engine):
         )
 
     def complete(self, requests):
-        prompts = [{"prompt_token_ids": Transformers.tokens(self, prompt)} for prompt, _ in requests]
+        prompts = [{"prompt_token_ids": text.prompt_ids(self.tokenizer, prompt)} for prompt, _ in requests]
         found = self.llm.generate(prompts, [self.params(seed) for _, seed in requests], use_tqdm=False)
         answers = [one.outputs[0] for one in found]
         return [

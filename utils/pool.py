@@ -36,7 +36,7 @@ class Prompts:
         self.handle = open(file, "rb")
         self.offsets = numpy.cumsum([0, *lengths[:-1]], dtype=numpy.int64)
         self.tokens = numpy.array(tokens, dtype=numpy.int32)
-        held = set(random.Random(seed).sample(range(len(tokens)), count_held(len(tokens), eval_fraction)))
+        held = set(random.Random(seed).sample(range(len(tokens)), data.count_held(len(tokens), eval_fraction)))
         self.numbers = numpy.array([n for n in range(len(tokens)) if (n in held) == held_out], dtype=numpy.int64)
 
     def __len__(self):
@@ -45,11 +45,6 @@ class Prompts:
     def __getitem__(self, number):
         self.handle.seek(self.offsets[number])
         return json.loads(self.handle.readline())
-
-
-def count_held(prompts, fraction):
-    """How many prompts are held out: one at least of a share above 0, and one is left."""
-    return min(max(round(prompts * fraction), 1), prompts - 1) if fraction else 0
 
 
 def empty(folder):
@@ -86,10 +81,10 @@ def write_prompts(file, rows, notes, tokenizer=None, system=None, longest=None, 
                 duplicates += 1
                 continue
             seen.add(key)
-            if tokenizer and not count and not duplicates:
+            if tokenizer and len(seen) == 1:
                 notes += text.fit_tokenizer(tokenizer, chat=isinstance(prompt, list))
             try:
-                tokens = len(prompt_ids(tokenizer, prompt)) if tokenizer else len(data.text_of(prompt))
+                tokens = len(text.prompt_ids(tokenizer, prompt)) if tokenizer else len(data.text_of(prompt))
             except Exception as error:  # noqa: BLE001  templates raise what they like
                 found.problems.append(f"{where}: the chat template refuses it ({text.say_error(error)})")
                 continue
@@ -118,10 +113,6 @@ def check_reference(prompt, answer, name):
     if isinstance(answer, list) and isinstance(prompt, str):
         return f'"{name}" is a list, and the prompt is plain text'
     return data.check_text(answer, name)
-
-
-def prompt_ids(tokenizer, prompt):
-    return text.tokenize(tokenizer, text.render(tokenizer, {"prompt": prompt})[0])
 
 
 def text_key(*values):

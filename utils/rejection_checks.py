@@ -94,7 +94,7 @@ def check_generation(common, config):
             if getattr(config, name) and not (name == "api_base_url" and config.judge_model):
                 yield f"--{name}: is for --engine openai, and this is {config.engine}. Add --engine openai"
     if config.engine == "vllm":
-        yield from (problem.replace("--use_vllm", "--engine vllm") for problem in checks.check_vllm())
+        yield from checks.check_vllm("--engine vllm")
         if environment.processes_asked() > 1:
             yield "--engine vllm with several processes: one engine is one process here. Type NUM_PROCESSES=1"
         path = common.model_name_or_path

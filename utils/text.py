@@ -134,6 +134,11 @@ def tokenize(tokenizer, text):
     return tokenizer(text)["input_ids"]
 
 
+def prompt_ids(tokenizer, prompt):
+    """The tokens of a prompt that is to be answered."""
+    return tokenize(tokenizer, render(tokenizer, {"prompt": prompt})[0])
+
+
 def tokenize_pair(tokenizer, prompt, chosen, rejected):
     """Token ids (prompt, chosen, rejected). A token that spans prompt and answer belongs to the answer, as in DPO.
 
