@@ -76,6 +76,28 @@ class SharedArgs:
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Delete what an earlier run left in output_dir, then start afresh."}
     )
+    resume: str = field(
+        default="exact",
+        metadata={
+            "help": "What --resume_from_checkpoint takes of a checkpoint: exact goes on as if the run had never "
+            "stopped, and refuses one of another run; weights_only then starts anew from its weights.",
+            "choices": ["exact", "weights_only"],
+        },
+    )
+    max_bad_steps: int = field(
+        default=1,
+        metadata={
+            "help": "Stop at the step whose loss or gradient is nan or infinite, if it is the so-manieth, 1 or more; "
+            "those before it are left out."
+        },
+    )
+    auto_batch: bool = field(
+        default=False,
+        metadata={
+            "help": "When memory runs out, go on from the newest checkpoint with half the rows a pass and twice the "
+            "passes a step."
+        },
+    )
 
 
 @dataclass

@@ -32,13 +32,15 @@ def run(argv):
     teacher.check_tokens(common, config, tokenizer, train, held_out)
     plan = teacher.describe(common, config, train, held_out)
     summary.say_plan(common, config, NAME, method, tokenizer, rows, train, held_out, plan)
+    start = training.find_start(common, config, NAME, rows)
     if common.check:
         summary.say("checked   nothing stands in the way; no model was loaded, nothing was written")
         return 0
 
     # ── the teacher's answers, then both models ──────────────────────────────────────────────────────────────────────
     teacher.write_answers(common, config, tokenizer, train, held_out)
-    student = models.load_policy(**training.model_source(common, config, method, tokenizer))
+    source = training.model_source(common, config, method, tokenizer)
+    student = models.load_policy(**source | {"path": start.policy_path(common)})
     teaching = None if teacher.shares_base(common, config) else teacher.load_teacher(common, config, tokenizer)
     lora = training.make_lora(common, method)
 
@@ -47,7 +49,7 @@ def run(argv):
         load(method.trainer), student, config, tokenizer, train, held_out, lora, teacher_model=teaching
     )
     shown = common, method, tokenizer, rows, train, held_out
-    follow = training.train_and_report(trainer, *shown)
+    follow = training.train_and_report(trainer, start, *shown)
     again = {"TEACHER": config.teacher_model_name_or_path, "LMBDA": f"{config.lmbda:g}", "BETA": f"{config.beta:g}"}
     again |= {"SEQ_KD": "True"} if config.seq_kd else {}
     training.save_and_verify(trainer, follow, argv, NAME, *shown, again=again)

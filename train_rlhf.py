@@ -29,6 +29,7 @@ def run(argv):
     checks.check_rollout_fits(config, len(train.rows))
     summary.say_plan(common, config, name, method, tokenizer, rows, train, held_out)
     judges = rewards.load_functions(common.reward_funcs, rows.train, tokenizer)
+    start = training.find_start(common, config, name, rows)
     if common.check:
         summary.say("checked   nothing stands in the way; no model was loaded, nothing was written")
         return 0
@@ -52,7 +53,7 @@ def run(argv):
                 )
             )
     source = training.model_source(common, config, method, tokenizer)
-    policy = models.load_policy(**source)
+    policy = models.load_policy(**source | {"path": start.policy_path(common)})
     if models.needs_reference(config, method):
         others |= models.load_other_models(method.models, **source)
     lora = training.make_lora(common, method)
@@ -60,7 +61,7 @@ def run(argv):
     # ── train, save, and prove the save ──────────────────────────────────────────────────────────────────────────────
     trainer = training.make_trainer(load(method.trainer), policy, config, tokenizer, train, held_out, lora, **others)
     shown = common, method, tokenizer, rows, train, held_out
-    follow = training.train_and_report(trainer, *shown)
+    follow = training.train_and_report(trainer, start, *shown)
     training.save_and_verify(trainer, follow, argv, name, *shown, again={"RLHF_TYPE": name})
     return 0
 

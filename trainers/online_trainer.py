@@ -4,7 +4,9 @@ import json
 import math
 from pathlib import Path
 
+import torch
 import trl
+from torch.utils.data import Sampler
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
@@ -83,6 +85,9 @@ class Online(SamplesAnswers):
             return prepare_fsdp(model, self.accelerator)
         return self.accelerator.prepare_model(model, evaluation_mode=True)
 
+    def _get_train_sampler(self, dataset=None):
+        return FromEpoch(super()._get_train_sampler(dataset), lambda: int(self.state.epoch or 0))
+
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         """TRL's, which takes an answer that no function judged for one without a signal, and goes on."""
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
@@ -127,6 +132,26 @@ class Online(SamplesAnswers):
                     line["rewards"] = {name: None if math.isnan(value) else value for name, value in given.items()}
                     handle.write(json.dumps(line, ensure_ascii=False) + "\n")
         return output
+
+
+class FromEpoch(Sampler):
+    """TRL's sampler draws each epoch's order from one stream: where a run goes on, those of the epochs before as well.
+
+    `epoch`: a function that says which one begins.
+    """
+
+    def __init__(self, sampler, epoch):
+        self.sampler, self.epoch = sampler, epoch
+
+    def __iter__(self):
+        if self.sampler.shuffle:
+            self.sampler.generator.manual_seed(self.sampler.seed)
+            for _ in range(self.epoch()):
+                torch.randperm(self.sampler.num_samples, generator=self.sampler.generator)
+        return iter(self.sampler)
+
+    def __len__(self):
+        return len(self.sampler)
 
 
 class RLOOTrainer(Online, trl.RLOOTrainer):

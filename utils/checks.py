@@ -4,6 +4,7 @@ import difflib
 import json
 import math
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -30,6 +31,26 @@ class Failed(RuntimeError):
     def __init__(self, message, details=None):
         super().__init__(message)
         self.details = details or message
+
+
+class Stopped(Exception):
+    """Signal `number` ended the run after `step` steps; a checkpoint of the last one is saved, if there was one."""
+
+    def __init__(self, number, step):
+        super().__init__(number, step)
+        self.number, self.step = number, step
+
+    def __str__(self):
+        saved = f"after step {self.step}, saved as checkpoint-{self.step}" if self.step else "before the first step"
+        return f"stopped by {signal.Signals(self.number).name} {saved}"
+
+
+class Again(Exception):
+    """Start again, with `words` added to the command line: goes on from the newest checkpoint in smaller passes."""
+
+    def __init__(self, words, message):
+        super().__init__(message)
+        self.words = words
 
 
 def refuse_if(problems):

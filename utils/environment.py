@@ -61,6 +61,12 @@ def record_failure(error):
         Path(file).write_text(json.dumps({"message": message}), encoding="utf-8")
 
 
+def other_failed():
+    """Whether another process of this node has left what went wrong: the launcher then ends all of them."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    return bool(file) and any(Path(file).parent.parent.glob("*/error.json"))
+
+
 def has_gpu():
     import torch
 
@@ -95,13 +101,18 @@ def local_device():
 
 def wait_for_everyone():
     """Until every process is here, be it days: they share the work, and only then look at what came of it."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if world_size() > 1:
         import datetime
 
         from accelerate import PartialState
 
         cpu = {} if has_gpu() else {"cpu": True, "backend": "gloo"}
         PartialState(timeout=datetime.timedelta(days=7), **cpu).wait_for_everyone()
+
+
+def world_size():
+    """How many processes there are, on all nodes together."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def processes_asked():

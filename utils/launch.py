@@ -17,10 +17,12 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from utils import memory
 from utils.checks import Refused
 
 CONFIGS = Path("accelerate_configs")
@@ -53,7 +55,7 @@ def main(job):
         # a refusal is one message and status 2, however many processes follow
         status = subprocess.call([sys.executable, *job, "--check"], stdout=subprocess.DEVNULL)
         os.environ["LAUNCH_CHECKED"] = "1"
-        return status or launch(plan, job)
+        return status or launch_until_it_fits(plan, job)
     except Refused as refusal:
         refusal.say()
         return 2
@@ -173,6 +175,8 @@ def search_path():
 def set_environment(plan):
     """What the check and every process inherit; the engine's variables are those that accelerate sets again later."""
     env = {"LAUNCH_PROCESSES": str(plan.world), "PATH": search_path()}
+    # seconds that a large checkpoint has once a signal came; a second signal does not wait
+    env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "1800")
     for name in ("zero_stage", "offload_optimizer_device"):
         if name in plan.described.get("deepspeed_config", {}):
             env[f"ACCELERATE_DEEPSPEED_{name.upper()}"] = str(plan.described["deepspeed_config"][name])
@@ -187,6 +191,17 @@ def set_environment(plan):
     os.environ.update(env)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // plan.processes)))
+
+
+def launch_until_it_fits(plan, job):
+    """launch, and again in smaller passes as often as the processes ask for it; one process does that by itself."""
+    if plan.world == 1 or plan.nodes > 1:
+        return launch(plan, job)
+    with tempfile.NamedTemporaryFile() as handover:
+        os.environ[memory.HANDOVER] = handover.name
+        status = launch(plan, job)
+        words = Path(handover.name).read_text(encoding="utf-8").splitlines()
+    return launch_until_it_fits(plan, memory.add_words(job, words)) if words else status
 
 
 def launch(plan, job):
@@ -223,8 +238,16 @@ def launch(plan, job):
         print(f"failed: the nodes did not find each other within {plan.timeout} s ({where}): {error}", file=sys.stderr)
         return 1
     except SignalException as error:
+        kill_children()  # of a second signal: after the first one they were waited for
         return 128 + error.sigval
     return 0
+
+
+def kill_children():
+    import psutil
+
+    for child in psutil.Process().children(recursive=True):
+        child.kill()
 
 
 def when(failure):

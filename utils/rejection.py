@@ -137,7 +137,7 @@ class Work:
         shape = len(self.prompts), self.samples + bool(self.reference)
         self.completions = pool.Lines(folder, "completions", *shape)
         self.scores = pool.Lines(folder, "scores", *shape)
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.world = int(os.environ.get("RANK", 0)), environment.world_size()
         self.first = [self.prompts[number] for number in self.prompts.numbers[:4]]
         self.failed_share = 0.0
         if tokenizer is not None:

@@ -10,7 +10,10 @@ from rlhf_args.methods import METHODS, REJECTION, find_method
 from utils import checks, environment, files, judge, models, pool, sampling, scoring, selection
 
 STAGES = ("generate", "score", "select")
-TRAINING = ("train_mode", "use_dora", "lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules")
+TRAINING = (
+    "train_mode", "use_dora", "lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "resume",
+    "max_bad_steps", "auto_batch",
+)  # fmt: skip
 
 
 def needs_model(config):

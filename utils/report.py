@@ -1,5 +1,6 @@
 """What a person sees of a run: live bar, metrics.jsonl, two answers before and after, report.png, run_card.json."""
 
+import contextlib
 import json
 import os
 import resource
@@ -12,23 +13,15 @@ from pathlib import Path
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from utils import secrets
 from utils.data import count_reasons, hash_rows
+from utils.files import write_whole
 from utils.summary import say
 from utils.text import render, tokenize
+from utils.watch import Watch
 
 SAMPLES = 2
 SAMPLE_TOKENS = 48
-
-
-# What a log of sampled answers shows when a run goes wrong -> whether this one does
-WARNINGS = {
-    "all answers got the same reward, so there is nothing to learn from. Look at completions.jsonl; a reward that "
-    "differs, a higher --temperature or more --num_generations would help": lambda logs: logs.get("reward_std") == 0,
-    "the policy runs away from the reference (KL above 1 a token). A lower --learning_rate or a higher --beta holds "
-    "it": lambda logs: (logs.get("kl") or 0) > 1,
-    "no answer ends by itself: all are cut at --max_completion_length. Raise it, or (RLOO, GRPO, PPO) add "
-    "--missing_eos_penalty 1": (lambda logs: logs.get("completions/clipped_ratio") == 1),
-}
 
 
 class Report(TrainerCallback):
@@ -41,7 +34,8 @@ class Report(TrainerCallback):
         self.examples = [e for e in rendered if tokenize(tokenizer, e[1]) or method.task == "SEQ_CLS"][:SAMPLES]
         self.folder = Path(trainer.args.output_dir)
         self.main = trainer.accelerator.is_main_process
-        self.before, self.bar, self.seconds, self.steps, self.warned = [], None, 0.0, 0, set()
+        self.before, self.bar, self.seconds, self.steps = [], None, 0.0, 0
+        self.watch = Watch(method, trainer.args)
         trainer.generating = self.show_generating
         for callback in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(callback)
@@ -56,6 +50,8 @@ class Report(TrainerCallback):
         if self.main:
             for name in ("metrics.jsonl", "eval.jsonl", "completions.jsonl"):
                 keep_until(self.folder / name, state.global_step)
+            self.watch.replay(read_lines(self.folder / "eval.jsonl") + read_lines(self.folder / "metrics.jsonl"))
+            self.tokens_before = self.count_tokens()
 
     def on_step_begin(self, args, state, control, **kwargs):
         if self.main and self.bar is None:
@@ -105,6 +101,7 @@ class Report(TrainerCallback):
             if line.get(margin) == line.get(accuracy) == 0:
                 line |= {accuracy: 0.5, "tied": True}
             append_line(self.folder / "eval.jsonl", line)
+            self.warn(state.global_step, logs)
 
     def say_sampled(self, step):
         """The newest of the answers that the policy learns from, with its rewards, ten times a run."""
@@ -119,10 +116,8 @@ class Report(TrainerCallback):
 
     def warn(self, step, logs):
         """Says in plain words, once each, what the log shows when a run goes wrong."""
-        for text, wrong in WARNINGS.items():
-            if text not in self.warned and wrong(logs):
-                self.warned.add(text)
-                (self.bar.write if self.bar else print)(f"warning   step {step}: {text}", file=sys.stderr)
+        for text in self.watch.see(step, logs):
+            (self.bar.write if self.bar else print)(f"warning   step {step}: {text}", file=sys.stderr)
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.bar:
@@ -135,7 +130,7 @@ class Report(TrainerCallback):
             return json.loads(file.read_text(encoding="utf-8"))
         samples = self.sample()
         if self.main:
-            file.write_text(json.dumps(samples, ensure_ascii=False), encoding="utf-8")
+            write_whole(file, json.dumps(samples, ensure_ascii=False))
         return samples
 
     def sample(self):
@@ -179,11 +174,13 @@ class Report(TrainerCallback):
         if self.main:
             if self.bar:
                 self.bar.close()
-            draw_report(self.folder, self.method)
+            with contextlib.suppress(OSError):  # of a full disk, which must not hide why the run ended
+                draw_report(self.folder, self.method)
 
     def write_error(self, details):
         """error.log: the whole traceback of what ended the run in one line."""
-        (self.folder / "error.log").write_text(details, encoding="utf-8")
+        with contextlib.suppress(OSError):  # a full disk, which the one line says
+            (self.folder / "error.log").write_text(secrets.hide(details), encoding="utf-8")
 
     def held_out(self):
         """The method's figures at the first and the last evaluation, or None where nothing is held out."""
@@ -204,18 +201,20 @@ class Report(TrainerCallback):
         if not self.steps:
             return found
         found["rows_per_second"] = round(rows / self.seconds, 3)
-        lines = read_lines(self.folder / "metrics.jsonl")
-        tokens = [line["num_tokens"] for line in lines if line.get("num_tokens")]
-        if tokens:
-            found["tokens_per_second"] = round(tokens[-1] / self.seconds, 1)
+        if tokens := self.count_tokens() - self.tokens_before:
+            found["tokens_per_second"] = round(tokens / self.seconds, 1)
         return found
+
+    def count_tokens(self):
+        """The tokens that the log says were seen so far; a run that goes on has those of before in it."""
+        return max((line.get("num_tokens") or 0 for line in read_lines(self.folder / "metrics.jsonl")), default=0)
 
     def write_run_card(self, argv, common, config, name, rows, train, held_out, after):
         """run_card.json: everything needed to do this run again and to judge it."""
         held = self.held_out()
         card = {
             "method": name,
-            "command": shlex.join(["python", f"train_{self.method.entry}.py", *argv]),
+            "command": shlex.join(["python", f"train_{self.method.entry}.py", *secrets.hide_words(argv)]),
             "arguments": {**asdict(common), **config.to_dict()},
             "versions": versions(),
             "data_hash": hash_rows(rows.train + rows.held_out),
@@ -234,7 +233,7 @@ class Report(TrainerCallback):
             ],
         }
         text = json.dumps(card, indent=2, ensure_ascii=False, default=str)
-        (self.folder / "run_card.json").write_text(text + "\n", encoding="utf-8")
+        write_whole(self.folder / "run_card.json", secrets.hide(text) + "\n")
 
     def say_end(self, after):
         """The two examples and the held-out numbers, before and after."""
@@ -318,14 +317,16 @@ def append_line(path, values):
 
 
 def read_lines(path):
-    return [json.loads(line) for line in open(path, encoding="utf-8")] if os.path.exists(path) else []
+    """The lines of a file, without a last one that a kill cut short."""
+    lines = open(path, encoding="utf-8").readlines() if os.path.exists(path) else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def keep_until(path, step):
     """Cut the lines behind `step`: a resumed run logs them again."""
     if path.exists():
         kept = [line for line in read_lines(path) if line["step"] <= step] if step else []
-        path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8")
+        write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
 
 
 def last_words(values):

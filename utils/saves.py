@@ -7,15 +7,6 @@ from pathlib import Path
 from utils.checks import Failed
 
 
-def find_checkpoint(folder, asked):
-    """The checkpoint to go on from: a path is itself; auto (or True) is the newest in `folder`, None if none is."""
-    if str(asked).lower() not in ("auto", "true"):
-        return asked
-    from transformers.trainer_utils import get_last_checkpoint
-
-    return get_last_checkpoint(folder) if Path(folder).is_dir() else None
-
-
 def save(trainer, tokenizer):
     """Model or adapter (safetensors), tokenizer and chat template into output_dir; every process takes part.
 

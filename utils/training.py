@@ -1,12 +1,16 @@
 """The chapters that the training scripts share: how a run ends, the text it trains on, the training, the save."""
 
+import signal
 import sys
 
-from utils import checks, environment
+from utils import checkpoints, checks, environment, memory, secrets
 
 
-def guard(run, argv, onward="--resume_from_checkpoint auto goes on from the newest checkpoint"):
-    """Exit status of run(argv): 0 done, 2 refused, 1 failed in one line, 130 interrupted; another error is raised."""
+def guard(run, argv, onward="the same command with --resume_from_checkpoint auto goes on from there"):
+    """Exit status of run(argv): 0 done, 2 refused, 1 failed in one line, 128+N stopped by signal N.
+
+    Another error is raised. `onward`: how a run goes on that was stopped.
+    """
     environment.calm_libraries()
     try:
         return run(argv)
@@ -14,16 +18,20 @@ def guard(run, argv, onward="--resume_from_checkpoint auto goes on from the newe
         if environment.has_the_word():
             refusal.say()
         return 2
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, checks.Stopped) as stop:
         if environment.is_main():
-            print(f"interrupted. {onward}", file=sys.stderr)
-        return 130
-    except checks.Failed as error:
+            print(f"{str(stop) or 'interrupted'}. {onward[0].upper()}{onward[1:]}", file=sys.stderr)
+        return 128 + getattr(stop, "number", signal.SIGINT)
+    except (checks.Failed, checks.Again) as error:
         environment.record_failure(error)
-        print(f"failed: {error}", file=sys.stderr)
-        return 1
+        print(f"failed: {secrets.hide(str(error))}", file=sys.stderr)
+        return memory.start_again(argv, error.words) if isinstance(error, checks.Again) else 1
     except Exception as error:
         environment.record_failure(error)
+        if memory.is_out_of_memory(error):
+            print("failed: out of memory outside of the training: a smaller model, --train_mode qlora or LAUNCH=zero3 "
+                  f"would help ({secrets.hide(' '.join(str(error).split()))[:300]})", file=sys.stderr)  # fmt: skip
+            return 1
         raise
 
 
@@ -58,6 +66,16 @@ def model_source(common, config, method, tokenizer):
     }
 
 
+def find_start(common, config, name, rows):
+    """The checkpoints.Start of this run, said. Raises Refused where there is one of another run."""
+    from utils import summary
+
+    start, said = checkpoints.find_start(common, config, name, rows)
+    for line in said:
+        summary.say(f"note      {line}")
+    return start
+
+
 def make_lora(common, method):
     """The LoraConfig to train; None for full weights, or an adapter that goes on being trained."""
     from utils import models
@@ -70,11 +88,11 @@ def make_lora(common, method):
 
 def make_trainer(trainer_class, policy, config, tokenizer, train, held_out, lora, **others):
     """The trainer, of all the processes that were asked for. Raises Refused where TRL refuses these flags."""
+    from trainers.safe_trainer import make_safe
     from utils import arguments, text
 
-    config.eval_on_start = bool(held_out.rows)
     try:
-        trainer = trainer_class(
+        trainer = make_safe(trainer_class)(
             model=policy,
             args=config,
             processing_class=tokenizer,
@@ -89,24 +107,34 @@ def make_trainer(trainer_class, policy, config, tokenizer, train, held_out, lora
     return trainer
 
 
-def train_and_report(trainer, common, method, tokenizer, rows, train, held_out):
-    """Trains, evaluates, draws; returns the Report of it."""
-    from utils import models, report, saves, summary, text
+def train_and_report(trainer, start, common, method, tokenizer, rows, train, held_out):
+    """Trains from `start` on, evaluates, draws; returns the Report of it."""
+    from utils import models, report, saves, stops, summary, text
 
     config = trainer.args
+    start = checkpoints.set_aside(config.output_dir, start)
     if environment.is_main():
         saves.prepare_output_dir(config.output_dir, common.overwrite_output_dir, rows.dropped)
     trainer.accelerator.wait_for_everyone()  # nobody looks for a checkpoint before the folder is what it will be
     text.check_none_lost(trainer, train, held_out)
+    checkpoints.load_adapter(trainer.model, start)
+    trainer.run, trainer.rows, trainer.max_bad_steps = start.run, rows.train, common.max_bad_steps
     follow = report.Report(trainer, method, tokenizer, rows.held_out or rows.train)
     summary.say(f"trains    {models.count_parameters(trainer.model)}")
+    onward = None if start.weights_only else start.checkpoint
+    config.eval_on_start = bool(held_out.rows) and onward is None
     try:
-        trainer.train(resume_from_checkpoint=saves.find_checkpoint(config.output_dir, config.resume_from_checkpoint))
-        if held_out.rows:
-            trainer.evaluate()
+        with checkpoints.says_when_full(config.output_dir, "the newest line of the log"):
+            stops.train(trainer, onward)
+            if held_out.rows:
+                trainer.evaluate()
     except checks.Failed as error:
         follow.write_error(error.details)
         raise
+    except Exception as error:
+        if not memory.is_out_of_memory(error):
+            raise
+        raise memory.run_out(trainer, method, common, error) from error
     finally:
         follow.draw()
     return follow

@@ -1,0 +1,168 @@
+"""What every trainer here does beside training: whole checkpoints, exact resumes, no step on numbers that are none."""
+
+import os
+import shutil
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+
+from utils import bad_steps, checkpoints
+from utils.checks import Failed
+
+# What TRL's trainers count from log to log and from rollout to rollout, which transformers' checkpoints leave out.
+PROGRESS = (
+    "_step", "_buffered_inputs", "_metrics", "_stored_metrics", "_total_train_tokens", "_tr_loss",
+    "_globalstep_last_logged", "_total_loss_scalar",
+)  # fmt: skip
+
+
+class Safe:
+    """Mixin before any trainer of transformers.
+
+    `run`: what the manifest of each checkpoint says of it (checkpoints.describe_run). `rows`: (where, values) of what
+    is trained on, to name the row that broke a step.
+    """
+
+    run, rows, max_bad_steps = {}, (), 1
+    aside = None  # where a checkpoint is being written
+    hashing = None  # the thread that hashes the newest one
+    broken = None  # the first pass of this step whose loss is no number: (its inputs, the loss)
+    bad_steps = 0
+    in_pass = False  # whether forward or backward is under way: then weights and optimizer are those of the last step
+
+    # ── checkpoints ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _get_output_dir(self, trial):
+        return str(self.aside or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model, trial):
+        """Written aside, sealed, then renamed: a kill or a full disk in between leaves the earlier ones alone."""
+        folder, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        self.aside = folder / checkpoints.ASIDE
+        self.remove_aside()
+        try:
+            with checkpoints.says_when_full(folder, name):
+                super()._save_checkpoint(model, trial)
+                self.save_progress(self.aside / name)
+                self.accelerator.wait_for_everyone()
+                self.seal(folder, self.aside / name)
+        except Failed:
+            self.remove_aside(wait=False)
+            raise
+        finally:
+            self.aside = None
+        self.accelerator.wait_for_everyone()
+
+    def remove_aside(self, wait=True):
+        if self.is_local_process_zero():
+            shutil.rmtree(self.aside, ignore_errors=True)
+        if wait:
+            self.accelerator.wait_for_everyone()
+
+    def seal(self, folder, written):
+        """The main process names the checkpoint; then each other node, where its files lie on a disk of its own."""
+        if self.is_world_process_zero():
+            best = self.state.best_global_step
+            if best:  # transformers has looked for it beside the one being written
+                self.state.best_model_checkpoint = str(folder / f"checkpoint-{best}")
+                self.state.save_to_json(str(written / "trainer_state.json"))
+            self.finish_hashing()
+            checkpoints.seal(written, self.run)
+            checkpoints.rename(written, folder / written.name)
+            self.hashing = checkpoints.add_hashes_meanwhile(folder / written.name)
+            checkpoints.rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+        if self.is_local_process_zero() and written.exists():
+            checkpoints.rename(written, folder / written.name)
+        self.remove_aside(wait=False)
+
+    def finish_hashing(self):
+        if self.hashing:
+            self.hashing.join()
+
+    # ── a resume ends as the run would have that was never stopped ───────────────────────────────────────────────────
+
+    def save_progress(self, folder):
+        found = {name: getattr(self, name) for name in PROGRESS if hasattr(self, name)}
+        found["passes"] = self.args.gradient_accumulation_steps
+        os.makedirs(folder, exist_ok=True)
+        torch.save(to_plain(found), folder / f"progress_{self.args.process_index}.pt")
+
+    def _load_rng_state(self, checkpoint):
+        """Called when a run goes on, after the rows before have been skipped; what was counted comes back as well."""
+        super()._load_rng_state(checkpoint)
+        found = torch.load(Path(checkpoint, f"progress_{self.args.process_index}.pt"), weights_only=True)
+        if found.pop("passes") != self.args.gradient_accumulation_steps:  # --auto_batch: begin with a new rollout
+            found |= {
+                "_buffered_inputs": None,
+                "_step": self.state.global_step * self.args.gradient_accumulation_steps,
+            }
+        for name, value in found.items():
+            if hasattr(self, name):
+                setattr(self, name, like(getattr(self, name), value, self.args.device))
+
+    # ── no step on a loss or a gradient that is no number ────────────────────────────────────────────────────────────
+
+    def _prepare_inputs(self, inputs):
+        self.prepared = super()._prepare_inputs(inputs)
+        return self.prepared
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.in_pass = True
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.in_pass = False
+        if self.broken is None and not torch.isfinite(loss):
+            self.broken = self.prepared, float(loss)
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """The norm, looked at before the optimizer's step (DeepSpeed's own step is done by then)."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        bad = self.broken is not None or norm is not None and not bool(torch.isfinite(torch.as_tensor(norm)))
+        if not self.of_any_process(bad):
+            return norm
+        self.bad_steps += 1
+        said = bad_steps.explain(self, norm)
+        if self.bad_steps >= self.max_bad_steps:
+            raise Failed(said)
+        bad_steps.warn(f"{said}. The step is left out, {self.bad_steps} of fewer than --max_bad_steps", self)
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        self.broken = None
+        return None
+
+    def of_any_process(self, flag):
+        """Whether it holds for any process."""
+        if self.args.world_size == 1:
+            return flag
+        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.args.device), reduction="sum"))
+
+
+def make_safe(trainer_class):
+    """The trainer's class with Safe before it."""
+    return type(trainer_class.__name__, (Safe, trainer_class), {})
+
+
+def to_plain(value):
+    """With builtin containers alone, as torch.load takes them without running code."""
+    if isinstance(value, dict):
+        return {key: to_plain(held) for key, held in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_plain(held) for held in value]
+    return value
+
+
+def like(old, value, device):
+    """What to_plain made of a value, in the containers of the one that it replaces, on this process's device."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, list):
+        return [like(None, held, device) for held in value]
+    if not isinstance(value, dict):
+        return value
+    into = old if isinstance(old, dict) else {}
+    held = {k: like(into[k] if isinstance(into, defaultdict) else into.get(k), v, device) for k, v in value.items()}
+    into.clear()
+    into.update(held)
+    return into

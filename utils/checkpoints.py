@@ -1,0 +1,306 @@
+"""Checkpoints that can be relied on: each is whole and of the run that goes on from it, or it is said and not used.
+
+A checkpoint is written in a folder aside and renamed when it is complete, with a manifest of its files and its run.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import threading
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+from utils import environment
+from utils.checks import Failed, Refused, refuse_if
+from utils.files import write_whole
+
+MANIFEST = "manifest.json"
+ASIDE = "checkpoint-being-written"
+EARLIER = "earlier"  # in the output folder: what --resume weights_only started from
+NAME = re.compile(r"checkpoint-(\d+)")
+
+# What decides the weights that a run ends with, beside the method's own flags. How long it runs may change.
+SHARED_FLAGS = ("train_mode", "dtype", "reward_funcs", "reward_model_path")
+LORA_FLAGS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "use_dora")
+TRAINER_FLAGS = (
+    "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args",
+    "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm", "seed", "data_seed",
+    "label_smoothing_factor", "neftune_noise_alpha", "train_sampling_strategy", "dataloader_drop_last",
+)  # fmt: skip
+LENGTH_FLAGS = ("max_steps", "num_train_epochs")
+# Flags of methods that do not: how it is logged, served, kept in memory, or cut into passes.
+NO_MATTER = re.compile(
+    "log_|vllm_|dataset_num_proc|num_completions_to_print|answers_|steps_per_generation|num_mini_batches|"
+    "total_episodes|num_generations_eval|trust_remote_code|ds3_|local_rollout|save_critic|generate_during_eval|"
+    "activation_offloading|precompute_ref_batch_size|model_init_kwargs|teacher_model_init_kwargs"
+)
+
+
+@dataclass
+class Start:
+    """What a run goes on from: a checkpoint, or None; in full, or its weights alone. `run`: as of describe_run."""
+
+    checkpoint: Path | None = None
+    weights_only: bool = False
+    run: dict = field(default_factory=dict)
+
+    def policy_path(self, common):
+        """Where the policy's weights are read. An adapter goes into the new trainer's model (load_adapter)."""
+        whole = self.weights_only and common.train_mode == "full"
+        return str(self.checkpoint) if whole else common.model_name_or_path
+
+
+# ── whole, or not ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def seal(folder, run):
+    """Writes the manifest of a checkpoint whose files are all there; `run` as of describe_run."""
+    files = {str(file.relative_to(folder)): {"bytes": file.stat().st_size} for file in walk(folder)}
+    write_manifest(folder, {"run": run, "files": files})
+
+
+def add_hashes(folder):
+    """Adds each file's sha256 to the manifest; meanwhile the run may train on, and even delete the checkpoint."""
+    with contextlib.suppress(FileNotFoundError):
+        manifest = read_manifest(folder)
+        for name, described in manifest["files"].items():
+            described["sha256"] = hash_file(folder / name)
+        write_manifest(folder, manifest)
+
+
+def add_hashes_meanwhile(folder):
+    """The thread in which add_hashes runs; hashing lets other threads compute."""
+    thread = threading.Thread(target=add_hashes, args=(folder,))
+    thread.start()
+    return thread
+
+
+def problems_of(folder, hashes=True):
+    """What is wrong with a checkpoint's files, one line each; [] where it is whole. `hashes`: read all of them."""
+    try:
+        files = read_manifest(folder)["files"]
+    except FileNotFoundError:
+        return [f"no {MANIFEST}"]
+    except (ValueError, KeyError, TypeError):
+        return [f"{MANIFEST} cannot be read"]
+    return [problem for name, file in files.items() if (problem := problem_of(Path(folder, name), file, hashes))]
+
+
+def problem_of(file, described, hashes):
+    if not file.exists():
+        return f"{file.name} is missing"
+    size = file.stat().st_size
+    if size != described["bytes"]:
+        return f"{file.name} has {size} of {described['bytes']} bytes"
+    if hashes and "sha256" in described and hash_file(file) != described["sha256"]:
+        return f"{file.name} is not what was written (sha256)"
+    return None
+
+
+def newest_whole(folder, hashes=True):
+    """(the newest checkpoint that is whole or None, a line for each newer one that is not)."""
+    skipped = []
+    for checkpoint in list_checkpoints(folder):
+        problems = problems_of(checkpoint, hashes)
+        if not problems:
+            return checkpoint, skipped
+        skipped.append(f"{checkpoint} is damaged, and skipped: {'; '.join(problems[:3])}")
+    return None, skipped
+
+
+def rename(written, target):
+    """Gives a checkpoint its name; one of the same step, from before a resume, makes room for it."""
+    if target.exists():
+        os.replace(target, written.with_name(f"{written.name}-replaced"))
+    os.replace(written, target)
+
+
+def rotate(folder, keep, best):
+    """Deletes the oldest checkpoints but so many (None: no limit), never the newest nor the best."""
+    from transformers.trainer_utils import rotate_checkpoints
+
+    rotate_checkpoints(str(folder), save_total_limit=keep, best_model_checkpoint=best, use_mtime=False)
+
+
+def list_checkpoints(folder):
+    """The checkpoints in a folder, newest first."""
+    found = [path for path in Path(folder).glob("checkpoint-*") if NAME.fullmatch(path.name)]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(checkpoint):
+    return int(NAME.fullmatch(Path(checkpoint).name)[1])
+
+
+def walk(folder):
+    return sorted(file for file in Path(folder).rglob("*") if file.is_file() and file.name != MANIFEST)
+
+
+def read_manifest(folder):
+    return json.loads(Path(folder, MANIFEST).read_text(encoding="utf-8"))
+
+
+def write_manifest(folder, manifest):
+    write_whole(Path(folder, MANIFEST), json.dumps(manifest, indent=1, ensure_ascii=False))
+
+
+def hash_file(file):
+    with open(file, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+# ── of the same run, or not ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def describe_run(common, config, name, rows):
+    """{what: value} of all that must be the same for a run to go on as if it had never stopped, and its length."""
+    from transformers import TrainingArguments
+
+    flags = asdict(common)
+    chosen = [*SHARED_FLAGS, *(LORA_FLAGS if common.train_mode != "full" else ())]
+    run = {"--rlhf_type": name} | {f"--{flag}": flags[flag] for flag in chosen if flag in flags}
+    of_every_trainer = {f.name for f in fields(TrainingArguments)}
+    own = [f.name for f in fields(config) if f.name not in of_every_trainer and not NO_MATTER.match(f.name)]
+    run |= {f"--{flag}": getattr(config, flag) for flag in (*TRAINER_FLAGS, *own, *LENGTH_FLAGS)}
+    passes = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    run |= {
+        "model": describe_model(common.model_name_or_path),
+        "data": f"{len(rows.train)} rows {hash_in_order(rows.train)[:12]}",
+        "processes": environment.processes_asked(),
+        "engine": environment.engine() or "none",
+        "rows a step": passes * environment.processes_asked(),
+    }
+    return json.loads(json.dumps(run, default=str))
+
+
+def describe_model(path):
+    """Its name and a hash of what it is: config, and the names and sizes of its weights; of a Hub id the id."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return path
+    described = [f"{file.name} {file.stat().st_size}" for file in sorted(folder.glob("*.safetensors"))]
+    described += [file.read_text(encoding="utf-8") for file in sorted(folder.glob("*config.json"))]
+    return f"{folder.resolve().name} {hashlib.sha256(repr(described).encode()).hexdigest()[:12]}"
+
+
+def hash_in_order(rows):
+    lines = (json.dumps(values, sort_keys=True, ensure_ascii=False, default=str) for _, values in rows)
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def differences(there, here):
+    """ "--learning_rate 1e-05 there, 2e-05 here": in what a run is not that of a checkpoint; its length may differ."""
+    length = {f"--{flag}" for flag in LENGTH_FLAGS}
+    names = [name for name in here | there if name not in length and here.get(name) != there.get(name)]
+    return [f"{name} {there.get(name)} there, {here.get(name)} here" for name in names]
+
+
+def find_start(common, config, name, rows):
+    """The Start of this run, and lines to say of it. Raises Refused where the checkpoint is not one of this run.
+
+    Every process gets what the main one found.
+    """
+    found, problems = None, []
+    if environment.is_main():
+        try:
+            run = describe_run(common, config, name, rows)
+            start, said = choose_start(common, config, run)
+            found = replace(start, run=run), said
+        except Refused as refusal:
+            problems = refusal.problems
+    if environment.world_size() > 1:
+        from accelerate.utils import broadcast_object_list
+
+        found, problems = broadcast_object_list([found, problems])
+    refuse_if(problems)
+    return found
+
+
+def choose_start(common, config, run):
+    asked, folder = config.resume_from_checkpoint, Path(config.output_dir)
+    if not asked or common.overwrite_output_dir:
+        return Start(), []
+    read_all = not common.check  # the run itself reads them all; a check before it looks at the sizes
+    if str(asked).lower() in ("auto", "true"):
+        checkpoint, said = newest_whole(folder, read_all)
+        if checkpoint is None and (folder / "metrics.jsonl").exists():
+            said.append(f"no checkpoint in {folder} to go on from: starts from the beginning")
+        if checkpoint is None and common.resume == "weights_only":
+            checkpoint, further = newest_whole(folder / EARLIER, read_all)
+            said += further
+    else:
+        checkpoint, said = Path(asked), []
+        if problems := problems_of(checkpoint, read_all):
+            raise Refused([f"--resume_from_checkpoint {asked}: not whole: {'; '.join(problems[:3])}"])
+    if checkpoint is None:
+        return Start(), said
+    there = read_manifest(checkpoint)["run"]
+    if checkpoint.parent.name != EARLIER and not (different := differences(there, run)):
+        longer = [f"--{flag} {run[f'--{flag}']}, not {there[f'--{flag}']}" for flag in LENGTH_FLAGS
+                  if run[f"--{flag}"] != there.get(f"--{flag}")]  # fmt: skip
+        if longer:
+            said.append(f"the learning rate goes on by the schedule of the new length ({'; '.join(longer)})")
+        return Start(checkpoint), [*said, f"goes on from {checkpoint}"]
+    if common.resume == "weights_only":
+        if not any(checkpoint.glob("*.safetensors")):
+            raise Refused([f"{checkpoint}: holds its weights in pieces, for its own engine. Type the same LAUNCH"])
+        return Start(checkpoint, weights_only=True), [*said, f"starts anew from the weights of {checkpoint}"]
+    raise Refused(
+        [
+            f"{checkpoint} is of another run: {'; '.join(different)}. Type what is there to go on with it, "
+            "--resume weights_only to start anew from its weights, or --overwrite_output_dir to start afresh"
+        ]
+    )
+
+
+def set_aside(folder, start):
+    """Moves what an earlier run left out of the way of one that starts anew from its weights; returns the Start."""
+    folder, earlier = Path(folder), Path(folder, EARLIER)
+    if not start.weights_only or start.checkpoint.parent.resolve() != folder.resolve():
+        return start
+    if environment.is_main():
+        earlier.mkdir(exist_ok=True)
+        for path in [*list_checkpoints(folder), *folder.glob("*.json*"), *folder.glob("report.png")]:
+            if (earlier / path.name).is_dir():
+                shutil.rmtree(earlier / path.name)
+            os.replace(path, earlier / path.name)
+    return replace(start, checkpoint=earlier / start.checkpoint.name)
+
+
+def load_adapter(model, start):
+    """Puts a checkpoint's adapter into the model that is to be trained, where only its weights are taken."""
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    if start.weights_only and hasattr(model, "peft_config"):
+        set_peft_model_state_dict(model, load_peft_weights(str(start.checkpoint), device="cpu"))
+
+
+# ── a full disk ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@contextlib.contextmanager
+def says_when_full(folder, what):
+    """Turns what libraries raise on a full disk into one line: `what` was not saved there. Raises Failed."""
+    try:
+        yield
+    except Exception as error:
+        if not is_full(error, folder):
+            raise
+        whole = [path.name for path in list_checkpoints(folder) if not problems_of(path, hashes=False)]
+        kept = f"{', '.join(whole)} {'is' if len(whole) == 1 else 'are'} whole" if whole else "no checkpoint is there"
+        raise Failed(
+            f"no space left on the disk of {folder}: {what} was not saved; {kept}. Make room (--save_total_limit "
+            "keeps fewer), then type the same command again with --resume_from_checkpoint auto"
+        ) from error
+
+
+def is_full(error, folder):
+    """Whether an error is that of a full disk; torch says only that writing failed."""
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
+        return True
+    wrote = "failed writing" in str(error) or "write failed" in str(error) or "unexpected pos" in str(error)
+    return wrote and shutil.disk_usage(folder).free < 64 * 1024**2

@@ -1,0 +1,119 @@
+"""Memory that ran out: one line with what filled it and what would help, and a new start in smaller passes."""
+
+import os
+import sys
+from pathlib import Path
+
+from utils.checks import Again, Failed
+
+HANDOVER = (
+    "LAUNCH_AGAIN"  # names a file: there a process of several leaves what utils/launch.py is to start again with
+)
+GIB = 1024**3
+
+
+def is_out_of_memory(error):
+    import torch
+
+    said = str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in said
+
+
+def run_out(trainer, method, common, error):
+    """What to raise in place of an out-of-memory error: Again where --auto_batch can halve, else Failed."""
+    said = explain(trainer, method, common)
+    words = halve(trainer.args, method)
+    restarts = trainer.args.world_size == 1 or HANDOVER in os.environ
+    if not common.auto_batch or not words or not restarts:
+        return Failed(said, f"{said}\n\n{error}")
+    if trainer.in_pass and trainer.args.world_size == 1 and trainer.state.global_step:
+        import gc
+
+        import torch
+
+        trainer.model.zero_grad(set_to_none=True)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        trainer._save_checkpoint(trainer.model_wrapped, None)  # weights and optimizer are those of the last step
+        trainer.finish_hashing()
+    return Again(words, f"{said}. --auto_batch: goes on with {' '.join(words)}")
+
+
+def halve(args, method):
+    """Flags for half the rows a pass and twice the passes: the same rows a step. [] where a pass cannot be halved."""
+    batch, passes = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    if batch % 2 or batch // 2 < method.min_batch_size:
+        return []
+    words = ["--per_device_train_batch_size", str(batch // 2), "--gradient_accumulation_steps", str(2 * passes)]
+    slices = getattr(args, "steps_per_generation", None)
+    return words + (["--steps_per_generation", str(2 * slices)] if slices not in (None, passes) else [])
+
+
+def explain(trainer, method, common):
+    args, step = trainer.args, trainer.state.global_step + 1
+    where = "in forward or backward" if trainer.in_pass else "outside of forward and backward"
+    said = f"out of memory in step {step}, {where} ({args.per_device_train_batch_size} rows a pass)"
+    helps = "; ".join(ways_out(args, method, common))
+    return f"{said}: {say_owners(trainer)}. Would help, the cheapest first: {helps}"
+
+
+def say_owners(trainer):
+    """What of the peak belongs to whom: weights, gradients and optimizer as counted, the rest is the passes'."""
+    import torch
+
+    from utils.report import peak_memory
+
+    model, optimizer = trainer.model, getattr(trainer, "optimizer", None)
+    parts = {"weights": count(model.parameters())}
+    states = optimizer.state.values() if hasattr(optimizer, "state") else ()
+    parts["optimizer"] = count(t for state in states for t in state.values() if isinstance(t, torch.Tensor))
+    parts["gradients"] = count(p.grad for p in model.parameters() if p.grad is not None)
+    peak = peak_memory()
+    parts["activations and the rest"] = max(peak - sum(parts.values()), 0)
+    owners = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())
+    device = f" of {torch.cuda.get_device_properties(0).total_memory / GIB:.1f}" if torch.cuda.is_available() else ""
+    return f"peak {peak / GIB:.1f}{device} GiB ({owners})"
+
+
+def count(tensors):
+    """Bytes of the storages behind tensors, each once."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def ways_out(args, method, common):
+    if words := halve(args, method):
+        yield f"{' '.join(words)} (the same step; --auto_batch does it by itself)"
+    if not args.gradient_checkpointing:
+        yield "--gradient_checkpointing True"
+    for flag in ("max_completion_length", "max_length"):
+        if getattr(args, flag, None):
+            yield f"--{flag} {getattr(args, flag) // 2}"
+            break
+    if common.train_mode == "full":
+        yield "--train_mode lora"
+    elif common.train_mode == "lora":
+        yield "--train_mode qlora"
+    yield "LAUNCH=zero3 on more GPUs, or LAUNCH=zero3_offload"
+
+
+def start_again(argv, words):
+    """Starts the script anew in place of this process; of several processes, leaves that to utils/launch.py."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if file := os.environ.get(HANDOVER):
+            Path(file).write_text("\n".join(words), encoding="utf-8")
+        return 1
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, sys.argv[0], *add_words(argv, words)])
+
+
+def add_words(argv, words):
+    """The command line of the new start: it must not delete what there is, and goes on from it."""
+    kept = [word for at, word in enumerate(argv) if not deletes(argv, at)]
+    return [*kept, *words, "--resume_from_checkpoint", "auto"]
+
+
+def deletes(argv, at):
+    """Whether a word is --overwrite_output_dir, or its value."""
+    flag = "--overwrite_output_dir"
+    return argv[at].split("=")[0] == flag or at > 0 and argv[at - 1] == flag and not argv[at].startswith("--")
