@@ -25,6 +25,7 @@ ROLLOUT = (
     ("tokens", "completions/mean_length"),
     ("not ended", "completions/clipped_ratio"),
 )
+PAIR_BEGINS = (("rewards/chosen", 0.0), ("rewards/rejected", 0.0))
 DIVERGENCE = (
     ("forward KL", "forward_kl"),
     ("reverse KL", "reverse_kl"),
@@ -64,6 +65,8 @@ class Method:
     batch: tuple[int, int] = (2, 2)  # rows a device and pass, passes a step, that rlhf_run.sh takes unless told
     metrics: tuple[tuple[str, str], ...] = PAIRWISE  # (label, name in the log) of what is shown of a run, and
     curves: tuple[tuple[str, str], ...] = ()  # of what report.png alone shows beside it
+    begins: tuple[tuple[str, float | str], ...] = ()  # (name in the log, value while policy and reference are one, or
+    # "module:function" of the config that knows it); none without a reference
     sample_reward: str | None = None  # a reward function that ships; None: the data say what is good, not a reward
     sample_flags: tuple[str, ...] = ("--max_steps", "12")  # what rlhf_run.sh adds to the sample data: ends in minutes
     renamed: tuple[tuple[str, str], ...] = ()  # flags of its ancestors -> what they are called here
@@ -89,6 +92,7 @@ ONLINE = {
     "sample_flags": ("--max_steps", "12", "--num_iterations", "2", "--max_completion_length", "32"),
     "metrics": ROLLOUT,
     "curves": CLIPPED,
+    "begins": (("kl", 0.0),),
     "renamed": tuple(OLD_NAMES.items()),
 }
 
@@ -102,6 +106,7 @@ METHODS = {
         sample_data="data/preference.jsonl",
         models=("ref_model",),
         losses=DPO_LOSSES,
+        begins=(*PAIR_BEGINS, ("loss", "utils.watch:dpo_loss")),
     ),
     "CPO": Method(
         title="Contrastive Preference Optimization",
@@ -153,6 +158,7 @@ METHODS = {
         losses=("kto", "apo_zero_unpaired"),
         min_batch_size=2,  # its KL term pairs each prompt with another row's answer (trl#2554)
         metrics=(("margin", "rewards/margins"),),
+        begins=(*PAIR_BEGINS, ("loss", "utils.watch:kto_loss")),
     ),
     "Reward": Method(
         title="Bradley-Terry reward model",

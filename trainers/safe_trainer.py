@@ -27,7 +27,7 @@ class Safe:
     run, rows, max_bad_steps = {}, (), 1
     aside = None  # where a checkpoint is being written
     hashing = None  # the thread that hashes the newest one
-    broken = None  # the first pass of this step whose loss is no number: (its inputs, the loss)
+    broken = None  # the first pass of this step that came out as no number: (its inputs, what is none)
     bad_steps = 0
     in_pass = False  # whether forward or backward is under way: then weights and optimizer are those of the last step
 
@@ -89,9 +89,25 @@ class Safe:
         os.makedirs(folder, exist_ok=True)
         torch.save(to_plain(found), folder / f"progress_{self.args.process_index}.pt")
 
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        self.to_restore = resume_from_checkpoint
+        return super().train(resume_from_checkpoint, **kwargs)
+
+    def _run_epoch(self, *args, **kwargs):
+        """Nothing where the checkpoint is that of the last step: transformers would train one more."""
+        if self.state.global_step < self.state.max_steps:
+            return super()._run_epoch(*args, **kwargs)
+        self.control.should_training_stop = True
+
+    def _finalize_training(self, *args, **kwargs):
+        if self.to_restore:
+            self._load_rng_state(self.to_restore)
+        return super()._finalize_training(*args, **kwargs)
+
     def _load_rng_state(self, checkpoint):
         """Called when a run goes on, after the rows before have been skipped; what was counted comes back as well."""
         super()._load_rng_state(checkpoint)
+        self.to_restore = None
         found = torch.load(Path(checkpoint, f"progress_{self.args.process_index}.pt"), weights_only=True)
         if found.pop("passes") != self.args.gradient_accumulation_steps:  # --auto_batch: begin with a new rollout
             found |= {
@@ -110,10 +126,17 @@ class Safe:
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.in_pass = True
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        except RuntimeError as error:
+            if "probability tensor" not in str(error):
+                raise
+            prompts = self._tokenize_prompts([row.get("prompt", row.get("prompt_ids")) for row in inputs])[0]
+            self.broken = prompts, "the likelihood of the next token is nan"
+            raise Failed(bad_steps.diagnose(self)[1]) from error
         self.in_pass = False
         if self.broken is None and not torch.isfinite(loss):
-            self.broken = self.prepared, float(loss)
+            self.broken = self.prepared, f"the loss is {float(loss):g}"
         return loss
 
     def _get_grad_norm(self, model, grad_norm=None):

@@ -1,12 +1,15 @@
 """Why a step came out as nan or infinity: in which rows, in which tensor first, and what most likely made it so."""
 
+import math
 import sys
 
 import torch
 
+from utils.checks import Failed
 from utils.environment import is_main
 
 SHOWN = 3  # rows named
+HUGE = 1e4  # no weight of a sound model comes near
 
 
 def explain(trainer, norm):
@@ -19,32 +22,40 @@ def explain(trainer, norm):
     return max(found)[1]  # of the process that names the most
 
 
-def diagnose(trainer, norm):
-    """(how much it names, the line)."""
-    args, step = trainer.args, trainer.state.global_step + 1
-    inputs, loss = trainer.broken or (None, None)
-    what = f"step {step}: the gradient is no number (norm {float(norm):g})" if inputs is None else (
-        f"step {step}: the loss is {loss:g}"
-    )  # fmt: skip
-    weight = first_bad_weight(trainer.model)
-    if weight:
-        since = "before the first step: the model's folder is broken, copy it again" if step == 1 else (
-            f"since an earlier step: --learning_rate {args.learning_rate:g} is too high, a tenth would do"
-        )  # fmt: skip
-        return 1, f"{what}, as {weight} is no number {since}"
-    rows, bad, tensor = ([], [], None) if inputs is None else find_bad_rows(trainer, inputs)
-    if bad:
-        where = ", ".join(name_row(trainer, row) for row in bad[:SHOWN]) + ", ..." * (len(bad) > SHOWN)
-        cause = "every row of this pass gives it" if len(bad) == len(rows) > 1 else "mend or remove what is named"
-        return 3, f"{what} in {where}, first in {tensor}; the weights are sound: {say_cause(args, cause)}"
-    gradient = first_bad_gradient(trainer.model)
-    where = f", first in the gradient of {gradient}" if gradient else ""
-    lower = f"a lower --learning_rate than {args.learning_rate:g} would help"
-    return 2 if inputs else 0, f"{what}{where}; weights and outputs are sound: {say_cause(args, lower)}"
+def diagnose(trainer, norm=None):
+    """(how much it names, the line), of what this process has seen."""
+    inputs, rows, tensor = None, [], None
+    if trainer.broken:
+        inputs, what = trainer.broken
+        rows, tensor = find_bad_rows(trainer, inputs)
+    else:
+        what = f"the gradient is no number (norm {float(norm):g})"
+        if gradient := first_bad_gradient(trainer.model):
+            what += f", first in {gradient}"
+    if rows:
+        more = ", ..." * (len(rows) > SHOWN)
+        named = dict.fromkeys(name_row(trainer, row) for row in rows[:SHOWN])  # both answers of a pair are one row
+        what += f" in {', '.join(named)}{more}, first in {tensor}"
+    return len(rows) + bool(inputs), f"step {trainer.state.global_step + 1}: {what}. {say_cause(trainer, bool(rows))}"
 
 
-def say_cause(args, otherwise):
-    return "float16 ends at 65504, type --dtype bfloat16 or float32" if args.fp16 else otherwise
+def say_cause(trainer, in_rows):
+    args = trainer.args
+    weight, largest = largest_weight(trainer.model)
+    if not largest < HUGE:
+        return f"{weight} has grown to {largest:g}: --learning_rate {args.learning_rate:g} is too high"
+    if args.fp16:
+        return "float16 ends at 65504: type --dtype bfloat16 or float32"
+    if in_rows:
+        return "The weights are sound, so it is what these rows say: mend or remove them"
+    return f"Weights and outputs are sound: a lower --learning_rate than {args.learning_rate:g} would help"
+
+
+def refuse_broken(model, path):
+    """Raises Failed where a model has weights that are no numbers before any training."""
+    for name, parameter in model.named_parameters():
+        if not is_finite(parameter):
+            raise Failed(f"{path}: {name} holds nan or infinity before any training. Copy the model again")
 
 
 def warn(line, trainer):
@@ -52,8 +63,11 @@ def warn(line, trainer):
         print(f"warning   {line}", file=sys.stderr)
 
 
-def first_bad_weight(model):
-    return next((name for name, p in model.named_parameters() if not is_finite(p)), None)
+def largest_weight(model):
+    """(name, magnitude) of the trained tensor that holds the largest number, nan if one is none."""
+    held = ((name, local(p)) for name, p in model.named_parameters() if p.requires_grad)
+    sizes = {name: float(tensor.abs().max()) for name, tensor in held if tensor.numel()}
+    return max(sizes.items(), key=lambda item: math.inf if math.isnan(item[1]) else item[1], default=("", 0.0))
 
 
 def first_bad_gradient(model):
@@ -62,22 +76,28 @@ def first_bad_gradient(model):
 
 
 def is_finite(tensor):
-    tensor = getattr(tensor, "ds_tensor", tensor)  # of ZeRO-3 the part that this process holds
-    tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    if type(tensor).__name__ == "Params4bit":  # packed numbers, be it in the dtype of floats
+        return True
+    tensor = local(tensor)
     return not tensor.is_floating_point() or bool(tensor.isfinite().all())
 
 
+def local(tensor):
+    """What this process holds of a tensor that ZeRO-3 or FSDP2 has cut in pieces."""
+    tensor = getattr(tensor, "ds_tensor", tensor)
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def find_bad_rows(trainer, inputs):
-    """(token rows of the pass, those whose outputs are no numbers, the first module that gives such), each alone.
+    """(token rows of the pass whose outputs are no numbers, the first module that gives such), each computed alone.
 
     Nothing where the weights lie in pieces on all processes: one of them cannot compute alone.
     """
-    rows = list(token_rows(inputs))
     model = trainer.accelerator.unwrap_model(trainer.model)
     if any(hasattr(p, "ds_tensor") or hasattr(p, "to_local") for p in model.parameters()):
-        return rows, [], None
+        return [], None
     bad, tensor = [], None
-    for ids in rows:
+    for ids in token_rows(inputs, trainer.args.device):
         seen = []
         hooks = [module.register_forward_hook(note(seen, name)) for name, module in model.named_modules()]
         try:
@@ -89,7 +109,7 @@ def find_bad_rows(trainer, inputs):
         if seen:
             bad.append(ids)
             tensor = tensor or seen[0]
-    return rows, bad, tensor
+    return bad, tensor
 
 
 def note(seen, name):
@@ -103,8 +123,11 @@ def note(seen, name):
     return hook
 
 
-def token_rows(inputs):
-    """Token ids (T,) of each sequence in a pass, without padding; of any of TRL's collators."""
+def token_rows(inputs, device):
+    """Token ids (T,) of each sequence in a pass, without padding; of any of TRL's collators, or a list of prompts."""
+    if isinstance(inputs, list):
+        yield from (torch.tensor(ids, device=device) for ids in inputs)
+        return
     for key, ids in inputs.items():
         if key.endswith("input_ids"):
             mask = inputs.get(f"{key.removesuffix('input_ids')}attention_mask", torch.ones_like(ids))

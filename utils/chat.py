@@ -7,7 +7,7 @@ import argparse
 import sys
 
 from utils import environment
-from utils.checks import Refused, is_reward_model
+from utils.checks import Refused, check_folder, is_reward_model, refuse_if
 from utils.models import load_model, load_tokenizer, read_config
 
 
@@ -34,6 +34,7 @@ def main(argv=None):
     asked = parser.parse_args(argv)
     environment.calm_libraries()
     try:
+        refuse_if(check_folder(asked.model, "model")[0])  # PEFT would read pickled weights
         if is_reward_model(read_config(asked.model)):
             raise Refused([f"{asked.model}: a reward model, which scores and cannot talk"])
         tokenizer = load_tokenizer(asked.model)

@@ -46,11 +46,11 @@ class Stopped(Exception):
 
 
 class Again(Exception):
-    """Start again, with `words` added to the command line: goes on from the newest checkpoint in smaller passes."""
+    """Start again from the newest checkpoint, with `words` added to the command line; `message` says why."""
 
     def __init__(self, words, message):
         super().__init__(message)
-        self.words = words
+        self.words, self.details = words, message
 
 
 def refuse_if(problems):

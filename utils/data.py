@@ -6,6 +6,7 @@ A row in here is `(where, values)`: "data/kto.jsonl:17" and a dict of its column
 import difflib
 import hashlib
 import json
+import math
 import random
 import re
 from dataclasses import dataclass, field
@@ -290,8 +291,9 @@ def split_answer(row):
 
 
 def to_number(value):
+    """The finite number that a value is or writes, or None."""
     try:
-        return float(value)
+        return float(value) if math.isfinite(float(value)) else None
     except (TypeError, ValueError):
         return None
 

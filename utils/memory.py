@@ -21,10 +21,10 @@ def is_out_of_memory(error):
 
 def run_out(trainer, method, common, error):
     """What to raise in place of an out-of-memory error: Again where --auto_batch can halve, else Failed."""
-    said = explain(trainer, method, common)
     words = halve(trainer.args, method)
     restarts = trainer.args.world_size == 1 or HANDOVER in os.environ
     if not common.auto_batch or not words or not restarts:
+        said = explain(trainer, method, common)
         return Failed(said, f"{said}\n\n{error}")
     if trainer.in_pass and trainer.args.world_size == 1 and trainer.state.global_step:
         import gc
@@ -37,7 +37,8 @@ def run_out(trainer, method, common, error):
             torch.cuda.empty_cache()
         trainer._save_checkpoint(trainer.model_wrapped, None)  # weights and optimizer are those of the last step
         trainer.finish_hashing()
-    return Again(words, f"{said}. --auto_batch: goes on with {' '.join(words)}")
+    rows = trainer.args.per_device_train_batch_size
+    return Again(words, f"out of memory in step {trainer.state.global_step + 1} with {rows} rows a pass")
 
 
 def halve(args, method):

@@ -3,7 +3,7 @@
 The sum is made in float32, over the base as it is on disk (never its 4-bit form), and saved in the base's own dtype.
 Rounding to bfloat16 can undo a short training altogether: an update below half a step of the base's grid vanishes
 (peft#2321). So the merged model is reopened and compared with base + adapter before "done" is said; where too little
-is left, float32 is saved instead, and said.
+is left, float32 is saved instead, and said. In the end a fresh process compares once more (utils/verify.py).
 """
 
 import argparse
@@ -11,11 +11,10 @@ import shutil
 import sys
 from pathlib import Path
 
-from utils import environment
-from utils.checks import Refused
-from utils.models import load_tokenizer, read_adapter
+from utils import environment, verify
+from utils.checks import Failed, Refused, check_folder, refuse_if
+from utils.models import first_line, load_tokenizer, read_adapter
 
-PROBE = "The quick brown fox jumps over the lazy dog. 1 + 1 = 2. 今天天气很好。 def f(x): return x"
 ENOUGH = 0.9  # share of the adapter's effect on the outputs that a merge must keep
 
 
@@ -30,25 +29,24 @@ def merge(adapter, output, dtype="auto"):
         raise Refused([f"{adapter}: no adapter_config.json in it, so not an adapter"])
     if Path(output).exists() and any(Path(output).iterdir()):
         raise Refused([f"{output}: is there already. Name another folder"])
+    refuse_if(check_folder(str(adapter), "adapter")[0])  # PEFT would read pickled weights
     scores = described["task_type"] == "SEQ_CLS"
     kind, extra = (AutoModelForSequenceClassification, {"num_labels": 1}) if scores else (AutoModelForCausalLM, {})
     tokenizer = load_tokenizer(adapter)
-    probe = {"input_ids": torch.tensor([tokenizer(PROBE)["input_ids"]])}
+    task, ids = described["task_type"], tokenizer(verify.TEXT)["input_ids"]
 
-    base = kind.from_pretrained(
-        described["base_model_name_or_path"],
-        revision=described.get("revision"),
-        dtype="auto",
-        use_safetensors=True,
-        **extra,
-    )
+    base = described["base_model_name_or_path"]
+    safely = {"use_safetensors": True, "trust_remote_code": False}
+    try:
+        base = kind.from_pretrained(base, revision=described.get("revision"), dtype="auto", **safely, **extra)
+    except (OSError, ValueError) as error:
+        raise Refused([f"{adapter}: its base model {base} cannot be loaded ({first_line(error)})"]) from None
     base.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     own_dtype, base = base.dtype, base.float()
     model = PeftModel.from_pretrained(base, adapter).eval()
-    with torch.no_grad():
-        trained = model(**probe).logits
-        with model.disable_adapter():
-            untrained = model(**probe).logits
+    trained = verify.ask(model, ids, task)
+    with model.disable_adapter():
+        untrained = verify.ask(model, ids, task)
     effect = float((trained - untrained).abs().mean())
     if not effect:
         raise Refused([f"{adapter}: changes nothing in what its base answers. Nothing to merge"])
@@ -64,14 +62,13 @@ def merge(adapter, output, dtype="auto"):
         merged.save_pretrained(output, state_dict=state)
         tokenizer.save_pretrained(output)
         del once, state
-        with torch.no_grad():
-            found = kind.from_pretrained(output, dtype=torch.float32).eval()(**probe).logits
+        found = verify.ask(kind.from_pretrained(output, dtype=torch.float32, **safely).eval(), ids, task)
         kept = 1 - float((found - trained).abs().mean()) / effect
+        name = str(target).removeprefix("torch.")
         if kept >= ENOUGH or dtype != "auto" or target == torch.float32:
-            return str(target).removeprefix("torch."), kept, notes
-        notes.append(
-            f"in {str(target).removeprefix('torch.')} the merge keeps {max(kept, 0):.0%} of what the adapter does"
-        )
+            verify.write(output, trained, tokenizer, task=task, dtype="float32", rounded_to=name)
+            return name, kept, notes
+        notes.append(f"in {name} the merge keeps {max(kept, 0):.0%} of what the adapter does")
 
 
 def main(argv=None):
@@ -97,6 +94,11 @@ def main(argv=None):
         )
         return 1
     print(f"merged    {asked.output}, {dtype}: reopened, and keeps {kept:.1%} of what the adapter does")
+    try:
+        print(verify.verify_in_fresh_process(asked.output))
+    except Failed as error:
+        print(error, file=sys.stderr)
+        return 1
     print(f"chat      python -m utils.chat {asked.output}")
     return 0
 

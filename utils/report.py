@@ -48,8 +48,9 @@ class Report(TrainerCallback):
         say(f"start     {state.max_steps} steps of {rows} rows, learning rate {args.learning_rate:g}; measured first")
         self.before = self.first_samples(state.global_step)
         if self.main:
-            for name in ("metrics.jsonl", "eval.jsonl", "completions.jsonl"):
-                keep_until(self.folder / name, state.global_step)
+            for name in ("metrics.jsonl", "completions.jsonl"):
+                keep(self.folder / name, lambda step: 0 < step <= state.global_step)
+            keep(self.folder / "eval.jsonl", evaluated_at(state).__contains__)  # the last is made behind the last step
             self.watch.replay(read_lines(self.folder / "eval.jsonl") + read_lines(self.folder / "metrics.jsonl"))
             self.tokens_before = self.count_tokens()
 
@@ -227,6 +228,7 @@ class Report(TrainerCallback):
             "peak_memory_bytes": peak_memory(),
             "throughput": self.speed(),
             "held_out": {"before": held[0], "after": held[1]} if held else None,
+            "warnings": self.watch.warnings,
             "samples": [
                 {"question": question, "before": old, "after": new}
                 for (question, old), (_, new) in zip(self.before, after, strict=True)
@@ -311,6 +313,11 @@ def peak_memory():
 # ── jsonl files of one run ───────────────────────────────────────────────────────────────────────────────────────────
 
 
+def evaluated_at(state):
+    """The steps after which the trainer has evaluated, as its own log has them."""
+    return {line["step"] for line in state.log_history if "eval_loss" in line}
+
+
 def append_line(path, values):
     with open(path, "a", encoding="utf-8") as handle:
         handle.write(json.dumps(values, ensure_ascii=False) + "\n")
@@ -322,10 +329,10 @@ def read_lines(path):
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def keep_until(path, step):
-    """Cut the lines behind `step`: a resumed run logs them again."""
+def keep(path, wanted):
+    """Leaves the lines of the steps that are wanted: a run that goes on logs the others again."""
     if path.exists():
-        kept = [line for line in read_lines(path) if line["step"] <= step] if step else []
+        kept = [line for line in read_lines(path) if wanted(line["step"])]
         write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
 
 

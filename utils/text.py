@@ -4,12 +4,17 @@ TRL's trainers get this as plain text, which each of them tokenises the same way
 `...ok<|im_end|>\\n` where CPO trains `...ok<|im_end|>\\n<|im_end|>`.
 """
 
+import functools
+import os
+import re
 from dataclasses import dataclass, field
 from itertools import groupby
 
 from rlhf_args.methods import ANSWERED, DIALOGUE, PROMPT, RANKED
 from utils.checks import Refused
 from utils.data import refuse_rows
+
+CHUNK = 512  # rows whose texts are tokenised at once
 
 
 @dataclass
@@ -21,6 +26,12 @@ class Prepared:
     cut: int = 0  # rows whose answer max_length cuts short
     reshaped: int = 0  # rows whose prompt the template writes differently once an answer follows
     first: tuple = ("", "")
+    # what preflight.py says of all rows, those dropped for their length among them
+    lengths: dict = field(default_factory=dict)  # {prompt, chosen, ...: tokens of each row's}
+    longest: int = 0  # tokens of the longest row, prompt and answer
+    spanned: int = 0  # rows of which a token spans prompt and answer
+    odd: list = field(default_factory=list)  # (where, what) of rows that have not one BOS and one end of turn
+    highest: int = 0  # token id
 
 
 def prepare_rows(rows, tokenizer, columns, max_length, max_prompt=lambda values: 10**9):
@@ -29,57 +40,164 @@ def prepare_rows(rows, tokenizer, columns, max_length, max_prompt=lambda values:
     `max_length`: tokens of prompt and answer together; where the policy answers itself, of the prompt.
     `max_prompt`: of a row's values, the tokens of its prompt beside which an answer to be sampled has its room.
     """
-    prepared, problems = Prepared(), []
-    for where, values in rows:
-        try:
-            turns = render(tokenizer, values)
-        except Exception as error:  # noqa: BLE001  templates raise what they like (jinja2, TypeError, ...)
-            problems.append(f"{where}: the chat template refuses it ({say_error(error)})")
-            continue
-        prompt, answers, reshaped = turns
-        row = trainer_row(tokenizer, values, prompt, answers, columns)
-        limit = 10**9 if max_length is None else max_length
-        longest = max(len(tokenize(tokenizer, prompt + answer)) for answer in answers)
-        if starts_training_at(tokenizer, row, prompt) is None:
-            prepared.dropped.append((where, "no assistant turn in what the template writes", values))
-        elif longest > limit and columns == RANKED:
-            prepared.dropped.append((where, "longer than max_length", values))
-        elif longest > limit and starts_training_at(tokenizer, row, prompt) >= limit:
-            limited = "max_prompt_length" if columns == PROMPT else "max_length"
-            prepared.dropped.append((where, f"prompt longer than {limited}", values))
-        elif len(tokenize(tokenizer, prompt)) > max_prompt(values):
-            prepared.dropped.append((where, "prompt leaves no room for an answer", values))
-        else:
-            if columns == ANSWERED:
-                row["completion_ids"] = row["completion_ids"][: limit - len(row["prompt_ids"])]
-            prepared.cut += longest > limit
-            prepared.reshaped += reshaped
-            prepared.first = prepared.first if prepared.rows else (prompt, answers[0])
-            prepared.rows.append(row)
+    prepared, problems, tokens = Prepared(), [], Tokens(tokenizer)
+    limit = 10**9 if max_length is None else max_length
+    for start in range(0, len(rows), CHUNK):
+        turns = []
+        for where, values in rows[start : start + CHUNK]:
+            try:
+                turns.append((where, values, *render(tokenizer, values)))
+            except Exception as error:  # noqa: BLE001  templates raise what they like (jinja2, TypeError, ...)
+                problems.append(f"{where}: the chat template refuses it ({say_error(error)})")
+        tokens.learn([text for _, _, prompt, answers, _ in turns for text in (prompt, *map(prompt.__add__, answers))])
+        for where, values, prompt, answers, reshaped in turns:
+            alone, whole = tokens(prompt), [tokens(prompt + answer) for answer in answers]
+            row = trainer_row(tokens, values, prompt, answers, columns)
+            trained_from = starts_training_at(row, alone)
+            longest = max(map(len, whole))
+            if trained_from is None:
+                prepared.dropped.append((where, "no assistant turn in what the template writes", values))
+                continue
+            measure(prepared, where, values, alone, whole, tokenizer, columns)
+            if longest > limit and columns == RANKED:
+                prepared.dropped.append((where, "longer than max_length", values))
+            elif longest > limit and trained_from >= limit:
+                limited = "max_prompt_length" if columns == PROMPT else "max_length"
+                prepared.dropped.append((where, f"prompt longer than {limited}", values))
+            elif len(alone) > max_prompt(values):
+                prepared.dropped.append((where, "prompt leaves no room for an answer", values))
+            else:
+                if columns == ANSWERED:
+                    row["completion_ids"] = row["completion_ids"][: limit - len(row["prompt_ids"])]
+                prepared.cut += longest > limit
+                prepared.reshaped += reshaped
+                prepared.first = prepared.first if prepared.rows else (prompt, answers[0])
+                prepared.rows.append(row)
     refuse_rows(problems)
+    prepared.highest = tokens.highest
     return prepared
 
 
-def starts_training_at(tokenizer, row, prompt):
+def starts_training_at(row, prompt_ids):
     """The place of the first token that is trained, or None; what max_length leaves of the row must hold it."""
     if "labels" in row:
         return next((place for place, label in enumerate(row["labels"]) if label != -100), None)
-    return len(tokenize(tokenizer, prompt))
+    return len(prompt_ids)
 
 
-def trainer_row(tokenizer, values, prompt, answers, columns):
+def trainer_row(tokens, values, prompt, answers, columns):
     if columns == DIALOGUE:
-        return label_turns(tokenizer, values, prompt + answers[0])
+        return label_turns(tokens, values, prompt + answers[0])
     if columns == PROMPT:  # as it came: TRL gives it to the reward functions too
         return {"prompt": values["prompt"], **values["further"]}
     if columns == ANSWERED:
-        return split_tokens(tokenizer, prompt, answers[0])
+        return split_tokens(tokens(prompt), tokens(prompt + answers[0]))
     if columns == RANKED:
         row = {"chosen": prompt + answers[0], "rejected": prompt + answers[1]}
     else:
         names = ("chosen", "rejected") if "chosen" in values else ("completion",)
         row = {"prompt": prompt, **dict(zip(names, answers, strict=True))}
     return row | {name: values[name] for name in ("label", "margin") if name in values}
+
+
+def measure(prepared, where, values, alone, whole, tokenizer, columns):
+    """Adds to `prepared` how long a row is, and what is odd in its tokens: the prompt's alone, whole with answers."""
+    names = [name for name in ("messages", "chosen", "rejected", "completion") if name in values]
+    told = {} if columns == DIALOGUE else {"prompt": len(alone)}
+    told |= {name: len(ids) - told.get("prompt", 0) for name, ids in zip(names, whole, strict=False)}
+    for name, length in told.items():
+        prepared.lengths.setdefault(name, []).append(length)
+    prepared.longest = max(prepared.longest, *map(len, whole))
+    prepared.spanned += bool(names) and any(ids[: len(alone)] != alone for ids in whole)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    for ids in whole:
+        ends = count_ends(ids, eos)
+        if bos is not None and ids[:2] == [bos] * 2:
+            prepared.odd.append((where, "2 BOS"))
+        elif names and ends != 1:
+            prepared.odd.append((where, f"{ends} ends of turn behind the answer"))
+        elif names and columns != DIALOGUE and (inside := ids[len(alone) :].count(eos) - 1) > 0:
+            prepared.odd.append((where, f"{inside} of {tokenizer.eos_token} inside the answer"))
+        else:
+            continue
+        break
+
+
+# ── tokens ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Tokens:
+    """tokenizer(text)["input_ids"] of many texts, in which what several of them have in common is tokenised once.
+
+    Texts are cut in front of the template's own tokens, where a tokenizer cuts them too. Where that gives other ids
+    than the whole text, texts are left whole.
+    """
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.highest = tokenizer, 0
+        self.marks = marks_of(tokenizer)
+        self.known, self.proven = {}, False
+
+    def learn(self, texts):
+        """Tokenises what these texts are made of, all at once, and forgets what is not in them."""
+        if not self.proven:
+            self.prove(texts[:8])
+        parts = dict.fromkeys(part for text in texts for part in self.cut(text))
+        self.known = {part: self.known[part] for part in parts if part in self.known}
+        new = [part for part in parts if part not in self.known]
+        self.known |= zip(new, self.tokenize(new, whole=self.marks is None), strict=True)
+        self.highest = max([self.highest, *(max(self.known[part], default=0) for part in new)])
+
+    def __call__(self, text):
+        if self.marks is None:
+            return self.one(text)
+        return [*self.front, *(token for part in self.cut(text) for token in self.one(part)), *self.back]
+
+    def one(self, part):
+        if part not in self.known:
+            (self.known[part],) = self.tokenize([part], whole=self.marks is None)
+        return self.known[part]
+
+    def cut(self, text):
+        if self.marks is None:
+            return [text]
+        places = [0, *(mark.start() for mark in self.marks.finditer(text) if mark.start()), len(text)]
+        return [text[start:stop] for start, stop in zip(places, places[1:], strict=False)]
+
+    def tokenize(self, texts, whole):
+        if not texts:
+            return []
+        before = os.environ.get("TOKENIZERS_PARALLELISM")
+        os.environ["TOKENIZERS_PARALLELISM"] = "true"  # only here: its threads do not survive a fork (data loaders)
+        try:
+            return self.tokenizer(texts, add_special_tokens=whole, return_attention_mask=False)["input_ids"]
+        finally:
+            os.environ["TOKENIZERS_PARALLELISM"] = before or "false"
+
+    def prove(self, texts):
+        """Cuts no text any more where that gives other tokens; a prefix or suffix that the tokenizer adds is seen."""
+        self.proven = True
+        if self.marks is None or not texts:
+            return
+        bare, full = (tokenize(self.tokenizer, "a", add_special_tokens=added) for added in (False, True))
+        at = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
+        self.front, self.back = full[:at], full[at + len(bare) :]
+        if [self(text) for text in texts] != self.tokenize(texts, whole=True):
+            self.marks, self.known = None, {}
+
+
+def marks_of(tokenizer):
+    """A pattern of the tokens that the chat template writes around turns, and that are cut out of any text whole."""
+    if not tokenizer.chat_template:
+        return None
+    asked = [{"role": "user", "content": "QUESTION"}]
+    try:
+        ids = tokenize(tokenizer, template(tokenizer, asked, add_generation_prompt=True))
+    except Exception:  # noqa: BLE001  a template may refuse anything; texts are then left whole
+        return None
+    added = [tokenizer.added_tokens_decoder.get(token) for token in dict.fromkeys(ids)]
+    marks = [mark.content for mark in added if mark and not (mark.lstrip or mark.single_word or mark.normalized)]
+    return re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True)))) if marks else None
 
 
 # ── one row ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -115,6 +233,7 @@ def template(tokenizer, messages, **kwargs):
     return text.removeprefix(tokenizer.bos_token) if tokenizer.bos_token and adds_bos(tokenizer) else text
 
 
+@functools.lru_cache(maxsize=8)  # asked for every text
 def adds_bos(tokenizer):
     return tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
@@ -127,11 +246,13 @@ def end_turn(tokenizer, text):
 
 
 def shared_length(a, b):
+    if a == b[: len(a)]:
+        return len(a)
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def tokenize(tokenizer, text):
-    return tokenizer(text)["input_ids"]
+def tokenize(tokenizer, text, **kwargs):
+    return tokenizer(text, **kwargs)["input_ids"]
 
 
 def prompt_ids(tokenizer, prompt):
@@ -149,20 +270,19 @@ def tokenize_pair(tokenizer, prompt, chosen, rejected):
     return alone[:start], whole[0][start:], whole[1][start:]
 
 
-def split_tokens(tokenizer, prompt, answer):
-    """{prompt_ids, completion_ids}; no completion_ids where the row has no answer yet."""
-    alone, whole = tokenize(tokenizer, prompt), tokenize(tokenizer, prompt + answer)
+def split_tokens(alone, whole):
+    """{prompt_ids, completion_ids} of a prompt's tokens alone and with its answer; no completion_ids without one."""
     start = shared_length(alone, whole)
     return {"prompt_ids": whole[:start], "completion_ids": whole[start:]}
 
 
-def label_turns(tokenizer, values, text):
+def label_turns(tokens, values, text):
     """{input_ids, labels} of a dialogue: every assistant turn is trained with its end of turn, the rest is -100."""
-    ids = tokenize(tokenizer, text)
+    ids = tokens(text)
     labels = [-100] * len(ids)
-    for start, stop in assistant_spans(tokenizer, values, text):
-        first = shared_length(tokenize(tokenizer, text[:start]), ids)
-        last = len(tokenize(tokenizer, text[:stop]))
+    for start, stop in assistant_spans(tokens.tokenizer, values, text):
+        first = shared_length(tokens(text[:start]), ids)
+        last = len(tokens(text[:stop]))
         labels[first:last] = ids[first:last]
     return {"input_ids": ids, "labels": labels}
 
@@ -246,7 +366,7 @@ def check_first(prepared, tokenizer, columns):
         raise Refused(["no row is left to train on: every one is longer than --max_length. Raise it"])
     ids = prepared.rows[0]["input_ids"] if columns == DIALOGUE else tokenize(tokenizer, "".join(prepared.first))
     doubled = tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2
-    ends = next((n for n, token in enumerate(reversed(ids)) if token != tokenizer.eos_token_id), len(ids))
+    ends = count_ends(ids, tokenizer.eos_token_id)
     if doubled or ends != 1 and prepared.first[1]:
         given = "two BOS" if doubled else f"{ends} ends of turn"
         raise Refused(
@@ -255,6 +375,11 @@ def check_first(prepared, tokenizer, columns):
                 "Check add_bos_token, add_eos_token and the chat template"
             ]
         )
+
+
+def count_ends(ids, eos):
+    """How many end-of-turn tokens stand last."""
+    return next((n for n, token in enumerate(reversed(ids)) if token != eos), len(ids))
 
 
 def as_dataset(prepared):

@@ -22,10 +22,14 @@ def guard(run, argv, onward="the same command with --resume_from_checkpoint auto
         if environment.is_main():
             print(f"{str(stop) or 'interrupted'}. {onward[0].upper()}{onward[1:]}", file=sys.stderr)
         return 128 + getattr(stop, "number", signal.SIGINT)
-    except (checks.Failed, checks.Again) as error:
+    except checks.Again as again:
+        environment.record_failure(again)
+        print(f"note      {again}: starts again with {' '.join(again.words)}", file=sys.stderr, flush=True)
+        return memory.start_again(argv, again.words)
+    except checks.Failed as error:
         environment.record_failure(error)
         print(f"failed: {secrets.hide(str(error))}", file=sys.stderr)
-        return memory.start_again(argv, error.words) if isinstance(error, checks.Again) else 1
+        return 1
     except Exception as error:
         environment.record_failure(error)
         if memory.is_out_of_memory(error):
@@ -109,7 +113,7 @@ def make_trainer(trainer_class, policy, config, tokenizer, train, held_out, lora
 
 def train_and_report(trainer, start, common, method, tokenizer, rows, train, held_out):
     """Trains from `start` on, evaluates, draws; returns the Report of it."""
-    from utils import models, report, saves, stops, summary, text
+    from utils import bad_steps, models, report, saves, stops, summary, text
 
     config = trainer.args
     start = checkpoints.set_aside(config.output_dir, start)
@@ -118,15 +122,17 @@ def train_and_report(trainer, start, common, method, tokenizer, rows, train, hel
     trainer.accelerator.wait_for_everyone()  # nobody looks for a checkpoint before the folder is what it will be
     text.check_none_lost(trainer, train, held_out)
     checkpoints.load_adapter(trainer.model, start)
+    bad_steps.refuse_broken(trainer.model, common.model_name_or_path)
     trainer.run, trainer.rows, trainer.max_bad_steps = start.run, rows.train, common.max_bad_steps
     follow = report.Report(trainer, method, tokenizer, rows.held_out or rows.train)
+    follow.watch.from_reference = not start.weights_only
     summary.say(f"trains    {models.count_parameters(trainer.model)}")
     onward = None if start.weights_only else start.checkpoint
     config.eval_on_start = bool(held_out.rows) and onward is None
     try:
         with checkpoints.says_when_full(config.output_dir, "the newest line of the log"):
             stops.train(trainer, onward)
-            if held_out.rows:
+            if held_out.rows and trainer.state.global_step not in report.evaluated_at(trainer.state):
                 trainer.evaluate()
     except checks.Failed as error:
         follow.write_error(error.details)

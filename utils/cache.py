@@ -1,0 +1,106 @@
+"""Prepared rows kept for the next start of the same data: JSON in ~/.cache/rlhf_prepared (XDG_CACHE_HOME), no pickle.
+
+The key is all that they are made of: the rows, the tokenizer with its template, the limits, and the code. What cannot
+be read or written is made anew, without a word.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+
+from rlhf_args.methods import PROMPT
+from utils import data, text
+
+ROOM = 4 * 1024**3  # bytes that all entries may take; one that would take half of it is not kept
+
+
+def prepare_rows(rows, tokenizer, columns, max_length, max_prompt=lambda values: 10**9):
+    """text.prepare_rows, or what it returned for the same before."""
+    made_of = describe(rows, tokenizer, columns, max_length, max_prompt)
+    file = folder() / f"{made_of}.json" if made_of else None
+    prepared = read(file, rows, columns) if file else None
+    if prepared is None:
+        prepared = text.prepare_rows(rows, tokenizer, columns, max_length, max_prompt)
+        if file and os.environ.get("LOCAL_RANK", "0") == "0":
+            write(file, rows, columns, prepared)
+    return prepared
+
+
+def folder():
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rlhf_prepared"
+
+
+def describe(rows, tokenizer, columns, max_length, max_prompt):
+    """A hash of all that decides what comes of the rows; None where that cannot be told."""
+    if not getattr(tokenizer, "is_fast", False):
+        return None
+    template = json.dumps(tokenizer.chat_template)
+    special = tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token
+    versions = [importlib.metadata.version(name) for name in ("transformers", "tokenizers", "jinja2")]
+    today = time.strftime("%Y-%m-%d") if "strftime_now" in template else ""  # a template may write the date
+    parts = [columns, max_length, template, special, versions, today, tokenizer.backend_tokenizer.to_str()]
+    parts += [Path(module.__file__).read_text(encoding="utf-8") for module in (text, data)]
+    total = hashlib.sha256()
+    for part in parts:
+        total.update(hashlib.sha256(json.dumps(part).encode()).digest())
+    for where, values in rows:
+        used = {name: value for name, value in values.items() if name != "further"}
+        line = json.dumps([where, used, max_prompt(values)], default=str)
+        total.update(hashlib.sha256(line.encode()).digest())
+    return total.hexdigest()
+
+
+def read(file, rows, columns):
+    """The Prepared that write() put there of these very rows, or None."""
+    try:
+        digest, _, body = file.read_bytes().partition(b"\n")
+        if hashlib.sha256(body).hexdigest() != digest.decode():
+            return None
+        held = json.loads(body)
+        os.utime(file)  # so that it is not the one used longest ago
+    except (OSError, ValueError):
+        return None
+    dropped = dict(held["dropped"])
+    held["dropped"] = [(rows[place][0], reason, rows[place][1]) for place, reason in dropped.items()]
+    held["odd"] = [tuple(odd) for odd in held["odd"]]
+    held["first"] = tuple(held["first"])
+    if columns == PROMPT:
+        kept = [values for place, (_, values) in enumerate(rows) if place not in dropped]
+        held["rows"] = [{"prompt": values["prompt"], **values["further"]} for values in kept]
+    return text.Prepared(**held)
+
+
+def write(file, rows, columns, prepared):
+    """In one go, for the user's eyes alone."""
+    places = {id(values): place for place, (_, values) in enumerate(rows)}
+    dropped = [(places[id(values)], reason) for _, reason, values in prepared.dropped]
+    held = vars(prepared) | {"dropped": dropped, "rows": [] if columns == PROMPT else prepared.rows}
+    body = json.dumps(held).encode()
+    if len(body) > ROOM // 2:
+        return
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_room(file.parent, len(body))
+        handle, part = tempfile.mkstemp(dir=file.parent)
+        try:
+            with os.fdopen(handle, "wb") as out:
+                out.write(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+            os.replace(part, file)
+        except OSError:
+            os.unlink(part)
+
+
+def make_room(folder, wanted):
+    """Deletes the entries that were used longest ago until so many bytes fit."""
+    entries = sorted((file.stat().st_mtime, file.stat().st_size, file) for file in folder.iterdir())
+    total = sum(size for _, size, _ in entries)
+    for _, size, file in entries:
+        if total + wanted <= ROOM:
+            break
+        file.unlink(missing_ok=True)
+        total -= size

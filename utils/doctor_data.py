@@ -1,0 +1,258 @@
+"""What a training would say of data files, without one: `python -m utils.doctor_data FILE --rlhf_type DPO`.
+
+--fix OUT.jsonl writes them as the rules of utils/repairs.py mend them. What no rule mends is left out, and stands in
+OUT.jsonl.dropped.jsonl with where and why. Exit status: 0 sound, 2 where a training would refuse the file (with --fix
+the one written), or the flags are bad.
+"""
+
+import argparse
+import collections
+import contextlib
+import difflib
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+from common_args import SharedArgs
+from rlhf_args.methods import ANSWERED, EVERY
+from utils import data
+from utils.checks import Refused, check_writable, refuse_if
+from utils.files import find_files, read_rows, read_text
+from utils.repairs import TEXTS, is_list, is_message, repair
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("files", nargs="+", metavar="FILE", help="files, folders, globs or Hub datasets to train on")
+    parser.add_argument("--rlhf_type", default="DPO", help=f"whose data they are: {', '.join(EVERY)}; default: DPO")
+    parser.add_argument("--eval", nargs="+", metavar="FILE", help="held-out data, to be compared with them")
+    parser.add_argument("--fix", metavar="OUT.jsonl", help="write what rules can mend to this file")
+    parser.add_argument("--overwrite", action="store_true", help="with --fix: in place of a file that is there")
+    asked = parser.parse_args(argv)
+    try:
+        return run(asked, find_name(asked.rlhf_type))
+    except Refused as refusal:
+        Refused([say_here(problem) for problem in refusal.problems]).say()
+        return 2
+
+
+def run(asked, name):
+    columns = EVERY[name].columns
+    files = list(dict.fromkeys(find_files(asked.files, "FILE")))
+    held = find_files(asked.eval or (), "--eval")
+    refuse_if(check_out(asked, files + held))
+    rows, notes, unreadable = read_rows(files, "FILE")
+    counts = collections.Counter(where.rpartition(":")[0] for where, _ in rows)
+    say("rows", "; ".join(f"{counts[file]} of {file}" for file in files))
+    sound = judge(files, held, columns, name, "them")
+    examine(rows, held, columns, notes)
+    repaired, rules = repair(rows, columns)
+    for rule, count in rules.items():
+        say("repair" if asked.fix else "--fix", f"{rule}: {count} row{'s' * (count > 1)}")
+    if asked.fix:
+        raw = [keep_raw(problem, files) for problem in unreadable]
+        write(asked.fix, *keep_usable(rows, repaired, columns, raw), changed=bool(rules))
+        sound = judge([asked.fix], held, columns, name, "the file written")
+    return 0 if sound else 2
+
+
+def find_name(asked):
+    known = {name.lower(): name for name in EVERY}
+    if asked.lower() not in known:
+        near = difflib.get_close_matches(asked.lower(), known, 1)
+        guess = f". Did you mean {known[near[0]]}?" if near else ""
+        raise Refused([f"--rlhf_type {asked}: no such method. There are {', '.join(EVERY)}{guess}"])
+    return known[asked.lower()]
+
+
+def check_out(asked, files):
+    """Problems of the file that is to be written."""
+    if not asked.fix:
+        return ["--overwrite: nothing is written without --fix. Type --fix OUT.jsonl"] if asked.overwrite else []
+    out = Path(asked.fix)
+    if out.suffix != ".jsonl":
+        return [f"--fix {out}: rows are written a line each. Name a file that ends in .jsonl"]
+    if out.resolve() in [Path(file).resolve() for file in files]:
+        return [f"--fix {out}: is one of the files that are read. Name another"]
+    there = [path for path in (out, name_dropped(out)) if path.exists()]
+    if there and not asked.overwrite:
+        return [f"--fix {out}: {there[0]} is there already. Name another file, or add --overwrite"]
+    return [problem.replace("--output_dir", "--fix") for problem in check_writable(out.parent)]
+
+
+def say(head, text):
+    print(f"{head:<9} {text}")
+
+
+def say_here(problem):
+    """What training says of its flags, of what the same things are called here."""
+    return problem.replace("--train_data_path", "FILE").replace("--eval_data_path", "--eval")
+
+
+def judge(paths, held_paths, columns, name, what):
+    """Says what a training of these files says against them, its flags left as they are; whether that is nothing."""
+    problems = []
+    try:
+        rows = data.load_rows(paths, held_paths, columns, name)
+        data.check_dropped(rows, SharedArgs.max_drop_fraction)
+    except Refused as refusal:
+        problems = refusal.problems
+    say(name, f"would refuse {what}:" if problems else f"takes {what}")
+    for problem in problems:
+        say("", say_here(problem))
+    return not problems
+
+
+# ── the report ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def examine(rows, held_paths, columns, notes):
+    """Says what stands in the rows that can be used."""
+    made, dropped = convert(rows, columns, notes)
+    for reason, count in data.count_reasons(dropped).items():
+        first = next(where for where, why, _ in dropped if why == reason)
+        say("dropped", f"{count} {reason}, as {first}. Mend them, or --fix leaves them out")
+    for note in notes:
+        say("note", note)
+    again = find_again(made)
+    if again:
+        say("repeated", f"{len(again)} rows, as {say_two(again)}. --fix keeps the first of each")
+    against = find_against(made)
+    if against:
+        say("against", f"{len(against)} rows contradict another, as {say_two(against)}. Take out the wrong ones")
+    if held_paths:
+        held, _ = convert(read_rows(held_paths, "--eval")[0], columns, [])
+        known = {to_key(row): where for where, row in made}
+        both = {where: known[to_key(row)] for where, row in held if to_key(row) in known}
+        way_out = f", as {say_two(both)}. Take them out of one of the two" if both else ""
+        say("--eval", f"{len(both)} of {len({*dict(held)})} rows are in the training data{way_out}")
+    labels = collections.Counter(row["label"] for _, row in made if "label" in row)
+    if len(labels) == 2:
+        say("labels", f"{labels[True]} true, {labels[False]} false: {weigh(labels[True], labels[False])}")
+    lacking = sum("completion" not in row for _, row in made) if columns == ANSWERED else 0
+    if lacking:
+        say("answers", f"{lacking} of {len(made)} rows have none. Type --lmbda 1 or --seq_kd True")
+    texts = [data.split_answer(row) if data.is_chat(row) else row for _, row in made]
+    for name in dict.fromkeys(name for row in texts for name in row if name in TEXTS):
+        lengths = sorted(len(data.text_of(row[name])) for row in texts if name in row)
+        middle, most = (lengths[math.ceil(share * len(lengths)) - 1] for share in (0.5, 0.95))
+        say("length", f"{name}: median {middle}, 95 % within {most}, longest {lengths[-1]} characters")
+    parts = [part for _, row in rows for value in row.values() if is_list(value) for part in value]
+    roles = collections.Counter(str(part["role" if "role" in part else "from"]) for part in parts if is_message(part))
+    if roles:
+        say("roles", ", ".join(f"{role} {count}" for role, count in roles.most_common()))
+    if made:
+        chats = sum(data.is_chat(row) for _, row in made)
+        say("form", f"{chats / len(made):.0%} chats, {1 - chats / len(made):.0%} plain text")
+
+
+def convert(rows, columns, notes):
+    """(the rows that a training makes of them, those that it drops); broken ones are in neither."""
+    found = data.Pass()
+    made = list(data.walk(rows, columns, notes, found))
+    with contextlib.suppress(Refused):  # judge says it
+        data.conclude(found, columns, notes)
+    return made, found.dropped
+
+
+def to_key(row, without=("label", "margin", "further")):
+    """What two rows have in common that say the same: prompt and answers alone, unless told."""
+    return json.dumps([(name, row[name]) for name in sorted(row) if name not in without], default=str)
+
+
+def find_again(made):
+    """{where: where the same stood before}, by all that a row trains on, or that a reward function is given."""
+    keys, firsts = collections.defaultdict(list), {}
+    for where, row in made:
+        keys[where].append(to_key(row, ()))
+    firsts = {where: firsts.setdefault(tuple(key), where) for where, key in keys.items()}
+    return {where: first for where, first in firsts.items() if first != where}
+
+
+def find_against(made):
+    """{where: where the opposite stands}: chosen and rejected the other way round, or the other label."""
+    found, said = {}, {}
+    for where, row in made:
+        other = {"chosen": row["rejected"], "rejected": row["chosen"]} if "chosen" in row else {}
+        other |= {"label": not row["label"]} if "label" in row else {}
+        said.setdefault(to_key(row, ("margin",)), where)
+        opposite = said.get(to_key(row | other, ("margin",))) if other else None
+        found |= {where: opposite} if opposite else {}
+    return found
+
+
+def say_two(found):
+    where, other = next(iter(found.items()))
+    return f"{where} and {other}"
+
+
+def weigh(true, false):
+    """The flags that bring weight x rows of good and bad answers within 1:1 to 4:3.
+
+    Source: KTO, arXiv 2402.01306, eq. 8; trl@1.16 kto_trainer.py warns by the same rule.
+    """
+    if false <= true and 3 * true <= 4 * false:
+        return "within 1:1 to 4:3, as KTO wants them; no weights are needed"
+    if true < false:  # hundredths, rounded to the inside
+        flag, least, most = "desirable_weight", -(-100 * false // true), 400 * false // (3 * true)
+    else:
+        flag, least, most = "undesirable_weight", -(-75 * true // false), 100 * true // false
+    even, within = least if true < false else most, f"{least / 100:g} to {most / 100:g}"
+    return f"type --{flag} {even / 100:g} ({within} bring them within 1:1 to 4:3)"
+
+
+# ── the repaired file ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def keep_raw(problem, files):
+    """(where, reason, the line as it stands) of an unreadable line. Raises Refused where more is lost."""
+    file = next((file for file in files if problem.startswith(f"{file}:") and file.lower().endswith(".jsonl")), None)
+    line = re.match(r":(\d+): ", problem.removeprefix(str(file)))
+    with contextlib.suppress(UnicodeDecodeError):
+        text = read_text(file) if line else ""
+        if line and not text.lstrip().startswith("["):
+            return f"{file}:{line[1]}", problem.removeprefix(f"{file}{line[0]}"), text.split("\n")[int(line[1]) - 1]
+    raise Refused([f"{problem}. More than one row may be lost by it: mend it, or leave out the file, and then --fix"])
+
+
+def keep_usable(rows, repaired, columns, raw):
+    """(the repaired rows that a training takes, each once; those left out as they were, with where and why)."""
+    found = data.Pass()
+    made = list(data.walk(repaired, columns, [], found))
+    usable, again = {where for where, _ in made}, find_again(made)
+    reasons = {where: reason for where, reason, _ in found.dropped}
+    broken = [where for where, _ in repaired if where not in usable | reasons.keys()]  # one problem each, in order
+    reasons |= {where: said[len(where) + 2 :] for where, said in zip(broken, found.problems, strict=True)}
+    reasons |= dict.fromkeys(again, "repeats an earlier row")
+    kept = [row for where, row in repaired if where not in reasons]
+    return kept, raw + [(where, reasons[where], row) for where, row in rows if where in reasons]
+
+
+def write(out, rows, dropped, changed):
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    name_dropped(out).unlink(missing_ok=True)
+    Path(out).write_text("".join(map(to_line, rows)), encoding="utf-8")
+    for reason, count in list(data.count_reasons(dropped).items())[: data.SHOWN]:
+        say("left out", f"{count} {reason}")
+    if dropped:
+        lines = [{"where": where, "reason": reason, "row": row} for where, reason, row in dropped]
+        name_dropped(out).write_text("".join(map(to_line, lines)), encoding="utf-8")
+        say("", f"{name_dropped(out)} has each of the {len(dropped)}, with where and why")
+    elif not changed:
+        say("note", "nothing to repair: the rows are written as they are")
+    say("written", f"{out}: {len(rows)} of {len(rows) + len(dropped)} rows")
+
+
+def name_dropped(out):
+    return Path(f"{out}.dropped.jsonl")
+
+
+def to_line(row):
+    text = json.dumps(row, ensure_ascii=False, default=str)
+    return (json.dumps(row, default=str) if data.is_halved(text) else text) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

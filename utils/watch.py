@@ -1,0 +1,200 @@
+"""What the log shows of a run that goes wrong, in plain words and once each, with the flag that helps."""
+
+import math
+from statistics import median
+
+from rlhf_args.methods import load
+
+# Before the first update policy and reference compute the same, mostly to the last bit. Where one's batches or weights
+# are rounded otherwise (precomputed, QLoRA's twin), log-probabilities differ by this share and less.
+ROUNDED_HALF, ROUNDED = 1e-2, 1e-3  # bfloat16 and float16, float32
+NO_KL = 1e-2  # nats a token: LoRA's own dropout, in an adapter that goes on, makes 0.002 and does no harm
+
+BLOWN_UP = 10  # a loss so many times its first, plus 1 for one that began near 0: more than the choice of rows does
+RISEN = 3  # the same in the median of SOME lines, plus 0.5
+STEEP = 30  # a gradient norm so many times the median of those before it, in the first EARLY lines: up to 7 is healthy
+EARLY = 10
+SPIKE = 100  # the same later: where most pairs are learned, one that is not has a gradient tens of times larger
+BEYOND = 10  # and so many times --max_grad_norm: beside the tiny gradients of equal rewards any other looks steep
+FAR = 1.0  # KL: an answer's token is e times as likely as under the reference; 0.01 to 0.3 is usual
+FALLEN = 2.0  # chosen and rejected cost so many times the nats they did: falling somewhat is usual
+SURE = 20.0  # a margin at which a pair's loss is 2e-9
+SAME = 1e-6  # the spread of rewards that are equal, rounded in float32
+NO_CHOICE = 0.02, 0.1  # entropy: nats a token (one word in 300 is in doubt), and that share of the first line's
+EMPTY = 2.0  # tokens: an answer of one is its end alone
+GROWN, CUT = 2.0, 0.5  # answers so many times as long as at first, and that share of them cut, which was not before
+FEW, SOME = 3, 5  # lines that must say it, so that one odd rollout does not
+MANY = 20  # lines to compare where the rows are others, of other lengths
+
+SUMMED = ("ipo", "sigmoid_norm")  # losses a token, whose logged margins are an answer's and do not measure them
+
+
+# ── where a run begins ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def dpo_loss(config):
+    """DPO's loss while policy and reference are one; None where that depends on the data.
+
+    Source: trl 1.16.0, trainer/dpo_trainer.py, _compute_loss with all log-ratios 0.
+    """
+    ln2, beta, flipped = math.log(2), config.beta, config.label_smoothing
+    known = dict.fromkeys(("sigmoid", "robust", "aot", "aot_unpaired", "sigmoid_norm"), ln2)
+    known |= {"hinge": 1, "apo_zero": 1, "apo_down": 1, "nca_pair": 2 * ln2, "bco_pair": 2 * ln2}
+    known |= {"discopop": (ln2 + 1) / 2}
+    known |= {"ipo": 1 / (2 * beta) ** 2, "sppo_hard": 2 * (0.5 / beta) ** 2} if beta else {}
+    known |= {"exo_pair": -ln2 - math.log(flipped * (1 - flipped)) / 2} if 0 < flipped < 1 else {}
+    kinds = as_list(config.loss_type)
+    if config.use_weighting or not set(kinds) <= set(known):
+        return None
+    weights = config.loss_weights or [1] * len(kinds)
+    return sum(known[kind] * weight for kind, weight in zip(kinds, weights, strict=True))
+
+
+def kto_loss(config):
+    """Half a row's weight while policy and reference are one; None where the labels weigh differently."""
+    return config.desirable_weight / 2 if config.desirable_weight == config.undesirable_weight else None
+
+
+def as_list(value):
+    return [value] if isinstance(value, str) else value or []
+
+
+class Watch:
+    """Follows the log of a run of `method`. `warnings`: [{"step", "text"}], all that was said.
+
+    `from_reference`: False where training starts from weights that the reference does not have.
+    """
+
+    def __init__(self, method, config, from_reference=True):
+        self.method, self.config, self.from_reference = method, config, from_reference
+        self.warnings, self.said, self.values = [], set(), {}
+        self.rounded = ROUNDED_HALF if config.bf16 or config.fp16 else ROUNDED
+        self.rate = f"--learning_rate {config.learning_rate:g}"
+        self.too_high = f"{self.rate} is too high. Type a tenth of it, --learning_rate {config.learning_rate / 10:g}"
+
+    def see(self, step, logs):
+        """The new warnings of one line of the log, be it of training or of an evaluation."""
+        found = list(self.check_begin(step, logs))
+        if "loss" in logs and "lost" not in self.said:
+            for key, value in logs.items():
+                if isinstance(value, int | float) and math.isfinite(value):
+                    self.values.setdefault(key, []).append(value)
+            lost = next(self.find_lost(), None)  # nothing is said after it, as it follows from it
+            found += [("lost", lost)] if lost else self.find_odd()
+        new = [text for name, text in found if name not in self.said]
+        self.said |= {name for name, _ in found}
+        self.warnings += [{"step": step, "text": text} for text in new]
+        return new
+
+    def replay(self, lines):
+        """What an interrupted run logged, so that nothing is said twice."""
+        for line in lines:
+            self.see(line["step"], line)
+
+    def newest(self, key, lines=FEW):
+        """Median of the newest lines that have `key`; until there are enough nan, above and below nothing."""
+        found = self.values.get(key, [])[-lines:]
+        return median(found) if len(found) == lines else math.nan
+
+    # ── before the first update ──────────────────────────────────────────────────────────────────────────────────────
+
+    def check_begin(self, step, logs):
+        """Of the evaluation before the first step, or of a line of the first step alone."""
+        training = "loss" in logs
+        if step != int(training) or not self.from_reference:
+            return
+        logs = {key.removeprefix("eval_"): value for key, value in logs.items()}
+        wrong = []
+        for key, begins in self.method.begins:
+            begins, found = load(begins)(self.config) if isinstance(begins, str) else begins, logs.get(key)
+            if None not in (begins, found) and abs(found - begins) > self.rounding(key, begins, logs):
+                wrong.append(f"{key} is {found:.3g} and should be {begins:.3g}")
+        if not wrong:
+            return
+        cause = "training does not start from the reference that is named above"
+        if training and not self.config.disable_dropout:
+            cause = "dropout is on. Type --disable_dropout True"
+        elif getattr(self.config, "precompute_ref_log_probs", False):
+            cause = "what was precomputed is another model's. Leave --precompute_ref_log_probs out"
+        yield "begin", f"policy and reference differ before the first update ({', '.join(wrong)}): likely {cause}"
+
+    def rounding(self, key, begins, logs):
+        """How far the value may be from where it begins."""
+        if key == "kl":
+            return NO_KL
+        if key == "loss":  # a unit of reward changes none of these losses by more than twice their value
+            rewards = sum(abs(logs.get(f"rewards/{side}") or 0) for side in ("chosen", "rejected"))
+            return math.inf if "aux_loss" in logs else abs(begins) * (self.rounded + 2 * rewards)
+        return self.config.beta * self.rounded * abs(logs.get(key.replace("rewards", "logps"), 0))
+
+    # ── while it trains ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def find_lost(self):
+        """What a run does that is lost."""
+        *earlier, loss = self.values["loss"] if self.values.get("loss") else [0]
+        first, late = median(earlier[:FEW] or [loss]), [*earlier[FEW:], loss][-SOME:]
+        risen = len(late) == SOME and median(late) > RISEN * abs(first) + 0.5
+        if not self.method.sample_reward and (risen or loss > BLOWN_UP * abs(first) + 1):
+            yield f"the loss is {loss:.3g}, it began at {first:.3g}: {self.too_high}"
+        usual, norm, early = self.gradient()
+        if early and norm > STEEP * usual:
+            yield f"the gradient norm is {norm:.3g}, it was {usual:.3g}: {self.too_high}"
+        chosen, rejected = self.cost("chosen"), self.cost("rejected")
+        if min(chosen, rejected) > FALLEN:
+            times = f"log-probabilities {chosen:.1f} and {rejected:.1f} times those at the start"
+            yield f"chosen and rejected answers both became far less likely ({times}): {self.too_high}"
+        if not self.method.sample_reward:
+            return
+        lower = f"A lower value than {self.rate} or a higher one than --beta {self.config.beta:g}"
+        if self.newest("kl") > FAR:
+            yield f"the policy runs away from the reference (KL {self.newest('kl'):.2g} a token). {lower} holds it"
+        first, now = self.values.get("entropy", [0])[0], self.newest("entropy")
+        if now < NO_CHOICE[0] and now < NO_CHOICE[1] * first:
+            fell = f"entropy {now:.2g} a token, {first:.2g} at first"
+            yield f"the policy hardly varies its answers any more ({fell}). {lower}, or a higher --temperature, helps"
+
+    def find_odd(self):
+        """(name, text) of what is not as it should be."""
+        usual, norm, early = self.gradient()
+        if not early and norm > SPIKE * usual:
+            advice = f"If that comes again, look at the rows, or type a lower value than {self.rate}"
+            yield "spike", f"the gradient norm is {norm:.3g}, mostly it is {usual:.3g}. {advice}"
+        kinds = as_list(getattr(self.config, "loss_type", None))
+        measures = self.method.begins or self.method.task == "SEQ_CLS" or kinds == ["simpo"]  # or depend on lengths
+        margin = self.newest(dict(self.method.metrics).get("margin"), SOME)
+        if measures and not set(kinds) & set(SUMMED) and margin > SURE:
+            advice = f"Fewer --num_train_epochs or a lower value than {self.rate} would do"
+            yield "margin", f"the margin is {margin:.3g}: no loss is left to learn from, the policy drifts. {advice}"
+        lengths, cuts = (self.values.get(f"completions/{key}", [0]) for key in ("mean_length", "clipped_ratio"))
+        raised = "Raise --max_completion_length" + " or add --missing_eos_penalty 1" * bool(self.method.sample_reward)
+        if len(cuts) >= SOME and min(cuts[-SOME:]) == 1:
+            yield "unended", f"no answer ends by itself: all are cut. {raised}"
+        if not self.method.sample_reward:
+            return
+        (length, longer), (cut, more) = ((median(lines[:FEW]), median(lines[-FEW:])) for lines in (lengths, cuts))
+        if longer > GROWN * length and cut < CUT <= more:
+            yield "longer", f"answers grew from {length:.0f} to {longer:.0f} tokens, {more:.0%} are cut. {raised}"
+        if self.newest("completions/mean_length") < EMPTY:
+            yield "empty", "answers became empty. Look at completions.jsonl: the reward favours saying nothing"
+        spread, equal = (self.values.get(key, [])[-FEW:] for key in ("reward_std", "frac_reward_zero_std"))
+        groups = len(equal) == FEW and min(equal) == 1 and self.config.num_generations > 1  # each within itself
+        if groups or len(spread) == FEW and max(spread) <= SAME * max(1, abs(self.newest("reward"))):
+            whose, more = f"all answers{' to a prompt' * groups}", "a higher --temperature or more --num_generations"
+            said = f"{whose} got the same reward, so there is nothing to learn from. Look at completions.jsonl; "
+            yield "equal", f"{said}a reward that differs, {more} would help"
+
+    def gradient(self):
+        """(median of the earlier norms, the newest where clipping takes most of it, whether that is early)."""
+        *earlier, norm = self.values["grad_norm"] if self.values.get("grad_norm") else [0]
+        usual = median(earlier) if earlier else 0
+        clipped = usual and norm > BEYOND * (self.config.max_grad_norm or 1)
+        return usual, norm if clipped else 0, len(earlier) <= EARLY
+
+    def cost(self, side):
+        """How many times the nats of the start these answers cost: by the reference, or else by the first lines."""
+        logps, rewards = (self.values.get(f"{name}/{side}", []) for name in ("logps", "rewards"))
+        if self.method.begins and self.config.beta:
+            pairs = list(zip(logps, rewards, strict=False))[-FEW:]
+            times = [logp / (logp - reward / self.config.beta or math.inf) for logp, reward in pairs]
+            return median(times) if len(times) == FEW else 0
+        return median(logps[-MANY:]) / median(logps[:MANY]) if len(logps) >= 2 * MANY else 0
