@@ -21,20 +21,24 @@ def main(argv=None):
 
 
 def run(argv):
-    common, config, rows = parse_and_check(argv)
+    common, config, rows, problems = parse_and_check(argv)
     method = DISTILLATION[NAME]
 
     from utils import models, summary, teacher
 
     # ── the text that is trained on ──────────────────────────────────────────────────────────────────────────────────
-    room = teacher.prompt_room(common, config)
-    tokenizer, train, held_out = training.prepare_text(common, config, method, rows, max_prompt=room)
-    teacher.check_tokens(common, config, tokenizer, train, held_out)
-    plan = teacher.describe(common, config, train, held_out)
-    summary.say_plan(common, config, NAME, method, tokenizer, rows, train, held_out, plan)
-    start = training.find_start(common, config, NAME, rows)
+    with checks.collecting(problems):
+        room = teacher.prompt_room(common, config)
+        tokenizer, train, held_out = training.prepare_text(common, config, method, rows, max_prompt=room)
+        teacher.check_tokens(common, config, tokenizer, train, held_out)
+    if not problems:
+        plan = teacher.describe(common, config, train, held_out)
+        summary.say_plan(common, config, NAME, method, tokenizer, rows, train, held_out, plan)
+    with checks.collecting(problems):
+        start = training.find_start(common, config, NAME, rows)
+    checks.refuse_if(problems)
     if common.check:
-        summary.say("checked   nothing stands in the way; no model was loaded, nothing was written")
+        summary.say_checked(rows)
         return 0
 
     # ── the teacher's answers, then both models ──────────────────────────────────────────────────────────────────────
@@ -57,23 +61,30 @@ def run(argv):
 
 
 def parse_and_check(argv):
-    """Flags, folders and every data row. What needs no library is refused within a second, so that comes first."""
-    method = DISTILLATION[NAME]
+    """As train_rlhf.parse_and_check: what is refused is collected with --check."""
+    method, config = DISTILLATION[NAME], None
     words = arguments.translate(arguments.expand(argv), dict(method.renamed))
-    common, problems = arguments.peek(words, load(method.arguments))
+    common, found = arguments.peek(words, load(method.arguments))
+    problems = [] if common.check else None
     if not arguments.asks_help(words):
-        problems += checks.check_common(common, NAME, method)
+        found += checks.check_common(common, NAME, method)
         paths = common.train_data_path, common.eval_data_path
-        rows = data.load_rows(*paths, method.columns, NAME, common.max_samples, problems)
-    common, config = arguments.parse(words, NAME)
-    from utils import teacher
+        rows = data.load_rows(*paths, method.columns, NAME, common.max_samples, found, problems)
+    with checks.collecting(problems):
+        common, config = arguments.parse(words, NAME)
+    if config is None:
+        raise checks.Refused(problems)
+    from utils import preflight, teacher
 
-    problems = checks.check_config(common, config, NAME, method)
-    checks.refuse_if([*problems, *teacher.check_distillation(common, config, rows)])
-    data.hold_out(rows, common.eval_fraction, config.seed)
+    with checks.collecting(problems):
+        found = checks.check_config(common, config, NAME, method)
+        found += [*teacher.check_distillation(common, config, rows), *preflight.check_folders(common, config)]
+        checks.refuse_if(found)
+    with checks.collecting(problems):
+        data.hold_out(rows, common.eval_fraction, config.seed)
     if not config.learns_from_data():
         rows.train = [(where, {"prompt": values["prompt"]}) for where, values in rows.train]
-    return common, config, rows
+    return common, config, rows, problems
 
 
 if __name__ == "__main__":

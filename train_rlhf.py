@@ -19,19 +19,24 @@ def main(argv=None):
 
 
 def run(argv):
-    common, config, name, rows = parse_and_check(argv)
+    common, config, name, rows, problems = parse_and_check(argv)
     method = METHODS[name]
 
     from utils import models, reward_models, rewards, summary
 
     # ── the text that is trained on ──────────────────────────────────────────────────────────────────────────────────
-    tokenizer, train, held_out = training.prepare_text(common, config, method, rows)
-    checks.check_rollout_fits(config, len(train.rows))
-    summary.say_plan(common, config, name, method, tokenizer, rows, train, held_out)
-    judges = rewards.load_functions(common.reward_funcs, rows.train, tokenizer)
-    start = training.find_start(common, config, name, rows)
+    with checks.collecting(problems):
+        tokenizer, train, held_out = training.prepare_text(common, config, method, rows)
+        checks.check_rollout_fits(config, len(train.rows))
+    if not problems:
+        summary.say_plan(common, config, name, method, tokenizer, rows, train, held_out)
+    with checks.collecting(problems):
+        judges = rewards.load_functions(common.reward_funcs, rows.train, tokenizer)
+    with checks.collecting(problems):
+        start = training.find_start(common, config, name, rows)
+    checks.refuse_if(problems)
     if common.check:
-        summary.say("checked   nothing stands in the way; no model was loaded, nothing was written")
+        summary.say_checked(rows)
         return 0
 
     # ── models ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -67,20 +72,32 @@ def run(argv):
 
 
 def parse_and_check(argv):
-    """Flags, folders and every data row. What needs no library is refused within a second, so that comes first."""
+    """Flags, folders and every data row. What needs no library is refused within a second, so that comes first.
+
+    With --check what is refused is collected, as the last of what is returned, as far as it can be gone on: all of it
+    is said at once. Without, that is None.
+    """
     words = arguments.expand(argv)
     common, name = arguments.parse_common(words)
-    method = METHODS[name]
+    method, problems, config = METHODS[name], [] if common.check else None, None
     words = arguments.translate(words, dict(method.renamed))
     if not arguments.asks_help(words):
-        problems = checks.check_common(common, name, method) + checks.check_rewards(common, name, method)
+        found = checks.check_common(common, name, method) + checks.check_rewards(common, name, method)
         paths = common.train_data_path, common.eval_data_path
-        rows = data.load_rows(*paths, method.columns, name, common.max_samples, problems)
-    common, config = arguments.parse(words, name)
-    checks.refuse_if(checks.check_config(common, config, name, method))
-    data.hold_out(rows, common.eval_fraction, config.seed)
-    data.check_labels(rows.train, name)
-    return common, config, name, rows
+        rows = data.load_rows(*paths, method.columns, name, common.max_samples, found, problems)
+    with checks.collecting(problems):
+        common, config = arguments.parse(words, name)
+    if config is None:
+        raise checks.Refused(problems)
+    from utils import preflight
+
+    with checks.collecting(problems):
+        found = checks.check_config(common, config, name, method)
+        checks.refuse_if(found + preflight.check_folders(common, config))
+    with checks.collecting(problems):
+        data.hold_out(rows, common.eval_fraction, config.seed)
+        data.check_labels(rows.train, name)
+    return common, config, name, rows, problems
 
 
 if __name__ == "__main__":

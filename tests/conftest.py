@@ -12,6 +12,7 @@ import pytest
 from tests.matrix.cells import Outcome, width
 from tests.matrix.page import write_page
 from tests.matrix.warm_python import warm_python
+from utils import verify
 
 MATRIX = {}  # (method, mode, launch) -> Outcome
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,6 +88,16 @@ def model_for(tmp_path_factory):
         return make_model(folder / "model", width=wide, layers=layers)
 
     return lambda mode, launch: make(width(mode, launch))
+
+
+@pytest.fixture(autouse=True)
+def reopened_here(request, monkeypatch):
+    """A run within a test has its result reopened in the test's process, which takes a tenth of the time.
+
+    In a process of its own in tests/test_verify.py, and in whatever runs the command.
+    """
+    if request.module.__name__ != "tests.test_verify":
+        monkeypatch.setattr(verify, "verify_in_fresh_process", verify.verify)
 
 
 @pytest.fixture(scope="session")

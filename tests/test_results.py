@@ -12,7 +12,7 @@ import train_rlhf
 from rlhf_args.methods import METHODS
 from tests.conftest import command, make_model, read_rows, write_rows
 from tests.matrix.cells import rollout_flags
-from utils import chat, merge_lora, models, report, saves
+from utils import chat, merge_lora, models, report, saves, verify
 
 DATA = {
     "DPO": "data/preference.jsonl",
@@ -100,19 +100,17 @@ def test_tensorboard_writes_only_when_asked(tiny_model, tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda t: {**t, "x": torch.zeros(0)}, "x is empty"),
-        (lambda t: {**t, "b": torch.full((2,), float("nan"))}, "b is not finite"),
         (lambda t: {"a": t["a"]}, "2 numbers where 4 were trained"),
         (lambda t: t, "no weight differs from the start"),
     ],
 )
-def test_a_bad_save_is_found(spoil, message, tmp_path):
+def test_a_save_that_is_no_training_is_found(spoil, message, tmp_path):
     start = {"a": torch.ones(2), "b": torch.ones(2)}
     for name, tensors in (("start", start), ("end", spoil(start))):
         (tmp_path / name).mkdir()
         save_file(tensors, tmp_path / name / "model.safetensors")
     with pytest.raises(RuntimeError, match=message):
-        saves.verify_save(tmp_path / "end", tmp_path / "start", expected=4)
+        saves.check_trained(tmp_path / "end", tmp_path / "start", expected=4)
 
 
 def test_a_run_that_moves_nothing_fails_in_one_line(tiny_model, tmp_path, capsys):
@@ -153,6 +151,7 @@ def test_an_adapter_as_model_is_its_own_reference(method, mode, sft_adapter, tmp
 def test_an_adapter_needs_no_second_copy_of_the_base(mode, loads, tiny_model, tmp_path, monkeypatch):
     made, load_model = [], models.load_model
     monkeypatch.setattr(models, "load_model", lambda *a, **k: made.append(1) or load_model(*a, **k))
+    monkeypatch.setattr(verify, "verify_in_fresh_process", lambda folder: "")  # which loads in a process of its own
     assert train(tiny_model, tmp_path / "out", "--train_mode", mode) == 0
     assert len(made) == loads
 

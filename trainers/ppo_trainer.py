@@ -144,7 +144,7 @@ def load_critic(path, model):
     """The critic that `path` starts: its trunk, and its score head where it is a reward model's."""
     from safetensors import safe_open
 
-    backbone = AutoModel.from_pretrained(path, dtype=model.dtype, use_safetensors=True)
+    backbone = AutoModel.from_pretrained(path, dtype=model.dtype, use_safetensors=True, trust_remote_code=False)
     score = None
     for file in Path(path).glob("model*.safetensors"):
         with safe_open(file, "pt") as tensors:

@@ -1,6 +1,8 @@
 """What is refused before anything is loaded. Each check returns its problems, one line each; the caller shows all."""
 
+import contextlib
 import difflib
+import importlib.metadata
 import json
 import math
 import os
@@ -11,6 +13,11 @@ from pathlib import Path
 from rlhf_args.methods import METHODS
 from utils import environment
 
+# (package, the first version with what is used here of it, what that is)
+OLDEST = (
+    ("transformers", "5.0", "train_sampling_strategy and warm-up as a share"),
+    ("trl", "1.0", "trl.experimental as it is imported here"),
+)
 VLLM = "0.22.0", "0.31.0"  # the versions that trl 1.16.0 takes (trl/import_utils.py)
 
 
@@ -58,9 +65,36 @@ def refuse_if(problems):
         raise Refused(problems)
 
 
+@contextlib.contextmanager
+def collecting(problems):
+    """With a list, what is refused inside joins it and the caller goes on; with None it is raised as ever.
+
+    Of a run that is refused already, an error of another kind follows from that, and is no further problem.
+    """
+    try:
+        yield
+    except Refused as refusal:
+        if problems is None:
+            raise
+        problems += [problem for problem in refusal.problems if problem not in problems]
+    except Exception:
+        if not problems:
+            raise
+
+
+def check_versions():
+    """Problems of libraries that are too old for what is used of them."""
+    from packaging.version import Version
+
+    for name, oldest, used in OLDEST:
+        found = importlib.metadata.version(name)
+        if Version(found) < Version(oldest):
+            yield f"{name} {found}: has no {used}. Type pip install -r requirements.txt, which pins what was tested"
+
+
 def check_common(common, name, method):
     """Problems of the shared flags and the model folder. Needs no library: answers at once."""
-    problems = []
+    problems = list(check_versions())
     if common.train_mode not in method.train_modes:
         problems.append(f"--train_mode {common.train_mode}: {name} takes {', '.join(method.train_modes)}")
     if common.use_dora and common.train_mode == "full":

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass, field
 
 from rlhf_args.methods import ANSWERED, DIALOGUE, EVERY, PAIR, PROMPT, RANKED, UNPAIRED
-from utils.checks import Refused, refuse_if
+from utils.checks import Refused, collecting, refuse_if
 from utils.files import MESSAGES, read_rows, say_type
 
 SHOWN = 20  # problems printed; the count covers all
@@ -46,10 +46,14 @@ class Rows:
     dropped: list = field(default_factory=list)
     total: int = 0
     notes: list = field(default_factory=list)
+    findings: list = field(default_factory=list)  # of preflight.py, once their text is prepared
 
 
-def load_rows(train_paths, eval_paths, columns, name, max_samples=None, problems=()):
-    """Every row of the files, checked and in the method's columns. Raises Refused: `problems` and all of its own."""
+def load_rows(train_paths, eval_paths, columns, name, max_samples=None, problems=(), collected=None):
+    """Every row of the files, checked and in the method's columns. Raises Refused: `problems` and all of its own.
+
+    `collected`: a list that takes them instead (checks.collecting); the rows are then those that are sound.
+    """
     rows, refused = Rows([]), list(problems)
     asked = (
         ("--train_data_path", train_paths, rows.train, max_samples),
@@ -57,25 +61,28 @@ def load_rows(train_paths, eval_paths, columns, name, max_samples=None, problems
     )
     for flag, paths, found, limit in asked:
         if paths:
+            broken = None if collected is None else []
             try:
                 read, notes, unreadable = read_rows(paths, flag)
-                made, dropped = make_rows(read[:limit], columns, notes, unreadable)
+                made, dropped = make_rows(read[:limit], columns, notes, unreadable, broken)
             except Refused as refusal:
                 refused += refusal.problems
                 continue
+            refused += broken or ()
             found += made
             rows.dropped += dropped
             rows.total += len(read[:limit])
             rows.notes += notes
-            if dropped and not made:
+            if dropped and not made and not broken:
                 refused.append(f"{flag}: {say_dropped(dropped, len(read[:limit]))}. Mend them")
     firsts = [part[0] for part in (rows.train, rows.held_out) if part]
     if len({is_chat(values) for _, values in firsts}) == 2:
         refused.append(
             f"{firsts[0][0]} and {firsts[1][0]}: one is a chat, one plain text. One run takes one of the two"
         )
-    refuse_if(refused)
-    check_labels(rows.train, name)
+    with collecting(collected):
+        refuse_if(refused)
+        check_labels(rows.train, name)
     return rows
 
 
@@ -96,15 +103,16 @@ class Pass:
     types: dict = field(default_factory=dict)  # {further column: {type: the first such row}}
 
 
-def make_rows(rows, columns, notes, problems=()):
+def make_rows(rows, columns, notes, problems=(), collected=None):
     """Checked rows of the method's own kind, and those that cannot be used: (rows, dropped).
 
     `dropped` is a list of (where, reason, values). Broken rows, and `problems` that reading found, raise Refused, the
-    first 20 named and all counted.
+    first 20 named and all counted; or go into the list `collected`.
     """
     found = Pass(problems=list(problems))
     made = list(walk(rows, columns, notes, found))
-    conclude(found, columns, notes)
+    with collecting(collected):
+        conclude(found, columns, notes)
     if columns == UNPAIRED:
         made = keep_apart(made) if found.kind != UNPAIRED else spread(made, notes)
     return made, found.dropped

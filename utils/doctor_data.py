@@ -47,10 +47,14 @@ def run(asked, name):
     counts = collections.Counter(where.rpartition(":")[0] for where, _ in rows)
     say("rows", "; ".join(f"{counts[file]} of {file}" for file in files))
     sound = judge(files, held, columns, name, "them")
-    examine(rows, held, columns, notes)
+    parts = [part for _, row in rows for value in row.values() if is_list(value) for part in value]
+    roles = collections.Counter(str(part["role" if "role" in part else "from"]) for part in parts if is_message(part))
+    if roles:
+        say("roles", ", ".join(f"{role} {count}" for role, count in roles.most_common()))
     repaired, rules = repair(rows, columns)
     for rule, count in rules.items():
         say("repair" if asked.fix else "--fix", f"{rule}: {count} row{'s' * (count > 1)}")
+    examine(repaired, held, columns, notes)
     if asked.fix:
         raw = [keep_raw(problem, files) for problem in unreadable]
         write(asked.fix, *keep_usable(rows, repaired, columns, raw), changed=bool(rules))
@@ -109,7 +113,7 @@ def judge(paths, held_paths, columns, name, what):
 
 
 def examine(rows, held_paths, columns, notes):
-    """Says what stands in the rows that can be used."""
+    """Says what stands in the rows that can be used, as the rules leave them."""
     made, dropped = convert(rows, columns, notes)
     for reason, count in data.count_reasons(dropped).items():
         first = next(where for where, why, _ in dropped if why == reason)
@@ -139,10 +143,6 @@ def examine(rows, held_paths, columns, notes):
         lengths = sorted(len(data.text_of(row[name])) for row in texts if name in row)
         middle, most = (lengths[math.ceil(share * len(lengths)) - 1] for share in (0.5, 0.95))
         say("length", f"{name}: median {middle}, 95 % within {most}, longest {lengths[-1]} characters")
-    parts = [part for _, row in rows for value in row.values() if is_list(value) for part in value]
-    roles = collections.Counter(str(part["role" if "role" in part else "from"]) for part in parts if is_message(part))
-    if roles:
-        say("roles", ", ".join(f"{role} {count}" for role, count in roles.most_common()))
     if made:
         chats = sum(data.is_chat(row) for _, row in made)
         say("form", f"{chats / len(made):.0%} chats, {1 - chats / len(made):.0%} plain text")

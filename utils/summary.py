@@ -36,7 +36,15 @@ def say_plan(common, config, name, method, tokenizer, rows, train, held_out, fur
         say(f"          in {train.reshaped} rows the template writes the prompt differently once an answer follows")
     for note in [*rows.notes, *getattr(config, "notes", ())]:
         say(f"note      {note}")
+    for finding in rows.findings:
+        say(f"{finding.kind:<9} {finding.text}")
     say(f"first row {text.mark(train, tokenizer, sys.stdout.isatty())}")
+
+
+def say_checked(rows):
+    warnings = sum(finding.kind == "warning" for finding in rows.findings)
+    counted = f"; {warnings} warning{'s' * (warnings > 1)}" if warnings else ""
+    say(f"checked   nothing stands in the way; no model was loaded, nothing was written{counted}")
 
 
 def describe_reward(common, config):
@@ -65,10 +73,14 @@ def describe_lora(common, notes):
     return f", {'DoRA' if dora else 'LoRA'} rank {rank}, alpha {alpha}"
 
 
-def say_result(common, config, method, tensors, size, again):
-    """Where the result is, and what to type next. `again`: the run script's variables that only this script has."""
+def say_result(common, config, method, proof, again):
+    """Where the result is, and what to type next. `proof`: what the process said that reopened it.
+
+    `again`: the run script's variables that only this script has.
+    """
     out = config.output_dir
-    say(f"\nresult    {out}: {tensors} tensors, {size / 1e6:.1f} MB, reopened and verified; report.png, run_card.json")
+    say(f"\nresult    {out}, with report.png and run_card.json")
+    say(proof)
     if method.task == "CAUSAL_LM":
         say(f"chat      python -m utils.chat {out}")
     if common.train_mode != "full":

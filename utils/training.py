@@ -40,17 +40,23 @@ def guard(run, argv, onward="the same command with --resume_from_checkpoint auto
 
 
 def prepare_text(common, config, method, rows, **limits):
-    """(tokenizer, rows to train on, held-out rows), as text of the model's own template. Raises Refused."""
-    from utils import data, models, text
+    """(tokenizer, rows to train on, held-out rows), as text of the model's own template. Raises Refused.
 
+    What preflight.py finds, which the main process looks for, goes to rows.findings.
+    """
+    from utils import cache, data, models, preflight, text
+
+    checks.refuse_if(checks.check_folder(common.model_name_or_path, "--model_name_or_path")[0])
     tokenizer = models.load_tokenizer(common.model_name_or_path, common.model_revision, config.trust_remote_code)
     rows.notes += text.fit_tokenizer(tokenizer, chat=data.is_chat(rows.train[0][1]))
     limit = checks.length_limit(config, common.model_name_or_path)
-    train = text.prepare_rows(rows.train, tokenizer, method.columns, limit, **limits)
-    held_out = text.prepare_rows(rows.held_out, tokenizer, method.columns, limit, **limits)
+    train = cache.prepare_rows(rows.train, tokenizer, method.columns, limit, **limits)
+    held_out = cache.prepare_rows(rows.held_out, tokenizer, method.columns, limit, **limits)
     rows.dropped += train.dropped + held_out.dropped
     data.check_dropped(rows, common.max_drop_fraction)
     text.check_first(train, tokenizer, method.columns)
+    if environment.is_main():
+        rows.findings += preflight.findings(common, config, method, rows, tokenizer, train, held_out)
     return tokenizer, train, held_out
 
 
@@ -147,14 +153,18 @@ def train_and_report(trainer, start, common, method, tokenizer, rows, train, hel
 
 
 def save_and_verify(trainer, follow, argv, name, common, method, tokenizer, rows, train, held_out, again):
-    """Saves the result, reopens it, and says what came out. `again`: the run script's variables of this run."""
-    from utils import models, saves, summary
+    """Saves the result, has a fresh process reopen it, and says what came out. `again`: the run script's variables."""
+    from utils import models, saves, summary, verify
 
     config, after = trainer.args, follow.sample()
-    expected = saves.save(trainer, tokenizer)
+    with checkpoints.says_when_full(config.output_dir, "the result"):
+        expected = saves.save(trainer, tokenizer)
+    kept = {"task": method.task, "four_bit": common.train_mode == "qlora", "accelerator": trainer.accelerator}
+    verify.record(trainer.model_wrapped, tokenizer, config.output_dir, **kept)
     if environment.is_main():
         start = models.starting_weights(common.model_name_or_path, common.model_revision, common.train_mode)
-        tensors, size = saves.verify_save(config.output_dir, start, expected)
+        saves.check_trained(config.output_dir, start, expected)
+        proof = verify.verify_in_fresh_process(config.output_dir)
         follow.write_run_card(argv, common, config, name, rows, train, held_out, after)
         follow.say_end(after)
-        summary.say_result(common, config, method, tensors, size, again)
+        summary.say_result(common, config, method, proof, again)

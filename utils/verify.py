@@ -18,7 +18,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from utils import checks, environment, models
+from utils import checks, environment, memory, models
 from utils.checks import Failed, Refused
 
 TEXT = "The quick brown fox jumps over the lazy dog. 1 + 1 = 2. 今天天气很好。 def f(x): return x"
@@ -30,6 +30,7 @@ LIKELIEST = 64  # tokens a position whose log-probabilities are kept
 # Elsewhere they are added in another order. SmolLM2-135M on a CPU, eager against sdpa attention: float32 4e-5 (mean
 # 6e-6), bfloat16 0.48 (0.09), nf4 in bfloat16 0.69 (0.09); float16 has 8 times bfloat16's precision.
 TOLERANCE = {"float32": 1e-3, "float16": 0.2, "bfloat16": 1.0, "nf4": 1.5}
+OUT_OF_MEMORY = 137  # the exit status where there was too little to reopen it: that is no fault of what was saved
 TIES = 0.25  # share of positions where another token may be the likeliest: by rounding it was 2 of 41
 
 PICKLED = re.compile(r"(pytorch_model|adapter_model|model|consolidated).*\.(bin|pt|pth|ckpt)")
@@ -145,10 +146,11 @@ def verify_in_fresh_process(folder, device="cpu"):
     done = subprocess.run(
         [sys.executable, *words], env=clean_environment(os.environ, device), capture_output=True, text=True
     )
-    if done.returncode < 0:
+    if done.returncode < 0 or done.returncode == OUT_OF_MEMORY:
+        how = "ran out of memory" if done.returncode > 0 else f"was killed (signal {-done.returncode}: out of memory?)"
         return (
-            f"not verified: the process that reopened {folder} was killed (signal {-done.returncode}: out of "
-            f"memory?). Where there is more of it, type python {shlex.join(words)}"
+            f"not verified: the process that reopened {folder} {how}. Where there is more of it, type "
+            f"python {shlex.join(words)}"
         )
     if done.returncode:
         said = done.stderr.strip() or f"python {shlex.join(words)} ended with status {done.returncode}"
@@ -370,6 +372,8 @@ def main(argv=None):
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where it is reopened")
     asked = parser.parse_args(argv)
     environment.calm_libraries()
+    with contextlib.suppress(OSError):  # where memory runs out the system ends this process, not a trainer beside it
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="utf-8")
     if asked.device == "cuda" and not environment.has_gpu():
         parser.error("--device cuda: no GPU is visible. Leave it out")
     status = 0
@@ -382,6 +386,11 @@ def main(argv=None):
         except Failed as error:
             print(error, file=sys.stderr)
             status = max(status, 1)
+        except (RuntimeError, MemoryError) as error:
+            if not memory.is_out_of_memory(error):
+                raise
+            print(f"{folder}: out of memory while it is reopened ({error})", file=sys.stderr)
+            status = OUT_OF_MEMORY
     return status
 
 

@@ -1,0 +1,376 @@
+"""What can be known of a run before a model is loaded, beyond what is refused: its weights, lengths, rows, disk.
+
+`findings` is what a run says at its start, what `--check` says, and what stands in run_card.json.
+"""
+
+import importlib.metadata
+import json
+import math
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils import checks, doctor_data, environment, models, teacher
+from utils.checks import Refused
+
+DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # as safetensors calls them, as we do
+# What the matrices that LoRA leaves alone are called: embeddings and heads
+NOT_ADAPTED = re.compile(r"embed|wte|wpe|lm_head|score|embed_out")
+EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in)\.weight$")
+USUAL = "AdamW usually takes 1e-6 to 5e-5 for full weights and 1e-5 to 5e-4 for adapters"
+HIGHEST = {"full": 1e-3, "lora": 1e-2, "qlora": 1e-2}  # learning rates; above them AdamW hardly learns
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`kind`: "warning", or the head of a line that informs. `text` is one line; that of a warning ends in its fix."""
+
+    kind: str
+    text: str
+
+
+def findings(common, config, method, rows, tokenizer, train, held_out):
+    """The Findings of a run whose text is prepared. Raises Refused where it could not work."""
+    warnings = [
+        *check_versions(),
+        *check_vocabulary(common, tokenizer, max(train.highest, held_out.highest)),
+        *check_lengths(common, config, train, held_out),
+        *check_tokens(train, held_out),
+        *check_rows(rows),
+        *check_balance(config, rows),
+        *check_schedule(common, config, method, len(train.rows)),
+    ]
+    disk, further = check_disk(common, config, method, len(train.rows))
+    told = [("weights", describe_weights(common.model_name_or_path)), ("lengths", describe_lengths(train)), disk]
+    told = [Finding(kind, text) for kind, text in told if text]
+    return told + [Finding("warning", text) for text in [*warnings, *further]]
+
+
+# ── the installation ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def check_versions(file=Path(__file__).parent.parent / "requirements.txt"):
+    """Warnings of packages that are not in the version that requirements.txt pins."""
+    from packaging.version import Version
+
+    for name, pinned in re.findall(r"^([\w-]+)==([\w.]+)", file.read_text(encoding="utf-8"), re.MULTILINE):
+        try:
+            installed = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            yield f"{name} is not installed, pinned {pinned}. Type pip install -r {file.name}"
+            continue
+        if Version(installed).public != pinned:
+            yield f"{name} {installed} is installed, pinned {pinned}. Type pip install -r {file.name}"
+
+
+# ── the weights ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def check_folders(common, config):
+    """Problems of the weights of every model that the run would load, as far as their headers tell."""
+    named = [common.model_name_or_path, getattr(common, "reward_model_path", None)]
+    named += [getattr(config, flag, None) for flag in ("teacher_model_name_or_path", "value_model_path")]
+    folders = dict.fromkeys(folder for path in named if path for folder in (path, base_of(path)))
+    return [problem for folder in folders if Path(folder).is_dir() for problem in check_weights(Path(folder))]
+
+
+def base_of(path):
+    """The folder or Hub id that an adapter stands on; of another model itself."""
+    return (models.read_adapter(path) or {}).get("base_model_name_or_path") or path
+
+
+def check_weights(folder):
+    """Problems of a folder's safetensors files: cut ones, and those that are missing of several."""
+    again = "Download or copy it again"
+    for file in sorted(folder.glob("*.safetensors")):
+        if not checks.is_safetensors(file):
+            continue  # said by checks.check_folder
+        try:
+            whole = end_of(file)
+        except (ValueError, TypeError, KeyError):
+            yield f"{file}: its header cannot be read. {again}"
+            continue
+        size = file.stat().st_size
+        if size != whole:
+            yield f"{file}: has {size} bytes, and {whole} by its header. {again}"
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        try:
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, TypeError, KeyError, AttributeError):
+            yield f"{index}: cannot be read. {again}"
+            continue
+        yield from (
+            f"{index}: names {shard}, which is not there. {again}" for shard in shards if not (folder / shard).exists()
+        )
+
+
+def read_header(file):
+    """{tensor: {dtype, shape, data_offsets}} of a safetensors file."""
+    with open(file, "rb") as handle:
+        header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
+    return {name: tensor for name, tensor in header.items() if name != "__metadata__"}
+
+
+def end_of(file):
+    """How many bytes a safetensors file has, by its header."""
+    with open(file, "rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+    return 8 + length + max((tensor["data_offsets"][1] for tensor in read_header(file).values()), default=0)
+
+
+def read_tensors(path):
+    """{tensor: {dtype, shape, data_offsets}} of a folder's weights; {} of a Hub id."""
+    files = sorted(Path(path).glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in read_header(file).items()}
+
+
+def count(tensors):
+    return sum(math.prod(tensor["shape"]) for tensor in tensors)
+
+
+def describe_weights(path):
+    """ "0.27 GB bfloat16 safetensors in 1 file", of an adapter's base and the adapter; "" for a Hub id."""
+    said = []
+    for folder in dict.fromkeys((base_of(path), path)):
+        files, sizes = sorted(Path(folder).glob("*.safetensors")), {}
+        for tensor in read_tensors(folder).values():
+            begin, end = tensor["data_offsets"]
+            sizes[tensor["dtype"]] = sizes.get(tensor["dtype"], 0) + end - begin
+        if sizes:
+            kind = max(sizes, key=sizes.get)
+            size = sum(file.stat().st_size for file in files)
+            held = (
+                f"{gigabytes(size)} {DTYPES.get(kind, kind)} safetensors in {len(files)} file{'s' * (len(files) > 1)}"
+            )
+            said.append(held if folder != path or not models.read_adapter(path) else f"the adapter {held}")
+    return ", ".join(said)
+
+
+def gigabytes(size):
+    return f"{size / 1e9:.2f} GB" if size >= 5e6 else f"{size / 1e6:.2g} MB"
+
+
+def check_vocabulary(common, tokenizer, highest):
+    """Warnings of tokens that the model has no embedding for. Raises Refused where the data use one.
+
+    `highest`: the highest token id in the data.
+    """
+    path, revision = common.model_name_or_path, common.model_revision
+    tensors = read_tensors(base_of(path)) | read_tensors(path)
+    said = teacher.vocabulary_rows(path, revision)
+    rows = next((tensor["shape"][0] for name, tensor in tensors.items() if EMBEDDINGS.search(name)), said)
+    if not rows:
+        return
+    if said and said != rows and not models.read_adapter(path):
+        raise Refused(
+            [
+                f"{path}: vocab_size is {said} in its config.json, and its embeddings have {rows} rows. Copy both "
+                "from the original model"
+            ]
+        )
+    used = max(highest, tokenizer.pad_token_id, tokenizer.eos_token_id)
+    if used >= rows:
+        raise Refused(
+            [
+                f"{path}: the data need token {used} ({tokenizer.convert_ids_to_tokens(used)!r}), and its embeddings "
+                f"have {rows} rows. Its tokenizer is another model's, or tokens were added to it alone: copy the "
+                "tokenizer from the original model"
+            ]
+        )
+    known = max(tokenizer.get_vocab().values())
+    if known >= rows:
+        yield (
+            f"the tokenizer knows tokens up to {known}, and the embeddings have {rows} rows; the data use none "
+            "beyond. Text that does would stop a run: copy the tokenizer from the original model"
+        )
+
+
+# ── the text ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def describe_lengths(train):
+    """ "prompt 17, 40, 93; chosen ..., in tokens: median, 95 %, longest" of all rows read."""
+    said = [f"{name} {', '.join(map(str, percentiles(lengths)))}" for name, lengths in train.lengths.items()]
+    return f"{'; '.join(said)} tokens (median, 95 %, longest)" if said else ""
+
+
+def percentiles(lengths):
+    """(median, 95th percentile, longest): the smallest length that so many of the rows do not exceed."""
+    ordered = sorted(lengths)
+    return [ordered[math.ceil(share * len(ordered)) - 1] for share in (0.5, 0.95, 1)]
+
+
+def check_lengths(common, config, train, held_out):
+    """A warning where max_length cuts or drops rows, with the one that would not."""
+    flag = "max_prompt_length" if hasattr(config, "max_prompt_length") else "max_length"
+    dropped = sum("longer than" in reason for _, reason, _ in train.dropped + held_out.dropped)
+    cut, longest = train.cut + held_out.cut, max(train.longest, held_out.longest)
+    if not cut and not dropped:
+        return
+    total = sum(len(part.rows) + len(part.dropped) for part in (train, held_out))
+    held = checks.model_positions(common.model_name_or_path)
+    room = held and held - (config.max_completion_length if flag == "max_prompt_length" else 0)
+    way_out = f"--{flag} {longest} would take all rows whole"
+    if room and room < longest:
+        way_out = f"the longest has {longest} tokens, and the model holds {room}: --{flag} {room} would take the most"
+    limit = checks.length_limit(config, common.model_name_or_path)
+    yield f"--{flag} {limit} drops {dropped} and cuts {cut} of {total} rows; {way_out}"
+
+
+def check_tokens(train, held_out):
+    """Warnings of tokens between prompt and answer that a row has once and another time, or not once."""
+    total = len(train.rows) + len(held_out.rows)
+    spanned = train.spanned + held_out.spanned
+    if spanned:
+        yield (
+            f"in {spanned} of {total} rows ({spanned / max(total, spanned):.0%}) a token spans prompt and answer, "
+            "which is not so when the model answers by itself. End the prompts without a space, and begin the answers "
+            "with it"
+        )
+    odd = train.odd + held_out.odd
+    if odd:
+        (where, what), *_ = odd
+        yield (
+            f"{len(odd)} rows have more or less than one BOS and one end of turn, as {where} ({what}). Take the "
+            "template's own tokens out of the data: it writes them"
+        )
+
+
+def check_rows(rows):
+    """Warnings of rows that stand twice, in both parts, or against each other."""
+    mend, total = "python -m utils.doctor_data FILE --fix OUT.jsonl", len(dict(rows.train))
+    again, against = doctor_data.find_again(rows.train), doctor_data.find_against(rows.train)
+    if again:
+        two = doctor_data.say_two(again)
+        yield f"{len(again)} of {total} rows repeat another, as {two}. `{mend}` keeps the first of each"
+    if against:
+        two = doctor_data.say_two(against)
+        yield f"{len(against)} of {total} rows contradict another, as {two}. Take out the wrong ones"
+    known = {doctor_data.to_key(row): where for where, row in rows.train} if rows.held_out else {}
+    held = {where: known[key] for where, row in rows.held_out if (key := doctor_data.to_key(row)) in known}
+    if held:
+        yield (
+            f"{len(held)} of {len(dict(rows.held_out))} held-out rows are trained on too, as "
+            f"{doctor_data.say_two(held)}: the result would look better than it is. Take them out of one of the two; "
+            f"`{mend}` leaves each once in a file"
+        )
+
+
+def check_balance(config, rows):
+    """A warning where KTO's weights x rows, good to bad, are not within 1:1 to 4:3. Source: doctor_data.weigh."""
+    labels = [values["label"] for _, values in rows.train if "label" in values]
+    true, false = labels.count(True), labels.count(False)
+    if not true or not false or not hasattr(config, "desirable_weight"):
+        return
+    good, bad = true * config.desirable_weight, false * config.undesirable_weight
+    if not bad <= good <= bad * 4 / 3 + 1e-9:
+        yield (
+            f"{true} rows are labelled true and {false} false, which --desirable_weight {config.desirable_weight:g} "
+            f"and --undesirable_weight {config.undesirable_weight:g} make {good:g} to {bad:g}; KTO wants 1:1 to 4:3: "
+            + doctor_data.weigh(true, false)
+        )
+
+
+# ── the training ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def count_steps(config, method, rows):
+    """Optimizer steps of the run; None where the rows do not tell (sampled answers, packing)."""
+    if config.max_steps > 0:
+        return config.max_steps
+    if method.sample_reward or getattr(config, "packing", False):
+        return None
+    passes = rows / (config.per_device_train_batch_size * environment.processes_asked())
+    passes = math.floor(passes) if config.dataloader_drop_last else math.ceil(passes)
+    return math.ceil(math.ceil(passes / config.gradient_accumulation_steps) * config.num_train_epochs)
+
+
+def check_schedule(common, config, method, rows):
+    """Warnings of a learning rate, warm-up or batch that hardly trains. Raises Refused where nothing would."""
+    steps = count_steps(config, method, rows)
+    a_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * environment.processes_asked()
+    if steps == 0:
+        raise Refused(
+            [
+                f"--dataloader_drop_last: {rows} rows do not fill one batch of "
+                f"{a_step // config.gradient_accumulation_steps}, and would all be dropped. Leave it out, or type "
+                "--per_device_train_batch_size smaller"
+            ]
+        )
+    highest = HIGHEST[common.train_mode]
+    if "adam" in str(getattr(config.optim, "value", config.optim)) and config.learning_rate > highest:
+        yield f"--learning_rate {config.learning_rate:g} is above {highest:g}. {USUAL}"
+    warm_up = config.get_warmup_steps(steps) if steps else 0
+    if steps and warm_up >= steps:
+        yield (
+            f"--warmup_steps {config.warmup_steps:g}: all {steps} steps would warm up, and the learning rate never be "
+            f"reached. Type --warmup_steps {steps // 10}"
+        )
+    if not method.sample_reward and not getattr(config, "packing", False) and a_step > rows:
+        yield (
+            f"a step takes {a_step} rows and there are {rows}: each pass over the data is one step. Type "
+            "--gradient_accumulation_steps or --per_device_train_batch_size smaller"
+        )
+
+
+def check_disk(common, config, method, rows):
+    """(("disk", what the run will take), warnings). Raises Refused where not even one checkpoint fits."""
+    trained = count_trained(common)
+    if not trained:
+        return ("disk", ""), []
+    small = sum(file.stat().st_size for file in Path(common.model_name_or_path).glob("*.json"))
+    # as models.load_policy holds them; DeepSpeed saves those of --dtype and its own float32 copy
+    sharded = environment.engine().startswith("zero") and common.train_mode == "full"
+    weights = trained * (2 if sharded and common.dtype != "float32" else 4) + small
+    optim = str(getattr(config.optim, "value", config.optim))
+    moments = 8 if "adamw" in optim and "8bit" not in optim else 0
+    state = 0 if config.save_only_model else trained * (moments + 4 * sharded)
+    one, kept = weights + state, count_checkpoints(config, method, rows)
+    needed = one * kept + weights
+    above = next(
+        parent
+        for parent in (Path(config.output_dir).absolute(), *Path(config.output_dir).absolute().parents)
+        if parent.exists()
+    )
+    free = shutil.disk_usage(above).free
+    text = (
+        f"{kept} checkpoint{'s' * (kept != 1)} of {gigabytes(one)} ({trained / 1e6:.1f}M trained numbers) and a "
+        f"result of {gigabytes(weights)}, about; {gigabytes(free)} free"
+    )
+    fewer = (
+        "Free some, name another --output_dir, or type --save_total_limit 1, --save_only_model or --save_strategy no"
+    )
+    if (one if kept else weights) > free:
+        raise Refused([f"--output_dir {config.output_dir}: has no room for one checkpoint: {text}. {fewer}"])
+    return ("disk", text), [f"the disk would run full: {text}. {fewer}"] if needed > free else []
+
+
+def count_trained(common):
+    """How many numbers are trained, read off the headers of the policy's folder; 0 where it is a Hub id."""
+    path, mode = common.model_name_or_path, common.train_mode
+    if models.read_adapter(path) and mode != "full":
+        return count(read_tensors(path).values())
+    tensors = read_tensors(base_of(path))
+    if mode == "full":
+        return count(tensors.values())
+    total = 0
+    for name, tensor in tensors.items():
+        module, _, kind = name.rpartition(".")
+        wanted = common.lora_target_modules
+        adapted = module.rpartition(".")[2] in wanted if wanted else not NOT_ADAPTED.search(module)
+        if kind == "weight" and len(tensor["shape"]) == 2 and adapted:
+            total += common.lora_rank * sum(tensor["shape"]) + common.use_dora * tensor["shape"][0]
+    return total
+
+
+def count_checkpoints(config, method, rows):
+    """The most checkpoints that are on the disk at once; a new one is written before the oldest is deleted."""
+    strategy, steps = config.save_strategy.value, count_steps(config, method, rows)
+    if strategy == "no":
+        return 0
+    limit = config.save_total_limit + 1 if config.save_total_limit else math.inf
+    if strategy == "steps" and steps:
+        every = config.save_steps if config.save_steps >= 1 else max(1, math.ceil(steps * config.save_steps))
+        return min(limit, math.ceil(steps / every))
+    return min(limit, math.ceil(config.num_train_epochs)) if strategy == "epoch" else min(limit, 1)
