@@ -529,9 +529,9 @@ def test_repeated_rows_and_pairs_the_other_way_round_are_found(doctor, tmp_path)
     turned = {**CHATS[1], "chosen": CHATS[1]["rejected"], "rejected": CHATS[1]["chosen"]}
     rows = [*CHATS, {**CHATS[0], "id": 7}, turned]  # a column that is not trained on makes no difference
     _, lines, _ = doctor(rows, "--fix", tmp_path / "out.jsonl")
-    assert said(lines, "repeated") == ["1 rows, as in.jsonl:3 and in.jsonl:1. --fix keeps the first of each"]
+    assert said(lines, "repeated") == ["1 of 4 rows, as in.jsonl:3 and in.jsonl:1. --fix keeps the first of each"]
     assert said(lines, "against") == [
-        "1 rows contradict another, as in.jsonl:4 and in.jsonl:2. Take out the wrong ones"
+        "1 of 4 rows contradict another, as in.jsonl:4 and in.jsonl:2. Take out the wrong"
     ]
     assert read_rows(tmp_path / "out.jsonl") == [*CHATS, turned]
     _, lines, _ = doctor(CHATS)
@@ -541,14 +541,14 @@ def test_repeated_rows_and_pairs_the_other_way_round_are_found(doctor, tmp_path)
 def test_a_thumb_up_and_down_for_one_answer_is_found(doctor):
     _, lines, _ = doctor([*THUMBS, {**THUMBS[1], "label": True}], "--rlhf_type", "kto")
     assert said(lines, "against") == [
-        "1 rows contradict another, as in.jsonl:3 and in.jsonl:2. Take out the wrong ones"
+        "1 of 3 rows contradict another, as in.jsonl:3 and in.jsonl:2. Take out the wrong"
     ]
 
 
 def test_a_prompt_with_another_reference_answer_is_no_repetition(doctor):
     rows = [{"prompt": "q", "answer": "a"}, {"prompt": "q", "answer": "b"}, {"prompt": "q", "answer": "a"}]
     _, lines, _ = doctor(rows, "--rlhf_type", "GRPO")
-    assert said(lines, "repeated") == ["1 rows, as in.jsonl:3 and in.jsonl:1. --fix keeps the first of each"]
+    assert said(lines, "repeated") == ["1 of 3 rows, as in.jsonl:3 and in.jsonl:1. --fix keeps the first of each"]
 
 
 def test_held_out_rows_in_the_training_data_are_found_in_any_form(doctor, tmp_path):
@@ -603,7 +603,19 @@ def test_lengths_roles_and_form_are_told(doctor):
         ],
     )
     assert (said(lines, "roles"), said(lines, "form")) == (["user 40, assistant 40"], ["100% chats, 0% plain text"])
-    assert said(doctor([{"messages": others(TALKS[0])}])[1], "roles") == ["human 1, gpt 1"]
+
+
+def test_rows_that_rules_can_mend_are_told_as_they_leave_them(doctor, tmp_path):
+    rows = [{"conversations": others(talk)} for talk in (*TALKS, TALKS[0])]
+    held = write_rows(tmp_path / "held.jsonl", [{"messages": TALKS[1]}])
+    for words in (["--eval", held], ["--eval", write_rows(tmp_path / "held.jsonl", rows[1:2])]):
+        status, lines, _ = doctor(rows, "--rlhf_type", "SFT", *words)
+        assert (status, said(lines, "roles")) == (2, ["human 3, gpt 3"])  # as they stand in the file
+        assert said(lines, "length")[0] == "prompt: median 2, 95 % within 2, longest 2 characters"  # q1, q2, q1
+        assert said(lines, "repeated")[0].startswith("1 of 3 rows, as in.jsonl:3 and in.jsonl:1.")
+        assert said(lines, "--eval")[0].startswith(
+            "1 of 1 rows are in the training data, as held.jsonl:1 and in.jsonl:2"
+        )
 
 
 def test_prompts_without_answers_name_what_distils_from_them(doctor):

@@ -579,7 +579,8 @@ def test_the_command_of_these_tests_is_sound_but_for_what_each_adds(run, tmp_pat
     assert before == []
     status, out, lines = run("--check --seq_kd True --eval_fraction 0.2")
     assert (status, lines) == (0, [])
-    assert out[-1] == "checked   nothing stands in the way; no model was loaded, nothing was written"
+    assert out[-1] == "checked   nothing stands in the way; no model was loaded, nothing was written; 1 warning"
+    assert line_with(out, "warning ").startswith("warning   a step takes ")
     assert f"answers   5 by the teacher, kept in {tmp_path / 'answers'}" in out
     assert "data      5 rows to train on, 1 held out; refused: none" in out
     assert sorted(tmp_path.rglob("*")) == [tmp_path / "rows.jsonl"]
@@ -1010,9 +1011,9 @@ def test_a_smaller_teacher_is_wondered_at_and_not_refused(run, pair, tmp_path):
     save_qwen(tmp_path / "large", make_qwen(1, hidden=64))
     status, out, lines = run("--check", model=tmp_path / "large")
     assert (status, lines) == (0, [])
-    assert line_with(out, "warning ").startswith("warning   the teacher has 0M parameters, the student 0M: ")
+    assert "warning   the teacher has 0M parameters, the student 0M: is it the better one?" in out
     status, out, _ = run("--check", teacher=tmp_path / "large")
-    assert status == 0 and not [line for line in out if line.startswith("warning ")]
+    assert status == 0 and not [line for line in out if line.startswith("warning   the teacher")]
 
 
 def test_the_other_script_says_which_one_distils(tmp_path, pair, capsys):

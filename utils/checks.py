@@ -356,7 +356,8 @@ def length_limit(config, path):
     if not hasattr(config, "max_prompt_length"):
         return config.max_length
     held = model_positions(path)
-    room = [held - config.max_completion_length] if held else []
+    # what leaves no room at all is refused by check_sampling
+    room = [held - config.max_completion_length] if held and held > config.max_completion_length else []
     return min([*room, *([config.max_prompt_length] if config.max_prompt_length else [])], default=None)
 
 
@@ -462,6 +463,13 @@ def check_launch(common, config):
         problems.append(
             f"--precompute_ref_log_probs with {processes} processes: each would look for the values in a cache of its "
             "own. Leave it out (LAUNCH=zero3 shards the reference), or type NUM_PROCESSES=1"
+        )
+    if common.max_bad_steps < 1:
+        problems.append(f"--max_bad_steps {common.max_bad_steps}: 1 or more; 1 stops at the first")
+    elif common.max_bad_steps > 1 and engine.startswith("zero"):
+        problems.append(
+            f"--max_bad_steps {common.max_bad_steps} under {engine}: DeepSpeed has taken the step before it can be "
+            "left out. Leave the flag out, or type LAUNCH=multi_gpu"
         )
     if environment.offloads() and config.optim not in ("adamw_torch", "adamw_torch_fused"):
         problems.append(

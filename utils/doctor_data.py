@@ -120,18 +120,18 @@ def examine(rows, held_paths, columns, notes):
         say("dropped", f"{count} {reason}, as {first}. Mend them, or --fix leaves them out")
     for note in notes:
         say("note", note)
-    again = find_again(made)
+    again, total = find_again(made), len(dict(made))
     if again:
-        say("repeated", f"{len(again)} rows, as {say_two(again)}. --fix keeps the first of each")
+        say("repeated", f"{len(again)} of {total} rows, as {say_two(again)}. --fix keeps the first of each")
     against = find_against(made)
     if against:
-        say("against", f"{len(against)} rows contradict another, as {say_two(against)}. Take out the wrong ones")
+        say("against", f"{len(against)} of {total} rows contradict another, as {say_two(against)}. Take out the wrong")
     if held_paths:
-        held, _ = convert(read_rows(held_paths, "--eval")[0], columns, [])
+        held, _ = convert(repair(read_rows(held_paths, "--eval")[0], columns)[0], columns, [])
         known = {to_key(row): where for where, row in made}
         both = {where: known[to_key(row)] for where, row in held if to_key(row) in known}
         way_out = f", as {say_two(both)}. Take them out of one of the two" if both else ""
-        say("--eval", f"{len(both)} of {len({*dict(held)})} rows are in the training data{way_out}")
+        say("--eval", f"{len(both)} of {len(dict(held))} rows are in the training data{way_out}")
     labels = collections.Counter(row["label"] for _, row in made if "label" in row)
     if len(labels) == 2:
         say("labels", f"{labels[True]} true, {labels[False]} false: {weigh(labels[True], labels[False])}")
@@ -221,9 +221,9 @@ def keep_usable(rows, repaired, columns, raw):
     """(the repaired rows that a training takes, each once; those left out as they were, with where and why)."""
     found = data.Pass()
     made = list(data.walk(repaired, columns, [], found))
-    usable, again = {where for where, _ in made}, find_again(made)
-    reasons = {where: reason for where, reason, _ in found.dropped}
-    broken = [where for where, _ in repaired if where not in usable | reasons.keys()]  # one problem each, in order
+    again, reasons = find_again(made), {where: reason for where, reason, _ in found.dropped}
+    taken = {where for where, _ in made} | reasons.keys()
+    broken = [where for where, _ in repaired if where not in taken]  # one problem each, in order
     reasons |= {where: said[len(where) + 2 :] for where, said in zip(broken, found.problems, strict=True)}
     reasons |= dict.fromkeys(again, "repeats an earlier row")
     kept = [row for where, row in repaired if where not in reasons]

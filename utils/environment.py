@@ -12,7 +12,8 @@ from pathlib import Path
 
 def calm_libraries():
     """No ping at construction, no bars but ours, no warnings about what is pinned and tested here. Call it first."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    for asked in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK", "VLLM_NO_USAGE_STATS"):
+        os.environ.setdefault(asked, "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -32,9 +32,9 @@ class Finding:
 
 def findings(common, config, method, rows, tokenizer, train, held_out):
     """The Findings of a run whose text is prepared. Raises Refused where it could not work."""
+    check_vocabulary(common, tokenizer, max(train.highest, held_out.highest))
     warnings = [
         *check_versions(),
-        *check_vocabulary(common, tokenizer, max(train.highest, held_out.highest)),
         *check_lengths(common, config, train, held_out),
         *check_tokens(train, held_out),
         *check_rows(rows),
@@ -152,9 +152,9 @@ def gigabytes(size):
 
 
 def check_vocabulary(common, tokenizer, highest):
-    """Warnings of tokens that the model has no embedding for. Raises Refused where the data use one.
+    """Raises Refused where the model has no embedding for a token that the data use, of which `highest` is the last.
 
-    `highest`: the highest token id in the data.
+    A tokenizer may know further ones that text has no use for (Gemma's for images).
     """
     path, revision = common.model_name_or_path, common.model_revision
     tensors = read_tensors(base_of(path)) | read_tensors(path)
@@ -177,12 +177,6 @@ def check_vocabulary(common, tokenizer, highest):
                 f"have {rows} rows. Its tokenizer is another model's, or tokens were added to it alone: copy the "
                 "tokenizer from the original model"
             ]
-        )
-    known = max(tokenizer.get_vocab().values())
-    if known >= rows:
-        yield (
-            f"the tokenizer knows tokens up to {known}, and the embeddings have {rows} rows; the data use none "
-            "beyond. Text that does would stop a run: copy the tokenizer from the original model"
         )
 
 
@@ -265,10 +259,12 @@ def check_balance(config, rows):
         return
     good, bad = true * config.desirable_weight, false * config.undesirable_weight
     if not bad <= good <= bad * 4 / 3 + 1e-9:
+        way_out = doctor_data.weigh(true, false)
+        way_out = way_out if way_out.startswith("type") else "leave both weights out"
         yield (
             f"{true} rows are labelled true and {false} false, which --desirable_weight {config.desirable_weight:g} "
             f"and --undesirable_weight {config.undesirable_weight:g} make {good:g} to {bad:g}; KTO wants 1:1 to 4:3: "
-            + doctor_data.weigh(true, false)
+            f"{way_out}"
         )
 
 
@@ -281,21 +277,25 @@ def count_steps(config, method, rows):
         return config.max_steps
     if method.sample_reward or getattr(config, "packing", False):
         return None
-    passes = rows / (config.per_device_train_batch_size * environment.processes_asked())
+    passes = rows / count_batch(config)
     passes = math.floor(passes) if config.dataloader_drop_last else math.ceil(passes)
     return math.ceil(math.ceil(passes / config.gradient_accumulation_steps) * config.num_train_epochs)
 
 
+def count_batch(config):
+    """Rows that all processes take at once."""
+    return config.per_device_train_batch_size * environment.processes_asked()
+
+
 def check_schedule(common, config, method, rows):
     """Warnings of a learning rate, warm-up or batch that hardly trains. Raises Refused where nothing would."""
-    steps = count_steps(config, method, rows)
-    a_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * environment.processes_asked()
-    if steps == 0:
+    steps, a_pass = count_steps(config, method, rows), count_batch(config)
+    a_step = a_pass * config.gradient_accumulation_steps
+    if config.dataloader_drop_last and rows < a_pass and not method.sample_reward:
         raise Refused(
             [
-                f"--dataloader_drop_last: {rows} rows do not fill one batch of "
-                f"{a_step // config.gradient_accumulation_steps}, and would all be dropped. Leave it out, or type "
-                "--per_device_train_batch_size smaller"
+                f"--dataloader_drop_last: {rows} rows do not fill one batch of {a_pass}, and would all be dropped. "
+                "Leave it out, or type --per_device_train_batch_size smaller"
             ]
         )
     highest = HIGHEST[common.train_mode]
@@ -335,8 +335,8 @@ def check_disk(common, config, method, rows):
     )
     free = shutil.disk_usage(above).free
     text = (
-        f"{kept} checkpoint{'s' * (kept != 1)} of {gigabytes(one)} ({trained / 1e6:.1f}M trained numbers) and a "
-        f"result of {gigabytes(weights)}, about; {gigabytes(free)} free"
+        f"{kept} checkpoint{'s' * (kept != 1)} of {gigabytes(one)} ({trained / 1e6:.1f}M trained numbers) and "
+        f"{gigabytes(weights)} at the end, about; {gigabytes(free)} free"
     )
     fewer = (
         "Free some, name another --output_dir, or type --save_total_limit 1, --save_only_model or --save_strategy no"

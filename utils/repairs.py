@@ -352,12 +352,11 @@ RULES = [
 
 def repair(rows, columns):
     """The rows as the rules make them, and how many rows each changed: (rows, {rule: count})."""
-    counts = {}
+    counts, seen = {}, look(rows, columns, False)
     for says, kinds, make in RULES:
         if columns in kinds:
-            seen = look(rows, columns, bool(counts))
             made = [(where, make(row, seen) or row) for where, row in rows]
             changed = sum(new is not old for (_, new), (_, old) in zip(made, rows, strict=True))
-            counts |= {says: changed} if changed else {}
-            rows = made
+            if changed:
+                rows, counts[says], seen = made, changed, look(made, columns, True)
     return rows, counts

@@ -146,7 +146,7 @@ class Tokens:
         self.known = {part: self.known[part] for part in parts if part in self.known}
         new = [part for part in parts if part not in self.known]
         self.known |= zip(new, self.tokenize(new, whole=self.marks is None), strict=True)
-        self.highest = max([self.highest, *(max(self.known[part], default=0) for part in new)])
+        self.highest = max([self.highest, *(max(ids, default=0) for ids in self.known.values())])
 
     def __call__(self, text):
         if self.marks is None:
