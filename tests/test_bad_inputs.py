@@ -17,7 +17,7 @@ import pytest
 import train_gkd
 import train_rlhf
 from tests.conftest import ROOT, make_model, make_tokenizer
-from utils import models, reward_models, rewards
+from utils import models, reward_models
 
 SCRIPTS = {"rlhf": train_rlhf, "gkd": train_gkd}
 MESSAGES = [{"role": "user", "content": "Say hi."}, {"role": "assistant", "content": "Hi."}]
@@ -32,8 +32,6 @@ GOOD = {
 }
 SAMPLE = {"CPO": "DPO", "SimPO": "DPO", "CPOSimPO": "DPO", "ORPO": "DPO", "GRPO": "RLOO", "PPO": "RLOO"}
 REWARD = {name: "--reward_funcs data/rewards.py:brevity" for name in ("RLOO", "GRPO", "PPO")}
-ONLINE = ("RLOO", "GRPO", "PPO")
-SAID = "{}: "
 
 
 class Loaded(Exception):
@@ -52,6 +50,9 @@ class Bad:
     data: str = "DIR/rows.jsonl"
     model: object = None  # (folder) -> None, done to a copy of the tiny model
     env: dict = field(default_factory=dict)
+
+    def takes_reward(self):
+        return not any(flag in f"{self.flags} {self.named}" for flag in ("--reward_funcs", "--reward_model_path"))
 
 
 def cut(folder, by=1):
@@ -86,6 +87,12 @@ def add_token(folder):
     tokenizer.save_pretrained(folder)
 
 
+def be_of_prompts(folder):
+    base = shutil.copytree(folder, folder.parent / "base")
+    described = {"base_model_name_or_path": str(base), "peft_type": "PROMPT_TUNING"}
+    (folder / "adapter_config.json").write_text(json.dumps(described))
+
+
 def be_empty(folder):
     shutil.rmtree(folder)
     folder.mkdir()
@@ -96,36 +103,29 @@ def be_a_file(folder):
     folder.write_text("")
 
 
-def be_pickled(folder):
-    (file,) = folder.glob("*.safetensors")
-    file.rename(folder / "pytorch_model.bin")
-
-
 ROW = "DIR/rows.jsonl:2: "
 LAST = "DIR/rows.jsonl:"
 CASES = {
     # ── data ──
     "a line that is cut": Bad(rows=['{"prompt": "Say'], named=ROW),
-    "Python in place of JSON": Bad(rows=["{'prompt': 'a', 'chosen': 'b', 'rejected': 'c'}"], named=ROW),
     "a trailing comma": Bad(rows=[json.dumps(PAIR) + ","], named=ROW),
-    "a number as a row": Bad(rows=["17"], named=ROW),
     "a merge conflict": Bad(rows=["<<<<<<< HEAD"], named=ROW),
     "a pair whose answers are lists of text": Bad(rows=[PAIR | {"chosen": ["Hi"]}], named=[ROW, '"chosen"']),
-    "a pair without its rejected answer": Bad(rows=[{"prompt": "a", "chosen": "b"}], named=[ROW, '"rejected"']),
     "columns with capitals": Bad(rows=[{"Prompt": "a", "Chosen": "b", "Rejected": "c"}], named=[ROW, '"Prompt"']),
     "columns of Alpaca": Bad("", [ROW, "instruction"], "SFT", rows=[{"instruction": "a", "input": "", "output": "b"}]),
     "columns of ShareGPT": Bad("", [ROW, "conversations"], "GKD", rows=[{"conversations": []}]),
     "an empty dialogue": Bad("--max_drop_fraction 0", [LAST, "empty answer"], "SFT", rows=[{"messages": []}]),
     "a dialogue of the user alone": Bad("--max_drop_fraction 0", LAST, "SFT", rows=[{"messages": MESSAGES[:1]}]),
     "a dialogue as plain text for GKD": Bad("", [ROW, '"messages"'], "GKD", rows=[{"messages": "Say hi. Hi."}]),
-    "a role of another framework": Bad("", [ROW, "'bot'"], "SFT", rows=[{"messages": [{"role": "bot", "content": ""}]}]),
+    "a role of another framework": Bad(
+        "", [ROW, "'bot'"], "SFT", rows=[{"messages": [{"role": "bot", "content": ""}]}]
+    ),
     "a message without content": Bad("", [ROW, '"content"'], "SFT", rows=[{"messages": [{"role": "user"}]}]),
     "an image in a message": Bad(
         "", [ROW, "a list"], "SFT", rows=[{"messages": [{"role": "user", "content": [{"type": "image"}]}]}]
     ),
     "a label that is a share": Bad("", [ROW, '"label"'], "KTO", rows=[GOOD["KTO"] | {"label": 0.7}]),
     "a label that is null": Bad("", [ROW, '"label" is null'], "KTO", rows=[GOOD["KTO"] | {"label": None}]),
-    "labels of one kind": Bad("", "--train_data_path", "KTO", rows=[GOOD["KTO"]] * 3),
     "pairs for RLOO that have no prompt to split off": Bad("", ROW, "RLOO", rows=[{"answer": 3}]),
     "a column that TRL needs for itself": Bad(
         "", [LAST, '"completions"'], "GRPO", rows=[{"prompt": "a", "completions": "b"}]
@@ -134,52 +134,57 @@ CASES = {
         "", [LAST, '"answer"'], "PPO", rows=[{"prompt": "a", "answer": 1}, {"prompt": "b", "answer": "2"}]
     ),
     "a margin on some rows": Bad("", ["DIR/rows.jsonl:1", '"margin"'], "Reward", rows=[PAIR | {"margin": 1}]),
-    "chats among plain text": Bad(rows=[{"prompt": MESSAGES[:1], "chosen": MESSAGES[1:], "rejected": MESSAGES[1:]}],
-                                  named=ROW.rstrip(": ")),
-    "answers that are blank": Bad(rows=[PAIR | {"chosen": " \n"}], named=[ROW.rstrip(": "), "empty answer"]),
-    "both answers the same": Bad(rows=[PAIR | {"chosen": " No."}], named=[ROW.rstrip(": "), "chosen equals rejected"]),
-    "a prompt that no length is left for": Bad("--max_length 20", [LAST, "--max_length"], rows=[PAIR | {"prompt": "a" * 40}]),
-    "a prompt of more than max_prompt_length": Bad("--max_prompt_length 8", [LAST, "max_prompt_length"], "PPO",
-                                                   rows=[{"prompt": "a" * 40}]),
-    "no training data at all": Bad(data="", named="--train_data_path: missing"),
-    "a file in a folder that is not there": Bad(data="DIR/gone/rows.jsonl", named="--train_data_path DIR/gone/rows.jsonl"),
-    "an ending in capitals of another kind": Bad(data="DIR/rows.TSV", files={"rows.TSV": "a\tb"}, named="DIR/rows.TSV"),
-    "a folder without data": Bad(data="DIR/model", named="--train_data_path DIR/model"),
+    "chats among plain text": Bad(
+        rows=[{"prompt": MESSAGES[:1], "chosen": MESSAGES[1:], "rejected": MESSAGES[1:]}], named=ROW.rstrip(": ")
+    ),
+    "a prompt that no length is left for": Bad(
+        "--max_length 20", [LAST, "--max_length"], rows=[PAIR | {"prompt": "a" * 40}]
+    ),
+    "a prompt of more than max_prompt_length": Bad(
+        "--max_prompt_length 8", [LAST, "max_prompt_length"], "PPO", rows=[{"prompt": "a" * 40}]
+    ),
+    "a file in a folder that is not there": Bad(
+        data="DIR/gone/rows.jsonl", named="--train_data_path DIR/gone/rows.jsonl"
+    ),
+    "an ending in capitals of another kind": Bad(
+        data="DIR/rows.TSV", files={"rows.TSV": "a\tb"}, named="DIR/rows.TSV"
+    ),
     "an archive": Bad(data="DIR/rows.zip", files={"rows.zip": "PK"}, named="DIR/rows.zip"),
-    "a csv with a header alone": Bad(data="DIR/rows.csv", files={"rows.csv": "prompt,chosen,rejected\n"}, named="DIR/rows.csv"),
-    "a csv that is separated by tabs": Bad(data="DIR/a.csv", files={"a.csv": "prompt\tchosen\trejected\na\tb\tc\n"},
-                                           named="DIR/a.csv:2"),
+    "a csv that is separated by tabs": Bad(
+        data="DIR/a.csv", files={"a.csv": "prompt\tchosen\trejected\na\tb\tc\n"}, named="DIR/a.csv:2"
+    ),
     "a json that ends too soon": Bad(data="DIR/a.json", files={"a.json": '[{"prompt": "a"},\n'}, named="DIR/a.json:"),
     "a web page": Bad(data="DIR/a.jsonl", files={"a.jsonl": "<!DOCTYPE html>\n<html>\n"}, named="DIR/a.jsonl:1"),
-    "a Git LFS pointer": Bad(data="DIR/a.jsonl", files={"a.jsonl": "version https://git-lfs.github.com/spec/v1\n"},
-                             named="DIR/a.jsonl:1"),
-    "a parquet that is none": Bad(data="DIR/a.parquet", files={"a.parquet": "PAR1"}, named="DIR/a.parquet"),
-    "held-out data of other columns": Bad("--eval_data_path DIR/held.jsonl", "DIR/held.jsonl:1",
-                                          files={"held.jsonl": '{"text": "a"}\n'}),
+    "a Git LFS pointer": Bad(
+        data="DIR/a.jsonl", files={"a.jsonl": "version https://git-lfs.github.com/spec/v1\n"}, named="DIR/a.jsonl:1"
+    ),
+    "held-out data of other columns": Bad(
+        "--eval_data_path DIR/held.jsonl", "DIR/held.jsonl:1", files={"held.jsonl": '{"text": "a"}\n'}
+    ),
     "held-out rows of one row": Bad("--eval_fraction 0.5 --max_samples 1", "--eval_fraction 0.5"),
     # ── flags ──
     "a flag of a neighbour": Bad("--load_in_8bit", "--load_in_8bit"),
     "a flag with a space in its value": Bad("--lora_target_modules q_proj --seed a b", "--seed"),
     "a share as max_samples": Bad("--max_samples 0.5", "--max_samples"),
-    "a rank below 1": Bad("--lora_rank -4", "--lora_rank -4"),
     "a dropout of more than 1": Bad("--lora_dropout 5", "--lora_dropout 5"),
     "a rate that is no number": Bad("--learning_rate nan", "--learning_rate nan"),
     "a rate of nothing": Bad("--learning_rate 0", "--learning_rate 0"),
     "no epochs": Bad("--num_train_epochs -1", "--num_train_epochs -1"),
     "a batch of less than one": Bad("--per_device_train_batch_size -2", "--per_device_train_batch_size -2"),
-    "a batch for KTO of one": Bad("--per_device_train_batch_size 1", "--per_device_train_batch_size 1", "KTO",
-                                  rows=[GOOD["KTO"] | {"label": False}]),
-    "every row dropped from the batch": Bad("--per_device_train_batch_size 64 --dataloader_drop_last", "--dataloader_drop_last"),
+    "every row dropped from the batch": Bad(
+        "--per_device_train_batch_size 64 --dataloader_drop_last", "--dataloader_drop_last"
+    ),
     "a loss of another method": Bad("--loss_type simpo", "--loss_type simpo"),
     "a mode that is none": Bad("--train_mode peft", "--train_mode"),
-    "evaluating on nothing": Bad("--eval_strategy epoch", "--eval_strategy epoch"),
-    "a tracker that is not there": Bad("--report_to wandbb", "--report_to wandbb"),
-    "an engine by its flag": Bad("--deepspeed zero3", "--deepspeed"),
+    "an engine by its flag": Bad("--fsdp full_shard", "--fsdp"),
     "a model by its keyword arguments": Bad("""--model_init_kwargs {"a":1}""", "--model_init_kwargs"),
-    "a checkpoint that is not there": Bad("--resume_from_checkpoint DIR/out/checkpoint-9", "--resume_from_checkpoint DIR/out"),
+    "a checkpoint that is not there": Bad(
+        "--resume_from_checkpoint DIR/out/checkpoint-9", "--resume_from_checkpoint DIR/out"
+    ),
     "a reward for DPO": Bad("--reward_model_path DIR/model", "--reward_model_path"),
-    "the reference's values of several processes": Bad("--precompute_ref_log_probs", "--precompute_ref_log_probs",
-                                                       env={"LAUNCH_PROCESSES": "2"}),
+    "the reference's values of several processes": Bad(
+        "--precompute_ref_log_probs", "--precompute_ref_log_probs", env={"LAUNCH_PROCESSES": "2"}
+    ),
     "DoRA in pieces": Bad("--use_dora --train_mode qlora", "--use_dora", env={"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}),
     "no reward for PPO": Bad("", "--reward_funcs", "PPO"),
     "a temperature of 0": Bad("--temperature 0", "--temperature 0", "RLOO"),
@@ -187,79 +192,87 @@ CASES = {
     "weights of rewards that are not there": Bad("--reward_weights 1 2", "--reward_weights", "GRPO"),
     "an answer longer than the model": Bad("--max_completion_length 9999", "--max_completion_length 9999", "GRPO"),
     "a group of one": Bad("--num_generations 1", "num_generations", "GRPO"),
-    "prompts that do not fill a rollout": Bad("--per_device_train_batch_size 64", "--per_device_train_batch_size", "RLOO"),
+    "prompts that do not fill a rollout": Bad(
+        "--per_device_train_batch_size 64", "--per_device_train_batch_size", "RLOO"
+    ),
     "a critic that is not there": Bad("--train_mode full --value_model_path DIR/gone", "--value_model_path", "PPO"),
     "a reward function that is not there": Bad("--reward_funcs data/rewards.py:brevty", "--reward_funcs", "PPO"),
-    "a reward function with a typo": Bad("--reward_funcs DIR/judge.py:judge", "DIR/judge.py:1", "PPO",
-                                         files={"judge.py": "def judge(completions, **_:\n"}),
-    "a reward function that cannot be imported": Bad("--reward_funcs DIR/judge.py:judge", ["--reward_funcs", "gone"], "RLOO",
-                                                     files={"judge.py": "import gone\n\n\ndef judge(**_):\n    return []\n"}),
+    "a reward function with a typo": Bad(
+        "--reward_funcs DIR/judge.py:judge",
+        "DIR/judge.py:1",
+        "PPO",
+        files={"judge.py": "def judge(completions, **_:\n"},
+    ),
+    "a reward function that cannot be imported": Bad(
+        "--reward_funcs DIR/judge.py:judge",
+        ["--reward_funcs", "gone"],
+        "RLOO",
+        rows=[GOOD["RLOO"]] * 3,
+        files={"judge.py": "import gone\n\n\ndef judge(**_):\n    return []\n"},
+    ),
     "no teacher": Bad("--teacher_model_name_or_path", "--teacher_model_name_or_path", "GKD"),
     "the student as its teacher": Bad("--teacher_model_name_or_path DIR/model", "--teacher_model_name_or_path", "GKD"),
     "a share of the student's own above 1": Bad("--lmbda 1.5", "lmbda", "GKD"),
     "SeqKD of no step": Bad("--seq_kd True --lmbda 1", "--seq_kd", "GKD"),
-    "prompts alone where answers are learnt from": Bad("--lmbda 0", ROW, "GKD", rows=[{"prompt": "Say."}]),
-    "a recipe that is not there": Bad("--config DIR/gone.yaml", "--config DIR/gone.yaml"),
+    "prompts alone where answers are learnt from": Bad("--lmbda 0", ROW, "GKD", rows=[{"prompt": MESSAGES[:1]}]),
     "a recipe with a tab": Bad("--config DIR/a.yaml", "DIR/a.yaml:2", files={"a.yaml": "seed: 1\n\tbeta: 2\n"}),
     # ── models ──
-    "a model that is not there": Bad("--model_name_or_path DIR/gone", "--model_name_or_path DIR/gone"),
     "an empty folder as a model": Bad(named="--model_name_or_path DIR/model", model=be_empty),
     "a file as a model": Bad(named="--model_name_or_path DIR/model", model=be_a_file),
     "weights that are cut": Bad(named="DIR/model/model.safetensors", model=cut),
-    "weights that are cut in their header": Bad(named="DIR/model/model.safetensors", model=lambda at: cut(at, 330_000)),
+    "weights that are cut in their header": Bad(
+        named="DIR/model/model.safetensors", model=lambda at: cut(at, 330_000)
+    ),
     "a header that is none": Bad(
         named="DIR/model/model.safetensors",
         model=lambda at: (at / "model.safetensors").write_bytes((9).to_bytes(8, "little") + b"not JSON!"),
     ),
     "a shard that is missing": Bad(named="DIR/model/model.safetensors.index.json", model=name_a_shard),
     "an index that is broken": Bad(
-        named="DIR/model/model.safetensors.index.json", model=write("model.safetensors.index.json", '{"weight_map": 3}')
+        named="DIR/model/model.safetensors.index.json",
+        model=write("model.safetensors.index.json", '{"weight_map": 3}'),
     ),
-    "pickled weights": Bad(named="DIR/model: ", model=be_pickled),
-    "no tokenizer": Bad(named="DIR/model: ", model=drop("tokenizer.json")),
     "a tokenizer that is broken": Bad(named="--model_name_or_path DIR/model", model=write("tokenizer.json", "{}")),
-    "a config that is broken": Bad(named="DIR/model/config.json", model=write("config.json", "{")),
     "a config of another size": Bad(named="DIR/model: vocab_size", model=change("config.json", vocab_size=99)),
-    "a token without an embedding": Bad(named="DIR/model: the data need token", model=add_token,
-                                        rows=[PAIR | {"prompt": "<new>"}]),
-    "a model in 8 bits": Bad(named="DIR/model: ", model=change("config.json", quantization_config={"quant_method": "bnb"})),
-    "a reward model to train DPO on": Bad(
-        named="DIR/model: ", model=change("config.json", architectures=["Qwen2ForSequenceClassification"])
+    "a token without an embedding": Bad(
+        named="DIR/model: the data need token", model=add_token, rows=[PAIR | {"prompt": "<new>"}]
+    ),
+    "a model in 8 bits": Bad(
+        named="DIR/model: ", model=change("config.json", quantization_config={"quant_method": "bnb"})
     ),
     "a language model as a reward": Bad("--reward_model_path DIR/model", "--reward_model_path DIR/model", "PPO"),
-    "an adapter whose base is gone": Bad(
-        named="DIR/model: ", model=write("adapter_config.json", '{"base_model_name_or_path": "/gone"}')
-    ),
-    "an adapter of prompts": Bad(
-        named="DIR/model: ",
-        model=write("adapter_config.json", '{"base_model_name_or_path": "a/b", "peft_type": "PROMPT_TUNING"}'),
-    ),
+    "an adapter of prompts": Bad(named="DIR/model: ", model=be_of_prompts),
     "chats without a template": Bad("", "chat_template.jinja", "SFT", model=drop("chat_template.jinja")),
     "a template that refuses the data": Bad(
-        "", "DIR/rows.jsonl:1", "SFT", rows=[{"messages": [{"role": "system", "content": "a"}, *MESSAGES]}],
-        model=write("chat_template.jinja",
-                    "{% for m in messages %}{{ m.content }}{% if m.role == 'system' or m.content == 'Say hi.' %}"
-                    "{{ raise_exception('no') }}{% endif %}<|im_end|>{% endfor %}"),
+        "",
+        "DIR/rows.jsonl:1",
+        "SFT",
+        rows=[{"messages": [{"role": "system", "content": "a"}, *MESSAGES]}],
+        model=write(
+            "chat_template.jinja",
+            "{% for m in messages %}{{ m.content }}{% if m.role == 'system' or m.content == 'Say hi.' %}"
+            "{{ raise_exception('no') }}{% endif %}<|im_end|>{% endfor %}",
+        ),
     ),
     # ── the output folder ──
-    "an output folder that is a file": Bad("--output_dir DIR/rows.jsonl", "--output_dir DIR/rows.jsonl"),
     "an output folder with other files": Bad("--output_dir DIR/model", "--output_dir DIR/model"),
     "an output folder that is the model's": Bad(
         "--output_dir DIR/model --overwrite_output_dir", "--output_dir DIR/model", model=write("thesis.tex", "")
     ),
-    "a finished run": Bad("--output_dir DIR/done", "--output_dir DIR/done",
-                          files={"done/run_card.json": "{}", "done/metrics.jsonl": ""}),
     "a run that would delete its own data": Bad(
-        "--output_dir DIR/done --overwrite_output_dir --train_data_path DIR/done/rows.jsonl", "--overwrite_output_dir",
+        "--output_dir DIR/done --overwrite_output_dir --train_data_path DIR/done/rows.jsonl",
+        "--overwrite_output_dir",
         files={"done/run_card.json": "{}", "done/rows.jsonl": json.dumps(PAIR) + "\n"},
     ),
     # ── several ──
     "flags and rows": Bad("--lora_rank 0 --eval_fraction 2", ["--lora_rank 0", "--eval_fraction 2", ROW], rows=["{"]),
     "a model, rows and held-out rows": Bad(
-        "--eval_data_path DIR/gone.jsonl", ["DIR/model: ", ROW, "--eval_data_path DIR/gone"], rows=["{"],
+        "--eval_data_path DIR/gone.jsonl",
+        ["DIR/model: ", ROW, "--eval_data_path DIR/gone"],
+        rows=["{"],
         model=drop("tokenizer.json"),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +289,6 @@ def type_it(tmp_path, tiny_model, teacher, monkeypatch, capsys):
 
     for module, name in ((models, "load_policy"), (models, "load_model"), (reward_models, "load_model")):
         monkeypatch.setattr(module, name, load)
-    monkeypatch.setattr(rewards, "sys", rewards.sys)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(ROOT)
 
@@ -307,9 +319,7 @@ def words_of(case, folder, tiny_model, teacher):
     words += ["--model_name_or_path", "DIR/model", "--output_dir", "DIR/out"]
     words += ["--train_data_path", case.data] if case.data else []
     words += ["--teacher_model_name_or_path", teacher] if case.method == "GKD" else []
-    words += (
-        REWARD.get(case.method, "").split() if "reward" not in case.flags and case.named != "--reward_funcs" else []
-    )
+    words += REWARD.get(case.method, "").split() if case.takes_reward() else []
     return [word.replace("DIR", str(folder)) for word in [*words, *case.flags.split()]]
 
 
@@ -354,10 +364,10 @@ def test_there_are_enough_of_them():
 def test_the_run_scripts_pass_refusals_on(script, flags, warm, tiny_model, teacher, tmp_path):
     cut(Path(shutil.copytree(tiny_model, tmp_path / "model")))
     env = {"MODEL": str(tmp_path / "model"), "TEACHER": teacher, "OUTPUT_DIR": str(tmp_path / "out"), "PYTHON": warm}
-    words = ["bash", script, "--num_train_epochs", "0", *flags.split()]
+    words = ["bash", script, "--learning_rate", "0", *flags.split()]
     kwargs = {"capture_output": True, "text": True, "timeout": 300}
     done = subprocess.run(words, cwd=ROOT, env={**os.environ, **env}, **kwargs)
     assert (done.returncode, done.stdout) == (2, "")
     found = done.stderr.splitlines()
-    assert [line.split(":")[1] for line in found] == [" --num_train_epochs 0", f" {tmp_path}/model/model.safetensors"]
+    assert [line.split(":")[1] for line in found] == [" --learning_rate 0.0", f" {tmp_path}/model/model.safetensors"]
     assert not (tmp_path / "out").exists()

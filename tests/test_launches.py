@@ -184,7 +184,7 @@ def test_a_resumed_run_ends_as_an_unbroken_one(method, kind, warm, model_for, tm
     out = tmp_path / "out"
     saving = ["--save_strategy", "steps", "--save_steps", "1"]
     if JOBS[method].sample_reward:
-        saving += ["--num_iterations", "1"]  # a checkpoint holds no rollout in mid-use
+        saving += ["--num_iterations", "2"]  # the checkpoint lies in the middle of a rollout's use
     assert run_cell(warm, model_for("lora", kind), out, method, "lora", kind, *saving).returncode == 0
     unbroken, lines = load_file(out / "adapter_model.safetensors"), read_rows(out / "metrics.jsonl")
     for gone in ("run_card.json", "adapter_model.safetensors"):

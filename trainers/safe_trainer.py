@@ -1,19 +1,22 @@
 """What every trainer here does beside training: whole checkpoints, exact resumes, no step on numbers that are none."""
 
 import os
+import random
 import shutil
 from collections import defaultdict
 from pathlib import Path
 
+import numpy
 import torch
 
 from utils import bad_steps, checkpoints
 from utils.checks import Failed
+from utils.stops import Left
 
 # What TRL's trainers count from log to log and from rollout to rollout, which transformers' checkpoints leave out.
 PROGRESS = (
     "_step", "_buffered_inputs", "_metrics", "_stored_metrics", "_total_train_tokens", "_tr_loss",
-    "_globalstep_last_logged", "_total_loss_scalar",
+    "_globalstep_last_logged", "_total_loss_scalar", "bad_steps", "owed",
 )  # fmt: skip
 
 
@@ -29,6 +32,8 @@ class Safe:
     hashing = None  # the thread that hashes the newest one
     broken = None  # the first pass of this step that came out as no number: (its inputs, what is none)
     bad_steps = 0
+    owed = False  # whether this step's evaluation is still to be made: a signal came before it was over
+    loss_before = None, None  # the step under way, and the sum of the losses that were not logged before it
     in_pass = False  # whether forward or backward is under way: then weights and optimizer are those of the last step
 
     # ── checkpoints ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -71,11 +76,20 @@ class Safe:
             checkpoints.seal(written, self.run)
             checkpoints.rename(written, folder / written.name)
             self.hashing = checkpoints.add_hashes_meanwhile(folder / written.name)
-            checkpoints.rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+            best = self.state.best_model_checkpoint
+            checkpoints.rotate(folder, self.args.save_total_limit, best, folder / written.name)
         self.accelerator.wait_for_everyone()
         if self.is_local_process_zero() and written.exists():
             checkpoints.rename(written, folder / written.name)
         self.remove_aside(wait=False)
+
+    def _save(self, *args, **kwargs):
+        """Without the token, which training_args.bin would hold as it is."""
+        token, self.args.hub_token = self.args.hub_token, None
+        try:
+            super()._save(*args, **kwargs)
+        finally:
+            self.args.hub_token = token
 
     def finish_hashing(self):
         if self.hashing:
@@ -117,6 +131,22 @@ class Safe:
         for name, value in found.items():
             if hasattr(self, name):
                 setattr(self, name, like(getattr(self, name), value, self.args.device))
+        if self.owed:
+            self._determine_best_metric(metrics=self._evaluate(None, None), trial=None)
+            self.owed = False
+
+    def _evaluate(self, *args, **kwargs):
+        """One that is left is made again when the run goes on, from where it began."""
+        before = random.getstate(), numpy.random.get_state(), torch.get_rng_state(), get_cuda_states()
+        try:
+            return super()._evaluate(*args, **kwargs)
+        except Left:
+            random.setstate(before[0]), numpy.random.set_state(before[1]), torch.set_rng_state(before[2])
+            torch.cuda.set_rng_state_all(before[3])
+            for counted in (getattr(self, name, {}) for name in ("_metrics", "_stored_metrics")):
+                counted.get("eval", {}).clear()
+            self.owed = True
+            raise
 
     # ── no step on a loss or a gradient that is no number ────────────────────────────────────────────────────────────
 
@@ -126,6 +156,8 @@ class Safe:
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.in_pass = True
+        if self.loss_before[0] != self.state.global_step:
+            self.loss_before = self.state.global_step, self._tr_loss.clone()
         try:
             loss = super().training_step(model, inputs, num_items_in_batch)
         except RuntimeError as error:
@@ -145,6 +177,8 @@ class Safe:
         bad = self.broken is not None or norm is not None and not bool(torch.isfinite(torch.as_tensor(norm)))
         if not self.of_any_process(bad):
             return norm
+        if self.args.fp16 and not self.of_any_process(self.broken is not None):
+            return norm  # its loss scaler leaves such a step out and goes on with a smaller scale
         self.bad_steps += 1
         said = bad_steps.explain(self, norm)
         if self.bad_steps >= self.max_bad_steps:
@@ -165,6 +199,10 @@ class Safe:
 def make_safe(trainer_class):
     """The trainer's class with Safe before it."""
     return type(trainer_class.__name__, (Safe, trainer_class), {})
+
+
+def get_cuda_states():
+    return torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
 
 
 def to_plain(value):

@@ -71,8 +71,9 @@ def largest_weight(model):
 
 
 def first_bad_gradient(model):
-    found = ((name, p.grad) for name, p in model.named_parameters() if p.grad is not None)
-    return next((name for name, gradient in found if not is_finite(gradient)), None)
+    """Its name; None where all are bad, as clipping by a norm of nan makes them."""
+    sound = {name: is_finite(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    return next((name for name in sound if not sound[name]), None) if any(sound.values()) else None
 
 
 def is_finite(tensor):

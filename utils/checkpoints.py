@@ -24,7 +24,7 @@ EARLIER = "earlier"  # in the output folder: what --resume weights_only started 
 NAME = re.compile(r"checkpoint-(\d+)")
 
 # What decides the weights that a run ends with, beside the method's own flags. How long it runs may change.
-SHARED_FLAGS = ("train_mode", "dtype", "reward_funcs", "reward_model_path")
+SHARED_FLAGS = ("model_revision", "train_mode", "dtype", "reward_funcs", "reward_model_path")
 LORA_FLAGS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "use_dora")
 TRAINER_FLAGS = (
     "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args",
@@ -65,7 +65,7 @@ def seal(folder, run):
 
 def add_hashes(folder):
     """Adds each file's sha256 to the manifest; meanwhile the run may train on, and even delete the checkpoint."""
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(OSError):  # deleted meanwhile, or a disk that is full
         manifest = read_manifest(folder)
         for name, described in manifest["files"].items():
             described["sha256"] = hash_file(folder / name)
@@ -81,13 +81,15 @@ def add_hashes_meanwhile(folder):
 
 def problems_of(folder, hashes=True):
     """What is wrong with a checkpoint's files, one line each; [] where it is whole. `hashes`: read all of them."""
-    try:
-        files = read_manifest(folder)["files"]
-    except FileNotFoundError:
+    if not Path(folder, MANIFEST).exists():
         return [f"no {MANIFEST}"]
-    except (ValueError, KeyError, TypeError):
+    try:
+        manifest = read_manifest(folder)
+        files = {Path(folder, name): described for name, described in manifest["files"].items()}
+        found = [problem_of(file, described, hashes) for file, described in files.items()]
+        return [problem for problem in found if problem] if manifest["run"] else [f"{MANIFEST} names no run"]
+    except (ValueError, KeyError, TypeError, AttributeError):
         return [f"{MANIFEST} cannot be read"]
-    return [problem for name, file in files.items() if (problem := problem_of(Path(folder, name), file, hashes))]
 
 
 def problem_of(file, described, hashes):
@@ -119,11 +121,15 @@ def rename(written, target):
     os.replace(written, target)
 
 
-def rotate(folder, keep, best):
-    """Deletes the oldest checkpoints but so many (None: no limit), never the newest nor the best."""
-    from transformers.trainer_utils import rotate_checkpoints
+def rotate(folder, keep, best, newest):
+    """Deletes the oldest checkpoints but so many (None: no limit), never the newest nor the best.
 
-    rotate_checkpoints(str(folder), save_total_limit=keep, best_model_checkpoint=best, use_mtime=False)
+    Those of later steps, from before a resume, do not count: they may be the damaged ones.
+    """
+    kept = {Path(newest), *([Path(best)] if best else [])}
+    others = [path for path in list_checkpoints(folder) if path not in kept and step_of(path) < step_of(newest)]
+    for path in others[max(keep - len(kept), 0) :] if keep else ():
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def list_checkpoints(folder):
@@ -199,6 +205,10 @@ def differences(there, here):
     return [f"{name} {there.get(name)} there, {here.get(name)} here" for name in names]
 
 
+def is_of(checkpoint, run):
+    return not differences(read_manifest(checkpoint)["run"], run)
+
+
 def find_start(common, config, name, rows):
     """The Start of this run, and lines to say of it. Raises Refused where the checkpoint is not one of this run.
 
@@ -221,40 +231,74 @@ def find_start(common, config, name, rows):
 
 
 def choose_start(common, config, run):
-    asked, folder = config.resume_from_checkpoint, Path(config.output_dir)
-    if not asked or common.overwrite_output_dir:
+    """(the Start, lines to say of it). Raises Refused."""
+    if not config.resume_from_checkpoint or common.overwrite_output_dir:
         return Start(), []
-    read_all = not common.check  # the run itself reads them all; a check before it looks at the sizes
-    if str(asked).lower() in ("auto", "true"):
-        checkpoint, said = newest_whole(folder, read_all)
-        if checkpoint is None and (folder / "metrics.jsonl").exists():
-            said.append(f"no checkpoint in {folder} to go on from: starts from the beginning")
-        if checkpoint is None and common.resume == "weights_only":
-            checkpoint, further = newest_whole(folder / EARLIER, read_all)
-            said += further
-    else:
-        checkpoint, said = Path(asked), []
-        if problems := problems_of(checkpoint, read_all):
-            raise Refused([f"--resume_from_checkpoint {asked}: not whole: {'; '.join(problems[:3])}"])
+    checkpoint, said = find_checkpoint(common, config, run)
     if checkpoint is None:
         return Start(), said
     there = read_manifest(checkpoint)["run"]
-    if checkpoint.parent.name != EARLIER and not (different := differences(there, run)):
-        longer = [f"--{flag} {run[f'--{flag}']}, not {there[f'--{flag}']}" for flag in LENGTH_FLAGS
-                  if run[f"--{flag}"] != there.get(f"--{flag}")]  # fmt: skip
+    different, lacks = "; ".join(differences(there, run)), lacking(checkpoint, config)
+    if not different and not lacks:
+        flags = [f"--{flag}" for flag in LENGTH_FLAGS if run[f"--{flag}"] != there.get(f"--{flag}")]
+        longer = "; ".join(f"{flag} {run[flag]}, not {there.get(flag)}" for flag in flags)
         if longer:
-            said.append(f"the learning rate goes on by the schedule of the new length ({'; '.join(longer)})")
+            said.append(f"the learning rate goes on by the schedule of the new length ({longer})")
         return Start(checkpoint), [*said, f"goes on from {checkpoint}"]
     if common.resume == "weights_only":
-        if not any(checkpoint.glob("*.safetensors")):
-            raise Refused([f"{checkpoint}: holds its weights in pieces, for its own engine. Type the same LAUNCH"])
+        refuse_if([*misfits(checkpoint, common, there, run)])
         return Start(checkpoint, weights_only=True), [*said, f"starts anew from the weights of {checkpoint}"]
-    raise Refused(
-        [
-            f"{checkpoint} is of another run: {'; '.join(different)}. Type what is there to go on with it, "
-            "--resume weights_only to start anew from its weights, or --overwrite_output_dir to start afresh"
-        ]
-    )
+    way_out = "--resume weights_only to start anew from its weights, or --overwrite_output_dir to start afresh"
+    if different:
+        raise Refused([f"{checkpoint} is of another run: {different}. Type what is there to go on with it, {way_out}"])
+    raise Refused([f"{checkpoint}: {lacks}. Type {way_out}"])
+
+
+def find_checkpoint(common, config, run):
+    """(the checkpoint that is asked for or None, lines to say of it). Raises Refused where a named one is not whole."""
+    asked, folder = config.resume_from_checkpoint, Path(config.output_dir)
+    read_all = not common.check  # the run itself reads them all; a check before it looks at the sizes
+    weights_only = common.resume == "weights_only"
+    checkpoint, said = newest_whole(folder, read_all)
+    if str(asked).lower() not in ("auto", "true"):
+        if checkpoint and weights_only and not differences(read_manifest(checkpoint)["run"], run):
+            return checkpoint, said  # what has started from the named one goes on
+        refuse_if([f"--resume_from_checkpoint {asked}: {line}" for line in problems_of(asked, read_all)])
+        return Path(asked), []
+    if checkpoint is None and weights_only:
+        checkpoint, further = newest_whole(folder / EARLIER, read_all)
+        said += further
+    if checkpoint is None and (folder / "metrics.jsonl").exists():
+        said.append(f"no checkpoint in {folder} to go on from: starts from the beginning")
+    return checkpoint, said
+
+
+def lacking(checkpoint, config):
+    """Why a run cannot go on from a checkpoint of its own as if it had never stopped, or None."""
+    if checkpoint.parent.name == EARLIER:
+        return "its run was set aside when another began from its weights"
+    if not any(checkpoint.glob("rng_state*")):
+        return "it holds weights alone, as --save_only_model makes it"
+    if getattr(config, "sync_ref_model", False):
+        return "the reference has moved with the policy (--sync_ref_model), and is not in it"
+    return None
+
+
+def misfits(checkpoint, common, there, here):
+    """Problems of taking a checkpoint's weights for this run's: those in pieces, and an adapter of another shape."""
+    if not any(checkpoint.glob("*.safetensors")):
+        yield f"{checkpoint}: holds its weights in pieces, for its own engine. Type the same LAUNCH"
+    if common.train_mode == "full":
+        return
+    shape = ("--lora_rank", "--lora_target_modules", "--use_dora")
+    other = [line for line in differences(there, here) if line.split()[0] in shape]
+    if there["--train_mode"] == "full":
+        other = [f"--train_mode full there, {common.train_mode} here"]
+    if other:
+        yield (
+            f"{checkpoint}: its weights do not fit: {'; '.join(other)}. Type what is there, or a new --output_dir with "
+            f"--model_name_or_path {checkpoint}"
+        )
 
 
 def set_aside(folder, start):
@@ -263,10 +307,13 @@ def set_aside(folder, start):
     if not start.weights_only or start.checkpoint.parent.resolve() != folder.resolve():
         return start
     if environment.is_main():
-        earlier.mkdir(exist_ok=True)
-        for path in [*list_checkpoints(folder), *folder.glob("*.json*"), *folder.glob("report.png")]:
-            if (earlier / path.name).is_dir():
-                shutil.rmtree(earlier / path.name)
+        if earlier.exists():  # of a start before this one: its checkpoints are not those of the run that ends now
+            os.replace(earlier, folder / "before")
+        earlier.mkdir()
+        if (folder / "before").exists():
+            os.replace(folder / "before", earlier / EARLIER)
+        # the checkpoint that is started from comes last: a kill in between finds it where it was
+        for path in [*folder.glob("*.json*"), *folder.glob("report.png"), *reversed(list_checkpoints(folder))]:
             os.replace(path, earlier / path.name)
     return replace(start, checkpoint=earlier / start.checkpoint.name)
 

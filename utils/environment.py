@@ -9,6 +9,8 @@ import time
 import warnings
 from pathlib import Path
 
+from utils import secrets
+
 
 def calm_libraries():
     """No ping at construction, no bars but ours, no warnings about what is pinned and tested here. Call it first."""
@@ -58,7 +60,7 @@ def record_failure(error):
         said = (
             str(error) if hasattr(error, "details") else f"{type(error).__name__}: {error}"
         )  # checks.Failed says all
-        message = {"message": said, "extraInfo": extra}
+        message = {"message": secrets.hide(said), "extraInfo": extra}
         Path(file).write_text(json.dumps({"message": message}), encoding="utf-8")
 
 

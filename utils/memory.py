@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+from utils import arguments
 from utils.checks import Again, Failed
 
 HANDOVER = (
@@ -32,6 +33,7 @@ def run_out(trainer, method, common, error):
         import torch
 
         trainer.model.zero_grad(set_to_none=True)
+        trainer._tr_loss = trainer.loss_before[1]  # without the passes that will be made again
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -48,7 +50,7 @@ def halve(args, method):
         return []
     words = ["--per_device_train_batch_size", str(batch // 2), "--gradient_accumulation_steps", str(2 * passes)]
     slices = getattr(args, "steps_per_generation", None)
-    return words + (["--steps_per_generation", str(2 * slices)] if slices not in (None, passes) else [])
+    return words + (["--steps_per_generation", str(2 * slices)] if slices is not None else [])
 
 
 def explain(trainer, method, common):
@@ -110,11 +112,12 @@ def start_again(argv, words):
 
 def add_words(argv, words):
     """The command line of the new start: it must not delete what there is, and goes on from it."""
-    kept = [word for at, word in enumerate(argv) if not deletes(argv, at)]
+    gone = {"overwrite_output_dir"}
+    if "--steps_per_generation" in words:
+        gone |= {"generation_batch_size", "num_mini_batches"}  # other words for the same
+    kept, dropping = [], False
+    for word in arguments.expand(argv):  # with what a recipe says
+        if word.startswith("--"):
+            dropping = word[2:].replace("-", "_") in gone
+        kept += [] if dropping else [word]
     return [*kept, *words, "--resume_from_checkpoint", "auto"]
-
-
-def deletes(argv, at):
-    """Whether a word is --overwrite_output_dir, or its value."""
-    flag = "--overwrite_output_dir"
-    return argv[at].split("=")[0] == flag or at > 0 and argv[at - 1] == flag and not argv[at].startswith("--")

@@ -15,7 +15,7 @@ def load_tokenizer(path, revision=None, trust_remote_code=False, flag="--model_n
         return AutoTokenizer.from_pretrained(
             path, revision=revision, trust_remote_code=trust_remote_code, padding_side="right"
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # files of other things raise any
         raise Refused([f"{flag} {path}: its tokenizer cannot be loaded ({first_line(error)})"]) from None
 
 

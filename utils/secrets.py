@@ -20,4 +20,5 @@ def hide(text):
 
 def hide_words(words):
     """A command line whose flags keep their names alone where they carry a key."""
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
     return [HIDDEN if at and FLAG.search(words[at - 1]) else hide(word) for at, word in enumerate(words)]

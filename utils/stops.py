@@ -18,7 +18,7 @@ class Stops(TrainerCallback):
     """Watches for SIGTERM, SIGINT and SAVE_NOW while `trainer` trains, in a `with`."""
 
     def __init__(self, trainer):
-        self.trainer, self.asked = trainer, 0
+        self.trainer, self.asked, self.ends = trainer, 0, False
         self.file = Path(trainer.args.output_dir) / SAVE_NOW
         trainer.add_callback(self)
 
@@ -45,17 +45,20 @@ class Stops(TrainerCallback):
         if asked or save:
             control.should_save = True
         if asked:
-            control.should_evaluate, control.should_training_stop = False, True
+            self.trainer.owed = control.should_evaluate
+            control.should_evaluate, control.should_training_stop, self.ends = False, True, True
 
     def on_prediction_step(self, args, state, control, **kwargs):
         """An evaluation may take long, and changes nothing: it is left."""
         asked, _ = self.agree()
         if asked and self.trainer.is_in_train:
-            raise Left(asked)
+            raise Left
 
     def on_save(self, args, state, control, **kwargs):
         if self.trainer.is_world_process_zero():
             self.file.unlink(missing_ok=True)
+        if self.ends:  # before the trainer would load the best model, and delete what it takes for left over
+            raise Left
 
     def agree(self):
         """(the signal that some process got or 0, whether a checkpoint is asked for), the same on all processes."""
@@ -69,7 +72,7 @@ class Stops(TrainerCallback):
 
 
 class Left(Exception):
-    """An evaluation was left because of a signal."""
+    """Training was left because of a signal: in an evaluation, or once the checkpoint was there."""
 
 
 def train(trainer, checkpoint=None):

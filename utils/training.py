@@ -138,7 +138,8 @@ def train_and_report(trainer, start, common, method, tokenizer, rows, train, hel
     try:
         with checkpoints.says_when_full(config.output_dir, "the newest line of the log"):
             stops.train(trainer, onward)
-            if held_out.rows and trainer.state.global_step not in report.evaluated_at(trainer.state):
+            evaluated = trainer.state.global_step in report.evaluated_at(trainer.state)
+            if held_out.rows and (config.load_best_model_at_end or not evaluated):
                 trainer.evaluate()
     except checks.Failed as error:
         follow.write_error(error.details)
