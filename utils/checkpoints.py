@@ -255,7 +255,7 @@ def choose_start(common, config, run):
 
 
 def find_checkpoint(common, config, run):
-    """(the checkpoint that is asked for or None, lines to say of it). Raises Refused where a named one is not whole."""
+    """(the checkpoint that is asked for or None, lines to say). Raises Refused where a named one is not whole."""
     asked, folder = config.resume_from_checkpoint, Path(config.output_dir)
     read_all = not common.check  # the run itself reads them all; a check before it looks at the sizes
     weights_only = common.resume == "weights_only"
@@ -296,8 +296,8 @@ def misfits(checkpoint, common, there, here):
         other = [f"--train_mode full there, {common.train_mode} here"]
     if other:
         yield (
-            f"{checkpoint}: its weights do not fit: {'; '.join(other)}. Type what is there, or a new --output_dir with "
-            f"--model_name_or_path {checkpoint}"
+            f"{checkpoint}: its weights do not fit: {'; '.join(other)}. Type what is there, or a new --output_dir "
+            f"with --model_name_or_path {checkpoint}"
         )
 
 

@@ -228,6 +228,7 @@ class Report(TrainerCallback):
             "peak_memory_bytes": peak_memory(),
             "throughput": self.speed(),
             "held_out": {"before": held[0], "after": held[1]} if held else None,
+            "preflight": [asdict(finding) for finding in rows.findings],
             "warnings": self.watch.warnings,
             "samples": [
                 {"question": question, "before": old, "after": new}

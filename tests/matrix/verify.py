@@ -1,6 +1,5 @@
-"""Opens a result with the libraries alone, in a new process: python -m tests.matrix.verify FOLDER TASK START."""
+"""Opens a result with the libraries alone, beside the process of its own in which a run does that by itself."""
 
-import sys
 from pathlib import Path
 
 import torch
@@ -40,7 +39,3 @@ def verify(folder, task, start):
         assert model.generate(input_ids=ids, max_new_tokens=4, do_sample=False).shape[1] > ids.shape[1]
     else:
         assert after.shape == (1, 1)
-
-
-if __name__ == "__main__":
-    verify(*sys.argv[1:])
