@@ -1000,6 +1000,9 @@ def test_a_token_that_only_one_has_is_refused_where_the_rows_use_it(run, pair, t
     student = tmp_path / "student"
     shutil.copytree(pair[0], student)
     number = add_token(student, "<much>")
+    larger = AutoModelForCausalLM.from_pretrained(student)
+    larger.resize_token_embeddings(number + 1)
+    larger.save_pretrained(student)
     plain, marked = ({"prompt": "How much?", "completion": text} for text in ("Two.", "<much>"))
     assert run("--lmbda 0 --check", [plain] * 4, student)[0] == 0
     status, _, said = run("--lmbda 0 --check", [plain, marked], student)

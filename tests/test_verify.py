@@ -107,9 +107,12 @@ def test_what_trl_and_ppo_attach_to_a_model_is_no_part_of_the_probe(sound, tiny_
     assert (tmp_path / "probe.json").read_text() == (sound / "probe.json").read_text()
 
 
-def test_the_probe_is_computed_as_the_weights_are_held_not_under_autocast(sound, tiny_model, tmp_path):
+def test_the_probe_is_computed_as_the_weights_are_held_not_under_autocast(sound, tiny_model, tmp_path, request):
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state(True)  # of another test's trainer, which had no autocast
+    request.addfinalizer(lambda: AcceleratorState._reset_state(True))
     model, tokenizer = make_trained(tiny_model, "CAUSAL_LM", "lora")
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     model = accelerator.prepare(model)

@@ -66,7 +66,7 @@ def warn(line, trainer):
 def largest_weight(model):
     """(name, magnitude) of the trained tensor that holds the largest number, nan if one is none."""
     held = ((name, local(p)) for name, p in model.named_parameters() if p.requires_grad)
-    sizes = {name: float(tensor.abs().max()) for name, tensor in held if tensor.numel()}
+    sizes = {name: float(tensor.detach().abs().max()) for name, tensor in held if tensor.numel()}
     return max(sizes.items(), key=lambda item: math.inf if math.isnan(item[1]) else item[1], default=("", 0.0))
 
 
