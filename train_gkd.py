@@ -34,6 +34,8 @@ def run(argv):
     if not problems:
         plan = teacher.describe(common, config, train, held_out)
         summary.say_plan(common, config, NAME, method, tokenizer, rows, train, held_out, plan)
+    else:
+        summary.say_findings(rows)
     with checks.collecting(problems):
         start = training.find_start(common, config, NAME, rows)
     checks.refuse_if(problems)

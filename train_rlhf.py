@@ -30,6 +30,8 @@ def run(argv):
         checks.check_rollout_fits(config, len(train.rows))
     if not problems:
         summary.say_plan(common, config, name, method, tokenizer, rows, train, held_out)
+    else:
+        summary.say_findings(rows)
     with checks.collecting(problems):
         judges = rewards.load_functions(common.reward_funcs, rows.train, tokenizer)
     with checks.collecting(problems):

@@ -10,6 +10,7 @@ from utils.environment import is_main
 
 SHOWN = 3  # rows named
 HUGE = 1e4  # no weight of a sound model comes near
+USUAL = 1e-2  # no learning rate of a sound run is above
 
 
 def explain(trainer, norm):
@@ -42,13 +43,16 @@ def diagnose(trainer, norm=None):
 def say_cause(trainer, in_rows):
     args = trainer.args
     weight, largest = largest_weight(trainer.model)
+    rate = f"--learning_rate {args.learning_rate:g}"
     if not largest < HUGE:
-        return f"{weight} has grown to {largest:g}: --learning_rate {args.learning_rate:g} is too high"
+        return f"{weight} has grown to {largest:g}: {rate} is too high"
+    if args.learning_rate > USUAL:
+        return f"{rate} is too high: Adam moves each weight by about that much a step"
     if args.fp16:
         return "float16 ends at 65504: type --dtype bfloat16 or float32"
     if in_rows:
         return "The weights are sound, so it is what these rows say: mend or remove them"
-    return f"Weights and outputs are sound: a lower --learning_rate than {args.learning_rate:g} would help"
+    return f"Weights and outputs are sound: a lower value than {rate} would help"
 
 
 def refuse_broken(model, path):

@@ -36,9 +36,13 @@ def say_plan(common, config, name, method, tokenizer, rows, train, held_out, fur
         say(f"          in {train.reshaped} rows the template writes the prompt differently once an answer follows")
     for note in [*rows.notes, *getattr(config, "notes", ())]:
         say(f"note      {note}")
+    say_findings(rows)
+    say(f"first row {text.mark(train, tokenizer, sys.stdout.isatty())}")
+
+
+def say_findings(rows):
     for finding in rows.findings:
         say(f"{finding.kind:<9} {finding.text}")
-    say(f"first row {text.mark(train, tokenizer, sys.stdout.isatty())}")
 
 
 def say_checked(rows):

@@ -53,10 +53,10 @@ def prepare_text(common, config, method, rows, **limits):
     train = cache.prepare_rows(rows.train, tokenizer, method.columns, limit, **limits)
     held_out = cache.prepare_rows(rows.held_out, tokenizer, method.columns, limit, **limits)
     rows.dropped += train.dropped + held_out.dropped
+    if environment.is_main() and train.rows:
+        rows.findings += preflight.findings(common, config, method, rows, tokenizer, train, held_out)
     data.check_dropped(rows, common.max_drop_fraction)
     text.check_first(train, tokenizer, method.columns)
-    if environment.is_main():
-        rows.findings += preflight.findings(common, config, method, rows, tokenizer, train, held_out)
     return tokenizer, train, held_out
 
 
