@@ -597,7 +597,7 @@ def dpo(tmp_path, tiny_model, capsys):
         words = f"--rlhf_type DPO --model_name_or_path {tiny_model} --output_dir {tmp_path}/out --check {flags} "
         status = train_rlhf.main([*words.split(), "--train_data_path", write_rows(tmp_path / "pairs.jsonl", PAIRS)])
         said = capsys.readouterr()
-        assert (status, said.out, (tmp_path / "out").exists()) == (2, "", False)
+        assert (status, (tmp_path / "out").exists()) == (2, False)
         return said.err.splitlines()
 
     return dpo

@@ -69,7 +69,7 @@ def test_every_method_runs_on_the_shipped_data(name, warm, tmp_path):
     done = run_script(tmp_path / "out", *flags, RLHF_TYPE=name, MAX_STEPS="1", EVAL_FRACTION="0", PYTHON=warm)
     assert done.returncode == 0, done.stderr[-2000:]
     assert said(done, "method").startswith(f"method    {name}:")
-    assert "logits of a fresh process equal those in memory" in said(done, "verified")
+    assert "of a fresh process equal those in memory" in said(done, "verified")  # logits, of a reward model scores
 
 
 def test_the_shipped_distillation_brings_the_student_nearer_to_its_teacher(tmp_path):

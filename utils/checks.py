@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from rlhf_args.methods import METHODS
-from utils import environment
+from utils import environment, secrets
 
 # (package, the first version with what is used here of it, what that is)
 OLDEST = (
@@ -29,7 +29,7 @@ class Refused(ValueError):
         self.problems = problems
 
     def say(self):
-        print("\n".join(f"refused: {problem}" for problem in self.problems), file=sys.stderr)
+        print("\n".join(f"refused: {secrets.hide(problem)}" for problem in self.problems), file=sys.stderr)
 
 
 class Failed(RuntimeError):

@@ -279,12 +279,12 @@ def count_steps(config, method, rows):
         return None
     passes = rows / count_batch(config)
     passes = math.floor(passes) if config.dataloader_drop_last else math.ceil(passes)
-    return math.ceil(math.ceil(passes / config.gradient_accumulation_steps) * config.num_train_epochs)
+    return math.ceil(math.ceil(passes / max(config.gradient_accumulation_steps, 1)) * config.num_train_epochs)
 
 
 def count_batch(config):
-    """Rows that all processes take at once."""
-    return config.per_device_train_batch_size * environment.processes_asked()
+    """Rows that all processes take at once; 1 of a batch of 0, which is refused elsewhere."""
+    return max(config.per_device_train_batch_size, 1) * environment.processes_asked()
 
 
 def check_schedule(common, config, method, rows):

@@ -141,13 +141,12 @@ def train_and_report(trainer, start, common, method, tokenizer, rows, train, hel
             evaluated = trainer.state.global_step in report.evaluated_at(trainer.state)
             if held_out.rows and (config.load_best_model_at_end or not evaluated):
                 trainer.evaluate()
-    except checks.Failed as error:
-        follow.write_error(error.details)
-        raise
     except Exception as error:
-        if not memory.is_out_of_memory(error):
-            raise
-        raise memory.run_out(trainer, method, common, error) from error
+        ran_out = memory.is_out_of_memory(error)
+        failure = memory.run_out(trainer, method, common, error) if ran_out else error
+        if isinstance(failure, checks.Failed):
+            follow.write_error(failure.details)
+        raise failure from (error if ran_out else error.__cause__)
     finally:
         follow.draw()
     return follow
