@@ -34,9 +34,7 @@ def diagnose(trainer, norm=None):
         if gradient := first_bad_gradient(trainer.model):
             what += f", first in {gradient}"
     if rows:
-        more = ", ..." * (len(rows) > SHOWN)
-        named = dict.fromkeys(name_row(trainer, row) for row in rows[:SHOWN])  # both answers of a pair are one row
-        what += f" in {', '.join(named)}{more}, first in {tensor}"
+        what += f" in {name_rows(trainer, rows)}, first in {tensor}"
     return len(rows) + bool(inputs), f"step {trainer.state.global_step + 1}: {what}. {say_cause(trainer, bool(rows))}"
 
 
@@ -144,11 +142,15 @@ def token_rows(inputs, device):
         yield from (row[kept.bool()] for row, kept in zip(ids, mask, strict=True) if kept.any())
 
 
-def name_row(trainer, ids):
-    """ "data/kto.jsonl:17" of the row whose words the tokens hold, or how the text begins."""
-    text = squeeze(trainer.processing_class.decode(ids, skip_special_tokens=True))
-    where = next((where for where, values in trainer.rows if holds(text, values)), None)
-    return where or f'the row that begins "{text[:60]}"'
+def name_rows(trainer, rows):
+    """ "data/kto.jsonl:17, data/kto.jsonl:4": the rows whose words the tokens hold, or else how the first text begins.
+
+    Both answers of a pair are one row; KTO's passes also hold a prompt with another row's answer, which is none.
+    """
+    texts = [squeeze(trainer.processing_class.decode(ids, skip_special_tokens=True)) for ids in rows]
+    found = [next((where for where, values in trainer.rows if holds(text, values)), None) for text in texts]
+    named = list(dict.fromkeys(filter(None, found))) or [f'the row that begins "{texts[0][:60]}"']
+    return ", ".join(named[:SHOWN]) + ", ..." * (len(named) > SHOWN)
 
 
 def holds(text, values):
