@@ -457,7 +457,7 @@ def test_a_disk_without_room_is_warned_of_and_one_without_room_for_a_checkpoint_
 ):
     # full: each of the numbers takes 4 bytes, and Adam two of 4
     file = next(Path(tiny_model).glob("*.safetensors"))
-    numbers = preflight.count(preflight.read_header(file).values())
+    numbers = preflight.count(checks.read_header(file).values())
     small = sum(file.stat().st_size for file in Path(tiny_model).glob("*.json"))
     one, result = numbers * 12 + small, numbers * 4 + small
     flags = "--train_mode full --per_device_train_batch_size 1 --num_train_epochs 1 --save_steps 4"  # 4 checkpoints

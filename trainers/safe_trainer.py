@@ -183,7 +183,7 @@ class Safe:
         said = bad_steps.explain(self, norm)
         if self.bad_steps >= self.max_bad_steps:
             raise Failed(said)
-        bad_steps.warn(f"{said}. The step is left out, {self.bad_steps} of fewer than --max_bad_steps", self)
+        bad_steps.warn(f"{said}. The step is left out, {self.bad_steps} of fewer than --max_bad_steps")
         for parameter in self.model.parameters():
             parameter.grad = None
         self.broken = None

@@ -60,7 +60,7 @@ def refuse_broken(model, path):
             raise Failed(f"{path}: {name} holds nan or infinity before any training. Copy the model again")
 
 
-def warn(line, trainer):
+def warn(line):
     if is_main():
         print(f"warning   {line}", file=sys.stderr)
 

@@ -259,8 +259,9 @@ def find_checkpoint(common, config, run):
     asked, folder = config.resume_from_checkpoint, Path(config.output_dir)
     read_all = not common.check  # the run itself reads them all; a check before it looks at the sizes
     weights_only = common.resume == "weights_only"
-    checkpoint, said = newest_whole(folder, read_all)
-    if str(asked).lower() not in ("auto", "true"):
+    named = str(asked).lower() not in ("auto", "true")
+    checkpoint, said = (None, []) if named and not weights_only else newest_whole(folder, read_all)
+    if named:
         if checkpoint and weights_only and not differences(read_manifest(checkpoint)["run"], run):
             return checkpoint, said  # what has started from the named one goes on
         refuse_if([f"--resume_from_checkpoint {asked}: {line}" for line in problems_of(asked, read_all)])

@@ -222,6 +222,13 @@ def is_safetensors(file):
         return 1 < int.from_bytes(handle.read(8), "little") <= file.stat().st_size - 8
 
 
+def read_header(file):
+    """{tensor: {dtype, shape, data_offsets}} of a safetensors file, without its data."""
+    with open(file, "rb") as handle:
+        header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
+    return {name: tensor for name, tensor in header.items() if name != "__metadata__"}
+
+
 def check_adapter(path, described, name, method):
     problems = []
     base = described.get("base_model_name_or_path")

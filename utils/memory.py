@@ -4,12 +4,11 @@ import os
 import sys
 from pathlib import Path
 
-from utils import arguments
+from utils import arguments, environment
 from utils.checks import Again, Failed
 
-HANDOVER = (
-    "LAUNCH_AGAIN"  # names a file: there a process of several leaves what utils/launch.py is to start again with
-)
+# Names a file: there a process of several leaves what utils/launch.py is to start again with.
+HANDOVER = "LAUNCH_AGAIN"
 GIB = 1024**3
 
 
@@ -102,7 +101,7 @@ def ways_out(args, method, common):
 
 def start_again(argv, words):
     """Starts the script anew in place of this process; of several processes, leaves that to utils/launch.py."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if environment.world_size() > 1:
         if file := os.environ.get(HANDOVER):
             Path(file).write_text("\n".join(words), encoding="utf-8")
         return 1

@@ -105,24 +105,17 @@ def check_weights(folder):
         )
 
 
-def read_header(file):
-    """{tensor: {dtype, shape, data_offsets}} of a safetensors file."""
-    with open(file, "rb") as handle:
-        header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
-    return {name: tensor for name, tensor in header.items() if name != "__metadata__"}
-
-
 def end_of(file):
     """How many bytes a safetensors file has, by its header."""
     with open(file, "rb") as handle:
         length = int.from_bytes(handle.read(8), "little")
-    return 8 + length + max((tensor["data_offsets"][1] for tensor in read_header(file).values()), default=0)
+    return 8 + length + max((tensor["data_offsets"][1] for tensor in checks.read_header(file).values()), default=0)
 
 
 def read_tensors(path):
     """{tensor: {dtype, shape, data_offsets}} of a folder's weights; {} of a Hub id."""
     files = sorted(Path(path).glob("*.safetensors"))
-    return {name: tensor for file in files for name, tensor in read_header(file).items()}
+    return {name: tensor for file in files for name, tensor in checks.read_header(file).items()}
 
 
 def count(tensors):

@@ -1,10 +1,9 @@
 """Reward models as reward functions: any family, read in their own template, tried before they are trusted."""
 
-import json
 import math
 from pathlib import Path
 
-from utils.checks import Refused, check_folder, is_reward_model
+from utils.checks import Refused, check_folder, is_reward_model, read_header
 from utils.rewards import TRIED, RewardFailed, example_answers
 
 
@@ -25,8 +24,7 @@ def check_adapters_head(path):
     """Problems of an adapter's score head: loaded over its base, one that lacks it would score at random."""
     shapes = {}
     for file in Path(path).glob("*.safetensors"):
-        with open(file, "rb") as handle:
-            header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
+        header = read_header(file)
         shapes |= {name: tensor["shape"] for name, tensor in header.items() if name.endswith("score.weight")}
     if not shapes:
         yield f"--reward_model_path {path}: no weights for score.weight in it. A reward model has a trained head"

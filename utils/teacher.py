@@ -1,7 +1,6 @@
 """The teacher of a distillation: checked before it is loaded, asked for its answers once, held beside the student."""
 
 import gc
-import json
 import math
 from pathlib import Path
 
@@ -151,9 +150,7 @@ def count_numbers(path):
     """Parameters in a folder's safetensors files, read off their headers; of an adapter, its base's."""
     adapter, total = models.read_adapter(path), 0
     for file in Path(adapter["base_model_name_or_path"] if adapter else path).glob("*.safetensors"):
-        with open(file, "rb") as handle:
-            header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
-        total += sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+        total += sum(math.prod(tensor["shape"]) for tensor in checks.read_header(file).values())
     return total
 
 
