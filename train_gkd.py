@@ -21,6 +21,10 @@ def main(argv=None):
 
 
 def run(argv):
+    if arguments.asks_plan(argv):
+        from utils import plan
+
+        return plan.run(argv, NAME)
     common, config, rows, problems = parse_and_check(argv)
     method = DISTILLATION[NAME]
 

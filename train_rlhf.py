@@ -19,6 +19,10 @@ def main(argv=None):
 
 
 def run(argv):
+    if arguments.asks_plan(argv):
+        from utils import plan
+
+        return plan.run(argv)
     common, config, name, rows, problems = parse_and_check(argv)
     method = METHODS[name]
 

@@ -28,6 +28,17 @@ class SamplesAnswers:
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if hasattr(model, "peft_config") else model
 
+    def rehearsed(self, prompt, completion):
+        """A pass of a rollout without data, of so many tokens, for utils/rehearsal.py."""
+        rows = self.args.per_device_train_batch_size
+        prompts, answers = (torch.ones(rows, width, dtype=torch.int64) for width in (prompt, completion))
+        given = {"prompt_ids": prompts, "prompt_mask": prompts, "completion_ids": answers, "completion_mask": answers}
+        for name in ("old_per_token_logps", "ref_per_token_logps"):
+            given[name] = torch.zeros(rows, completion)
+        for name in ("old_logps", "ref_logps", "advantages"):
+            given[name] = torch.zeros(rows)
+        return given | {"num_items_in_batch": torch.ones(())}
+
     def _generate_single_turn(self, *args, **kwargs):
         """TRL's, counting the steps of the model to show how far a rollout is."""
         sampled = [0]

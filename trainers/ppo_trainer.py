@@ -215,6 +215,11 @@ class PPOTrainer(GRPOTrainer):
         self._values = None if values[0] is None else torch.cat(values)[:, -found[0].shape[1] :]
         return found
 
+    def rehearsed(self, prompt, completion):
+        given = super().rehearsed(prompt, completion)
+        values = torch.zeros_like(given["completion_mask"], dtype=torch.float32)
+        return given | {"advantages": values, "old_values": values, "returns": values}
+
     def _generate_and_score_completions(self, inputs):
         """TRL's rollout with advantages (B, T), and what the value loss compares with: values and returns (B, T)."""
         self._values = None

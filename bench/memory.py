@@ -1,0 +1,298 @@
+"""Peak memory measured beside planned, of random weights: python bench/memory.py [--methods DPO PPO] [--modes full lora]
+
+Each cell (method x train mode x launch) trains for two steps through the real command, in processes of its own, on
+rows of one length; further flags go to that command. On a GPU the peak is torch.cuda.max_memory_allocated; on a CPU
+it is the running total of torch's allocator as its profiler records it. Of several processes the largest counts.
+Prints a line a cell and, last, one JSON object. Nothing is downloaded: the model's shape is --shape, a name below
+or the fields of a config as JSON.
+"""
+
+import argparse
+import json
+import os
+import random
+import string
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+PROMPT, ANSWERED = 100, 64  # tokens of a prompt, and of an answer that the policy gives itself
+PHASES = ("load", "rollout", "forward", "backward", "update")
+FIELDS = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
+    "vocab_size", "tie_word_embeddings",
+)  # fmt: skip
+SHAPES = {
+    "small": (512, 8, 8, 2, 1408, 32000, False),  # 53M parameters
+    "qwen2-1.5b": (1536, 28, 12, 2, 8960, 151936, True),
+    "qwen2-7b": (3584, 28, 28, 4, 18944, 152064, False),
+}
+
+
+def main():
+    from utils.environment import has_gpu
+
+    gpu = has_gpu()
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--methods", nargs="+", default=["DPO", "KTO", "Reward", "CPO", "SFT", "RLOO", "PPO", "GKD"])
+    parser.add_argument("--modes", nargs="+", default=["full", "lora", "qlora"])
+    parser.add_argument("--launches", nargs="+", default=["single_gpu" if gpu else "cpu"], help="LAUNCH, or LAUNCH:2")
+    parser.add_argument("--shape", default="qwen2-7b" if gpu else "small", help="a name, or a config's fields as JSON")
+    parser.add_argument("--batch", type=int, default=2, help="rows a device and pass")
+    parser.add_argument("--length", type=int, default=256, help=f"tokens of a row, {PROMPT} of them its prompt's")
+    parser.add_argument("--top", type=int, default=0, help="on a CPU: the largest that lie there at the peak, so many")
+    asked, flags = parser.parse_known_args()
+    shape = read_shape(asked.shape)
+    flags = ["--dtype", "bfloat16" if gpu else "float32", *flags]
+    cells = {}
+    with TemporaryDirectory() as folder:
+        make_model(Path(folder, "model"), shape)
+        write_rows(Path(folder, "rows.jsonl"), asked.length - PROMPT)
+        for method in asked.methods:
+            for mode in asked.modes:
+                for launch in asked.launches:
+                    words = command_of(folder, method, mode, asked.batch, asked.length, flags)
+                    cells[f"{method}-{mode}-{launch}"] = measure(words, method, mode, launch, folder, asked.top)
+    line = {"bench": "memory", "device": "cuda" if gpu else "cpu", "shape": shape, "flags": flags}
+    print(json.dumps(line | {"batch": asked.batch, "length": asked.length, "cells": cells}))
+
+
+def read_shape(given):
+    return dict(zip(FIELDS, SHAPES[given], strict=True)) if given in SHAPES else json.loads(given)
+
+
+def make_model(folder, shape):
+    """A Qwen2 of random weights beside a byte-level tokenizer, whose vocabulary is smaller than the model's."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from tests.conftest import make_tokenizer
+
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    ends = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None, "pad_token_id": tokenizer.pad_token_id}
+    config = Qwen2Config(**shape, **ends, max_position_embeddings=4096, dtype="bfloat16")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.device(device):
+        Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def write_rows(path, answer):
+    """Pairs of answers of so many tokens, the end of turn counted: a letter is a token."""
+    letters = random.Random(0)
+    with path.open("w", encoding="utf-8") as file:
+        for _ in range(16):
+            prompt, chosen, rejected = (
+                "".join(letters.choices(string.ascii_lowercase, k=size)) for size in (PROMPT, answer - 1, answer - 1)
+            )
+            row = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "completion": chosen}
+            file.write(json.dumps(row) + "\n")
+
+
+def command_of(folder, method, mode, batch, length, flags):
+    """[script, flags ...] of a cell."""
+    from rlhf_args.methods import EVERY
+
+    words = [f"train_{EVERY[method].entry}.py", "--model_name_or_path", f"{folder}/model", "--train_mode", mode]
+    words += ["--train_data_path", f"{folder}/rows.jsonl", "--per_device_train_batch_size", str(batch)]
+    words += ["--output_dir", f"{folder}/run", "--overwrite_output_dir", "--max_steps", "2", "--save_strategy", "no"]
+    if EVERY[method].sample_reward:
+        words += ["--reward_funcs", EVERY[method].sample_reward, "--max_completion_length", str(ANSWERED)]
+        words += ["--num_generations", "2"]
+    else:
+        words += ["--max_length", str(length)]
+    if method == "GKD":
+        words += ["--teacher_model_name_or_path", f"{folder}/model", "--answers_dir", f"{folder}/answers"]
+        words += ["--max_completion_length", str(ANSWERED)]
+    else:
+        words += ["--rlhf_type", method]
+    return [*words, *flags]
+
+
+def measure(words, method, mode, launch, folder, top):
+    """What a cell took, said on a line."""
+    name, _, processes = launch.partition(":")
+    env = {**os.environ, "LAUNCH": name, "NUM_PROCESSES": processes or "1", "MEASURED": folder, "TOP": str(top)}
+    for file in Path(folder).glob("measured-*"):
+        file.unlink()
+    done = subprocess.run(
+        [sys.executable, "-m", "utils.launch", "bench/memory.py", *words],
+        cwd=ROOT, env=env, text=True, capture_output=True,
+    )  # fmt: skip
+    if done.returncode:
+        sys.exit(f"{method} {mode} {launch}: exit status {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
+    found = [json.loads(file.read_text()) for file in Path(folder).glob("measured-*")]
+    cell = max(found, key=lambda one: one["measured"])
+    planned = planned_peak(words, env)
+    cell |= {"planned": planned, "error": planned and round(planned / cell["measured"] - 1, 4)}
+    phases = ", ".join(f"{phase} {size / 1e6:.0f}" for phase, size in cell["phases"].items())
+    beside = f"  planned {planned / 1e6:.0f} ({cell['error']:+.1%})" if planned else ""
+    print(f"{method} {mode} {launch}  measured {cell['measured'] / 1e6:.1f} MB ({phases}){beside}", flush=True)
+    for size, count, where in cell.get("largest", ()):
+        print(f"    {size / 1e6:9.1f} MB  {count:4} x  {where}")
+    return cell
+
+
+def planned_peak(words, env):
+    return None
+
+
+# ── one of a cell's processes ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def train(words):
+    """Trains as the command does, marks the phases, and writes what it took; nothing is saved or reopened."""
+    import torch
+
+    import train_gkd
+    import train_rlhf
+    from utils import training
+
+    meter = GPUMeter() if torch.cuda.is_available() else CPUMeter()
+    make_trainer = training.make_trainer
+
+    def make_marked(*args, **kwargs):
+        return mark_phases(make_trainer(*args, **kwargs), meter)
+
+    training.make_trainer, training.save_and_verify = make_marked, lambda *args, **kwargs: None
+    script = {"train_rlhf.py": train_rlhf, "train_gkd.py": train_gkd}[words[0]]
+    with meter:
+        status = script.main(words[1:])
+    if not status:
+        file = Path(os.environ["MEASURED"], f"measured-{os.environ.get('RANK', 0)}")
+        file.write_text(json.dumps(meter.read()))
+    return status
+
+
+def mark_phases(trainer, meter):
+    """Tells the meter which phase begins. DeepSpeed's step is part of what accelerate calls backward."""
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    def marked(function, before, after=None):
+        def call(*args, **kwargs):
+            meter.enter(before)
+            out = function(*args, **kwargs)
+            if after:
+                meter.enter(after)
+            return out
+
+        return call
+
+    trainer._prepare_inputs = marked(trainer._prepare_inputs, "rollout" if hasattr(trainer, "generating") else "forward")
+    trainer.compute_loss = marked(trainer.compute_loss, "forward")
+    trainer.accelerator.backward = marked(trainer.accelerator.backward, "backward", "update")
+    AcceleratedOptimizer.step = marked(AcceleratedOptimizer.step, "update")
+    if trainer.is_deepspeed_enabled:
+        from deepspeed import DeepSpeedEngine
+
+        DeepSpeedEngine.step = marked(DeepSpeedEngine.step, "update")
+    return trainer
+
+
+class GPUMeter:
+    def __enter__(self):
+        self.phase, self.phases = "load", Counter()
+
+    def __exit__(self, *_):
+        self.enter("weights")
+
+    def enter(self, phase):
+        import torch
+
+        self.phases[self.phase] = max(self.phases[self.phase], torch.cuda.max_memory_allocated())
+        self.reserved = torch.cuda.max_memory_reserved()
+        torch.cuda.reset_peak_memory_stats()
+        self.phase = phase
+
+    def read(self):
+        return {"measured": max(self.phases.values()), "phases": self.phases, "reserved": self.reserved}
+
+
+class CPUMeter:
+    """The allocator tells the profiler of each block of the process's main thread that comes or goes."""
+
+    def __enter__(self):
+        import torch
+        from transformers import PreTrainedModel
+
+        load = PreTrainedModel.from_pretrained.__func__
+
+        def load_into_memory(cls, *args, **kwargs):
+            model = load(cls, *args, **kwargs)
+            self.enter("weights")
+            own_memory(model)
+            self.enter("load")
+            return model
+
+        PreTrainedModel.from_pretrained = classmethod(load_into_memory)
+        self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+        self.profiler.__enter__()
+
+    def __exit__(self, *error):
+        self.profiler.__exit__(*error)
+
+    def enter(self, phase):
+        import torch
+
+        with torch.profiler.record_function(f"phase {phase}"):
+            pass
+
+    def read(self):
+        tree = self.profiler.profiler.kineto_results.experimental_event_tree()
+        events = sorted(flatten(tree), key=lambda found: found[0].start_time_ns)  # of "weights" none is the peak
+        phase, phases, blocks = "load", Counter(), []
+        for event, operation in events:
+            if event.name.startswith("phase "):
+                phase = event.name[6:]
+            elif event.name == "[memory]":
+                block = event.extra_fields
+                total = 0 if phase == "weights" else block.total_allocated
+                phases[phase] = max(phases[phase], total)
+                blocks.append((total, block.ptr, block.alloc_size, f"{phase}, {operation}"))
+        peak = max(range(len(blocks)), key=lambda place: blocks[place][0])
+        phases.pop("weights", None)
+        return {"measured": blocks[peak][0], "phases": phases, "largest": largest(blocks[: peak + 1])}
+
+
+def flatten(events, operation=""):
+    """(event, the outermost operation that it is part of)."""
+    for event in events:
+        yield event, operation
+        yield from flatten(event.children, operation or event.name)
+
+
+def largest(blocks):
+    """[(bytes, how many blocks, where they came from)] of those alive after these events, as many as were asked for."""
+    alive, sums = {}, Counter()
+    for _, pointer, size, where in blocks:
+        if size > 0:
+            alive[pointer] = size, where
+        else:
+            alive.pop(pointer, None)
+    counts = Counter(where for _, where in alive.values())
+    for size, where in alive.values():
+        sums[where] += size
+    return [(size, counts[where], where) for where, size in sums.most_common(int(os.environ["TOP"]))]
+
+
+def own_memory(model):
+    """The model with all of it in the allocator's memory: what loading maps from the file, or fills in threads of its
+    own, the profiler does not see."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if not hasattr(tensor, "ds_id"):  # ZeRO-3 has allocated its share itself
+            tensor.data = tensor.data.clone()
+        state = getattr(tensor, "quant_state", None)
+        for part in (state, state and state.state2) if state else ():
+            part.absmax, part.code = part.absmax.clone(), part.code.clone()
+    return model
+
+
+if __name__ == "__main__":
+    if "MEASURED" in os.environ:
+        sys.exit(train(sys.argv[1:]))
+    main()

@@ -1,0 +1,448 @@
+"""Whether a run fits, before there is a GPU: python train_rlhf.py --plan FLAGS, or bash rlhf_run.sh --plan
+
+The real trainer makes two steps of a model of two and three layers without data (utils/rehearsal.py); each further
+layer adds what the third one did. What engines share out follows from what they do, in shared_out().
+"""
+
+import copy
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils import arguments, checks, environment, memory, models, shapes
+from utils.checks import Refused
+
+GIB = 1024**3
+CONTEXT = 1.0 * GIB  # CUDA's context, NCCL's buffers, workspaces of kernels: about, and not planned
+VISIBLE = 0.985  # of the memory on a card's box: a 40 GB A100 has 39.4 GiB
+BUCKET = 5 * 10**8  # DeepSpeed's reduce_bucket_size, in numbers; training.fit_buckets makes it as small as what is trained
+LIVE = 10**9  # its stage3_max_live_parameters: so much is gathered at once, towards the middle of a step
+ENGINES = ("single_gpu", "multi_gpu", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "fsdp2")
+SHARES = ("zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "fsdp2")
+PHASES = ("load", "rollout", "forward", "backward", "update")
+SHOWN = {
+    "ref_model": "reference",
+    "teacher_model": "teacher",
+    "reward_model": "reward model",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run to plan: its flags, and how it is launched."""
+
+    words: tuple
+    engine: str
+    processes: int
+
+
+@dataclass
+class Estimate:
+    """`phases`: {phase: {owner: bytes}} of one process at its fullest; `host`: bytes in host memory, of a node's all."""
+
+    phases: dict
+    trained: int
+    total: int
+    host: float = 0
+
+    @property
+    def peak(self):
+        return max(sum(owners.values()) for owners in self.phases.values())
+
+
+def run(argv, name=None):
+    """Prints the plan; 0 where it fits, else 2."""
+    planner = Planner(argv, name)
+    asked = planner.asked
+    if planner.table:
+        return planner.say_table()
+    estimate = planner.estimate(asked)
+    planner.say(asked, estimate)
+    if estimate.peak <= planner.room:
+        print(f"fits      {gib(estimate.peak)} of {planner.say_room()}")
+        return 0
+    print(f"too large {gib(estimate.peak)} of {planner.say_room()}")
+    planner.say_ways_out(estimate)
+    return 2
+
+
+class Planner:
+    """What is asked for, and the estimates made of it so far."""
+
+    def __init__(self, argv, name=None):
+        words = arguments.expand(argv)
+        if name is None:
+            shared, name = arguments.parse_common(words)
+        else:
+            shared, problems = arguments.peek(words, arguments.load(arguments.EVERY[name].arguments))
+            checks.refuse_if(problems)
+        self.name, self.method = name, arguments.EVERY[name]
+        words = tuple(arguments.translate(words, dict(self.method.renamed)))
+        engine, processes = read_launch(shared, os.environ)
+        os.environ["LAUNCH_PROCESSES"] = str(processes)  # a rollout is shared by all of them
+        self.asked = Case(words, engine, processes)
+        self.table, self.made = shared.plan == "all", {}
+        self.memory = read_memory(shared.gpu_memory)
+        self.room = self.memory * VISIBLE - CONTEXT
+        common, config = self.parse(words)
+        checks.refuse_if(list(check_flags(common, self.method)))
+        self.path = common.model_name_or_path
+        self.shape = find_config(self.path, common.model_revision, config.trust_remote_code)
+        self.longest = Longest(common, config, self.method, self.name)
+
+    def parse(self, words):
+        return arguments.parse(list(words), self.name, planned=True)
+
+    def estimate(self, case):
+        """The Estimate of a Case."""
+        sharded = case.engine in SHARES
+        key = case.words, sharded
+        if key not in self.made:
+            self.made[key] = self.rehearse(case.words, sharded)
+        return shared_out(self.made[key], case)
+
+    def rehearse(self, words, sharded):
+        from utils import rehearsal
+
+        def of_layers(count):
+            common, config = self.parse(words)
+            return rehearsal.rehearse(
+                self.method,
+                config,
+                self.lora(common),
+                cut(self.shape, count),
+                self.longest.tokenizer,
+                self.longest.batch(config.per_device_train_batch_size),
+                dtype=common.dtype,
+                train_mode=common.train_mode,
+                sharded=sharded,
+                lengths=self.longest.lengths,
+                others=[(name, cut(shape, count), four) for name, shape, four in self.others(common, config)],
+                find=lambda path: cut(find_config(path), count),
+            )
+
+        layers = {"": self.shape.get_text_config().num_hidden_layers}
+        for name, shape, _ in self.others(*self.parse(words)):
+            layers[name] = shape.get_text_config().num_hidden_layers
+        if min(layers.values()) <= 3:
+            return of_layers(max(layers.values()))
+        return rehearsal.extend(of_layers(2), of_layers(3), layers)
+
+    def lora(self, common):
+        if common.train_mode == "full":
+            return None
+        if models.read_adapter(self.path):
+            from peft import LoraConfig
+
+            return LoraConfig.from_pretrained(self.path, inference_mode=False)
+        shape = common.lora_rank, common.lora_alpha, common.lora_dropout, common.lora_target_modules
+        return models.make_lora(self.method.task, *shape, common.use_dora)
+
+    def others(self, common, config):
+        """(the trainer's keyword, config, in 4 bits) of each frozen model that the trainer holds beside the policy."""
+        if common.train_mode == "full" and models.needs_reference(config, self.method):
+            yield from ((name, self.shape, False) for name in self.method.models)
+        path = getattr(config, "teacher_model_name_or_path", None)
+        if path and not (common.train_mode != "full" and models.same_path(path, self.path)):
+            yield "teacher_model", find_config(path, None, config.trust_remote_code), config.teacher_load_in_4bit
+
+    # ── what is said ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def say(self, case, estimate):
+        common, config = self.parse(case.words)
+        held = f"{count(estimate.total)} numbers, {count(estimate.trained)} trained"
+        cards = f"{case.processes} x {gib(self.memory, 0)}"
+        print(f"plan      {self.name}, {common.train_mode}, {self.path} ({held}), {common.dtype}, {cards}, {case.engine}")
+        rows, passes = config.per_device_train_batch_size, config.gradient_accumulation_steps
+        recompute = "on" if config.gradient_checkpointing else "off"
+        print(f"rows      {rows} a pass, {passes} passes a step: {self.longest.said}; gradient checkpointing {recompute}")
+        owners = list(dict.fromkeys(owner for phase in estimate.phases.values() for owner in phase))
+        phases = [phase for phase in PHASES if phase in estimate.phases]
+        print(f"{'per GPU, GiB':<20}" + "".join(f"{phase:>10}" for phase in phases))
+        for owner in owners:
+            sizes = [estimate.phases[phase].get(owner, 0) for phase in phases]
+            if max(sizes) >= GIB / 200:
+                print(f"  {SHOWN.get(owner, owner):<18}" + "".join(f"{size / GIB:>10.2f}" for size in sizes))
+        print(f"  {'all':<18}" + "".join(f"{sum(estimate.phases[phase].values()) / GIB:>10.2f}" for phase in phases))
+        if estimate.host:
+            print(f"host      {gib(estimate.host)} of memory a node of {case.processes} processes")
+
+    def say_room(self):
+        return f"{gib(self.room)} ({gib(self.memory, 0)} less {1 - VISIBLE:.1%}, and {gib(CONTEXT)} for CUDA and NCCL)"
+
+    def say_ways_out(self, now):
+        """The single changes that make it fit, the cheapest in time first; or the smallest peak that one reaches."""
+        found, best = [], None
+        for said, case in self.ways_out():
+            try:
+                peak = self.estimate(case).peak
+            except (Refused, ValueError):  # flags that exclude each other
+                continue
+            if peak <= self.room:
+                found.append((said, peak))
+            if best is None or peak < best[1]:
+                best = said, peak
+            if len(found) == 4:
+                break
+        if found:
+            print("would fit, the least loss of speed first:")
+        else:
+            print("no single change makes it fit; the one that comes nearest:")
+        for said, peak in found or [best]:
+            print(f"  {said:<80} {gib(peak)}")
+
+    def ways_out(self):
+        """(what to type, Case) of each single change, the cheapest in time first."""
+        case = self.asked
+        common, config = self.parse(case.words)
+        full, alone = common.train_mode == "full", case.processes == 1
+        if self.method.models and hasattr(config, "precompute_ref_log_probs") and full and alone:
+            yield self.typed(("--precompute_ref_log_probs", "True"))
+        later = SHARES[SHARES.index(case.engine) + 1 :] if case.engine in SHARES else SHARES
+        batch, passes = config.per_device_train_batch_size, config.gradient_accumulation_steps
+        smaller = self.method.min_batch_size
+        if batch > smaller and batch % smaller == 0:
+            words = ["--per_device_train_batch_size", smaller, "--gradient_accumulation_steps", passes * batch // smaller]
+            if getattr(config, "steps_per_generation", None):
+                words += ["--steps_per_generation", config.steps_per_generation * batch // smaller]
+            yield self.typed(tuple(map(str, words)))
+        if not config.gradient_checkpointing:
+            yield self.typed(("--gradient_checkpointing", "True"))
+        for engine in () if alone else [engine for engine in later if "offload" not in engine]:
+            yield f"LAUNCH={engine}", Case(case.words, engine, case.processes)
+        for mode in {"full": ("lora", "qlora"), "lora": ("qlora",)}.get(common.train_mode, ()):
+            yield self.typed(("--train_mode", mode))
+        if alone:
+            for processes in (2, 4, 8):
+                yield f"LAUNCH=zero3 NUM_PROCESSES={processes}", Case(case.words, "zero3", processes)
+        for engine in [engine for engine in later if "offload" in engine]:
+            yield f"LAUNCH={engine}", Case(case.words, engine, case.processes)
+        for flag in ("max_completion_length", "max_length"):
+            if getattr(config, flag, None):
+                yield self.typed((f"--{flag}", str(getattr(config, flag) // 2)))
+                break
+
+    def typed(self, words):
+        return " ".join(words), Case((*self.asked.words, *words), self.asked.engine, self.asked.processes)
+
+    def say_table(self):
+        """The peak under every engine in every mode."""
+        modes, processes = self.method.train_modes, max(self.asked.processes, 1)
+        engines = ENGINES[:1] if processes == 1 else ENGINES[1:]
+        engines = (*engines, *(SHARES if processes == 1 else ()))
+        print(f"plan      {self.name}, {self.path}, {processes} x {gib(self.memory, 0)}: {self.longest.said}")
+        print(f"{'peak, GiB a GPU':<20}" + "".join(f"{mode:>14}" for mode in modes))
+        for engine in engines:
+            cells = []
+            for mode in modes:
+                peak = self.estimate(Case((*self.asked.words, "--train_mode", mode), engine, processes)).peak
+                cells.append(f"{peak / GIB:.1f}{' ' if peak <= self.room else '!'}")
+            print(f"{engine:<20}" + "".join(f"{cell:>14}" for cell in cells))
+        print(f"!: more than {self.say_room()}")
+        return 0
+
+
+# ── what is asked for ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def read_launch(shared, env):
+    """(engine, processes) that --plan ENGINE, --num_processes and the run script's variables say. Raises Refused."""
+    processes = shared.num_processes or int(env.get("NUM_PROCESSES") or 1)
+    if processes < 1:
+        raise Refused([f"--num_processes {processes}: 1 or more"])
+    engine = shared.plan if shared.plan not in ("launched", "all") else env.get("LAUNCH") or "auto"
+    if engine in ("auto", "cpu"):
+        engine = "single_gpu" if processes == 1 else "multi_gpu"
+    if engine not in ENGINES:
+        raise Refused([f"--plan {engine}: no such launch. There are all, {', '.join(ENGINES)}"])
+    return ("multi_gpu" if engine == "single_gpu" and processes > 1 else engine), processes
+
+
+def read_memory(said):
+    """Bytes of "40GB", "80GiB" or "24"; unsaid: those of the GPU that is here, or 40 GB. Raises Refused."""
+    if said is None:
+        import torch
+
+        return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 40 * GIB
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(GB|GiB|G)?", said, re.IGNORECASE)
+    if not found or not float(found[1]):
+        raise Refused([f"--gpu_memory {said}: what a card is sold as, like 40GB"])
+    return float(found[1]) * GIB
+
+
+def check_flags(common, method):
+    if common.train_mode not in method.train_modes:
+        yield f"--train_mode {common.train_mode}: takes {', '.join(method.train_modes)}"
+    if common.use_dora and common.train_mode == "full":
+        yield "--use_dora with --train_mode full: DoRA is a kind of adapter. Type --train_mode lora"
+    if not common.model_name_or_path:
+        yield f"--model_name_or_path: missing. A model folder, a Hub id, or one of {', '.join(shapes.SHAPES)}"
+
+
+def find_config(path, revision=None, trust_remote_code=False):
+    """The config of a named shape, a folder, an adapter's base, or a Hub id. Raises Refused."""
+    from transformers import AutoConfig
+
+    shape = shapes.find_shape(path)
+    if shape is not None:
+        return shape
+    adapter = models.read_adapter(path)
+    path = adapter["base_model_name_or_path"] if adapter else path
+    try:
+        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = models.first_line(error)
+        raise Refused(
+            [f"{path}: its config.json cannot be read ({reason}). A folder, a Hub id, or {', '.join(shapes.SHAPES)}"]
+        ) from None
+
+
+def cut(shape, layers):
+    """A copy of a config with so many layers."""
+    shape = copy.deepcopy(shape)
+    text = shape.get_text_config()
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == text.num_hidden_layers:  # the kind of each layer
+            setattr(text, name, value[:layers])
+    text.num_hidden_layers = layers
+    return shape
+
+
+class Longest:
+    """The longest row of the data, or one as long as the flags allow. `lengths`: tokens of its prompt and answer."""
+
+    def __init__(self, common, config, method, name):
+        from utils import data, text
+
+        path, self.said = common.model_name_or_path, ""
+        limit = checks.length_limit(config, path)
+        answer = getattr(config, "max_completion_length", None)
+        known = shapes.find_shape(path) is None
+        self.tokenizer = (
+            models.load_tokenizer(path, common.model_revision, config.trust_remote_code)
+            if known
+            else shapes.make_tokenizer()
+        )
+        if common.train_data_path and known:
+            from utils import cache
+
+            rows = data.load_rows(common.train_data_path, None, method.columns, name, common.max_samples).train
+            text.fit_tokenizer(self.tokenizer, chat=data.is_chat(rows[0][1]))
+            prepared = cache.prepare_rows(rows, self.tokenizer, method.columns, limit)
+            where = "the longest of the data"
+        else:
+            prompt, given = self.make_up(config, limit, answer)
+            values = {"prompt": prompt, "chosen": given, "rejected": given, "completion": given, "label": True}
+            values = {column: values[column] for column in ("prompt", *method.columns) if column in values} | {"further": {}}
+            if "messages" in method.columns:
+                values["completion"] = given
+            text.fit_tokenizer(self.tokenizer, chat=False)
+            prepared = text.prepare_rows([("made up", values)], self.tokenizer, method.columns, limit)
+            where = f"as long as the flags allow ({'no data given' if known else 'a shape has no tokenizer'})"
+        if not prepared.rows:
+            raise Refused(["no row is left to plan with: every one is longer than --max_length. Raise it"])
+        sizes = [measure(row, self.tokenizer) for row in prepared.rows]
+        at = max(range(len(sizes)), key=lambda i: sum(sizes[i]))
+        self.row, (prompt, completion) = prepared.rows[at], sizes[at]
+        if answer:
+            completion = max(answer, completion) if getattr(config, "lmbda", 1) else completion
+        self.lengths = prompt, completion
+        self.said = f"{prompt} + {completion} tokens, {where}"
+
+    def make_up(self, config, limit, answer):
+        """(prompt, answer) of as many tokens as fit."""
+        if answer and not hasattr(config, "max_length"):
+            return "a " * (min(limit or 512, 512) - 1), ""
+        limit = limit or 1024
+        return "a " * (limit // 2), "a " * (limit - limit // 2 - 1)
+
+    def batch(self, rows):
+        from utils.text import Prepared
+
+        return Prepared(rows=[self.row] * rows)
+
+
+def measure(row, tokenizer):
+    """Tokens of a row that is ready for its trainer: (prompt, the longest answer)."""
+    if "input_ids" in row:
+        return len(row["input_ids"]), 0
+    if "prompt_ids" in row:
+        return len(row["prompt_ids"]), len(row.get("completion_ids", ()))
+    from utils.text import template
+
+    prompt = row.get("prompt", "")
+    text = prompt if isinstance(prompt, str) else template(tokenizer, prompt, add_generation_prompt=True)
+    answers = [row[name] for name in ("chosen", "rejected", "completion") if name in row]
+    first = len(tokenizer(text)["input_ids"]) if text else 0
+    return first, max((len(tokenizer(text + one)["input_ids"]) - first for one in answers), default=0)
+
+
+# ── what engines share out ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def shared_out(one, case):
+    """The Estimate of a Case from the Rehearsal of one process alone."""
+    trained, host, phases = one.trained[0], 0, {}
+    for (phase, _), owners in one.peaks.items():
+        owners = Counter(owners)
+        if case.engine.startswith("zero"):
+            deepspeed(owners, one, case, phase)
+        elif case.engine == "fsdp2":
+            fully_sharded(owners, one, case.processes, phase)
+        elif case.processes > 1 and phase in ("forward", "backward", "update"):
+            owners["DDP's buckets"] = one.trained[1]
+        if sum(owners.values()) > sum(phases.get(phase, Counter()).values()):
+            phases[phase] = owners
+    if "offload" in case.engine:
+        host = 16 * trained + (one.weights if case.engine.startswith("zero3") else 0)
+    return Estimate(phases, trained, one.numbers, host)
+
+
+def deepspeed(owners, one, case, phase):
+    """ZeRO: optimizer state and a float32 copy in shares, from stage 2 gradients, from stage 3 weights.
+
+    Source: deepspeed 0.19.8, runtime/zero/stage_1_and_2.py, stage3.py, partitioned_param_coordinator.py.
+    """
+    stage, share = int(case.engine[4]), 1 / case.processes
+    (trained, size), (frozen, rest) = one.trained, one.frozen
+    width, offload, learning = size / max(trained, 1), "offload" in case.engine, phase in ("forward", "backward", "update")
+    owners["optimizer"] = 0 if offload else 12 * trained * share
+    if learning and stage > 1:
+        owners["gradients"] = 0 if offload and stage == 3 else size * share
+    if phase == "update" and not offload:
+        owners["gradients"] += 4 * trained * share
+    if stage == 3 or phase == "backward":
+        owners["DeepSpeed's bucket"] = width * min(BUCKET, trained)
+    if stage < 3:
+        return
+    whole = size + rest
+    owners["weights"] -= whole - (0 if offload else whole * share)
+    for name in ("ref_model", "teacher_model"):
+        owners[name] *= 0 if offload else share
+    if phase == "rollout":
+        owners["gathered weights"] = whole * (1 - share)
+    elif learning:
+        owners["gathered weights"] = min(whole, width * LIVE)
+
+
+def fully_sharded(owners, one, processes, phase):
+    """FSDP2: parameters in float32, their gradients and the optimizer's state in shares; layers gathered one by one."""
+    (trained, size), (_, rest) = one.trained, one.frozen
+    share, whole = 1 / processes, size + rest
+    owners["weights"] += (4 * trained + rest) * share - whole
+    owners["gradients"] = 4 * trained * share if phase in ("backward", "update") else 0
+    owners["optimizer"] = 8 * trained * share if owners["optimizer"] else 0
+    for name in ("ref_model", "teacher_model"):
+        owners[name] *= share
+    if phase != "load":
+        owners["gathered weights"] = one.gathered
+
+
+def gib(size, digits=1):
+    return f"{size / GIB:.{digits}f} GiB"
+
+
+def count(numbers):
+    return f"{numbers / 1e9:.2f}B" if numbers >= 1e9 else f"{numbers / 1e6:.1f}M"

@@ -1,0 +1,390 @@
+"""One step of the real trainer on tensors that have shapes and no data: what lies in memory when, and whose it is.
+
+Nothing is loaded and nothing is computed, so a 70B takes seconds and no memory. All is counted that the libraries
+allocate through torch's dispatcher: weights, what autograd keeps, gradients, optimizer state, logits, the KV cache.
+Not counted: buffers inside of kernels, what the CUDA context holds, fragmentation.
+"""
+
+import contextlib
+import gc
+import sys
+import weakref
+from collections import Counter
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+PHASES = ("load", "rollout", "forward", "backward", "update")
+aten = torch.ops.aten
+
+
+class Ledger(TorchDispatchMode):
+    """Adds up the storages that are alive, by owner; `peaks` is {(phase, moment): {owner: bytes}}, each at its fullest.
+
+    `owner` is whose the next ones are.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.owner, self.phase = "weights", "load"
+        self.alive, self.held, self.total, self.peaks = {}, Counter(), 0, {}
+        self.moment, self.highest = "", 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is aten._local_scalar_dense.default:  # no data: every number that a trainer asks for is 1
+            return {torch.bool: True, torch.int64: 1}.get(args[0].dtype, 1.0)
+        if func is aten.nonzero.default:
+            return torch.empty(args[0].numel(), args[0].dim(), dtype=torch.int64)
+        if func is aten.index.Tensor:  # a mask takes all: the longest rows have no padding
+            args = args[0], [index for given in args[1] for index in as_indices(given)]
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.see(tensor)
+        return out
+
+    def see(self, tensor):
+        storage = tensor.untyped_storage()
+        key, entry = storage._cdata, [storage.nbytes(), self.owner]
+        if key in self.alive:
+            return
+        entry.append(weakref.ref(storage, lambda _: self.release(key)))
+        self.alive[key] = entry
+        self.held[entry[1]] += entry[0]
+        self.total += entry[0]
+        self.look()
+
+    def release(self, key):
+        size, owner, _ = self.alive.pop(key)
+        self.held[owner] -= size
+        self.total -= size
+
+    def give(self, tensor, owner):
+        """Books what a tensor lies in under another owner."""
+        entry = self.alive.get(tensor.untyped_storage()._cdata)
+        if entry:
+            self.held[entry[1]] -= entry[0]
+            self.held[owner] += entry[0]
+            entry[1] = owner
+
+    def look(self):
+        if self.total > self.highest:
+            self.highest = self.total
+            self.peaks[self.phase, self.moment] = {owner: size for owner, size in self.held.items() if size}
+
+    def enter(self, phase, owner, moment=""):
+        self.phase = phase
+        self.reach(moment, owner)
+
+    def reach(self, moment, owner="activations"):
+        """From here on, peaks are those of this moment of the phase, and what is new is this owner's."""
+        self.moment, self.owner = moment, owner
+        self.highest = sum(self.peaks.get((self.phase, moment), {}).values())
+        self.look()
+
+
+def as_indices(index):
+    """A mask as the indices of all it could take; an index as it is."""
+    if index is None or index.dtype not in (torch.bool, torch.uint8):
+        return [index]
+    return [torch.empty(index.numel(), dtype=torch.int64)] * index.dim()
+
+
+def apply_by_replacing(module, fn, recurse=True):
+    """torch.nn.Module._apply for tensors without data, whose parameters it would swap in place and cannot."""
+    for child in module.children():
+        child._apply(fn)
+    with torch.no_grad():
+        for name, parameter in module._parameters.items():
+            moved = None if parameter is None else fn(parameter)
+            if moved is not parameter:
+                module._parameters[name] = torch.nn.Parameter(moved, parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else fn(buffer)
+    return module
+
+
+@contextlib.contextmanager
+def without_data(ledger):
+    """Inside, new tensors have no data, and the ledger sees them come and go."""
+    kept = torch.nn.Module._apply
+    torch.nn.Module._apply = apply_by_replacing
+    try:
+        with ledger.fake, ledger:
+            yield
+    finally:
+        torch.nn.Module._apply = kept
+
+
+@dataclass
+class Rehearsal:
+    """What a step holds. `peaks`: {(phase, moment): {owner: bytes}}, one process alone, each moment at its fullest.
+
+    `trained`, `frozen`: (numbers as stored, bytes) of the policy's parameters; 4-bit weights are stored several in one.
+    `weights`: bytes of the policy with all that belongs to it. `numbers`: its parameters, as what they stand for.
+    """
+
+    peaks: dict
+    trained: tuple
+    frozen: tuple
+    weights: float
+    numbers: float
+    gathered: float  # bytes of the parameters of two layers, the embeddings and the head
+
+
+def extend(two, three, layers):
+    """The Rehearsal of so many layers, from those of two and three. `layers`: {owner: count}, "" for all others.
+
+    All that is held at a moment grows by the same with each layer, so this is exact where the layers are alike.
+    """
+
+    def grow(few, more, owner=""):
+        return few + (more - few) * (layers.get(owner, layers[""]) - 2)
+
+    peaks = {
+        key: {o: grow(few.get(o, 0), more.get(o, 0), o) for o in {*few, *more}}
+        for key, few in two.peaks.items()
+        if (more := three.peaks.get(key)) is not None
+    }
+    pairs = [tuple(map(grow, getattr(two, name), getattr(three, name))) for name in ("trained", "frozen")]
+    sums = grow(two.weights, three.weights), grow(two.numbers, three.numbers)
+    return Rehearsal(peaks, *pairs, *sums, two.gathered)
+
+
+# ── models ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def make_model(shape, task, dtype, attn_implementation=None, four_bit=False):
+    """The model of a config, with no data in it; as models.load_model makes one."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    from utils import models
+
+    kind = AutoModelForCausalLM if task == "CAUSAL_LM" else AutoModelForSequenceClassification
+    shape.num_labels = 1 if task == "SEQ_CLS" else shape.num_labels
+    kwargs = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    model = kind.from_config(shape, dtype=dtype, **kwargs)
+    if four_bit:
+        pack(model, models.four_bit_config(dtype))
+    if task == "SEQ_CLS":
+        model.score.float()
+        models.cast_before_score(model)
+    return model
+
+
+@torch.no_grad()
+def pack(model, quantization):
+    """Puts bitsandbytes' 4-bit layers in place of the linear ones, as loading does."""
+    import bitsandbytes
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+    from transformers.quantizers import AutoHfQuantizer
+
+    stored = quantization.bnb_4bit_quant_storage
+    sizes = {name: module.weight for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    with _disable_current_modes():  # what it puts in place lies nowhere, on the meta device
+        replace_with_bnb_linear(model, quantization.llm_int8_skip_modules, quantization)
+    for name, module in model.named_modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            kinds = {"quant_type": "nf4", "quant_storage": stored}
+            packed, state = bitsandbytes.functional.quantize_4bit(sizes[name], compress_statistics=True, **kinds)
+            weight = torch.nn.Parameter(packed, requires_grad=False)
+            weight.quant_state, weight.compress_statistics, weight.bnb_quantized = state, True, True
+            weight.quant_type, weight.quant_storage = "nf4", stored
+            module.weight, module.quant_state, module.support_avx512bf16_for_cpu = weight, state, False
+            if module.bias is not None:
+                module.bias = torch.nn.Parameter(torch.empty(module.out_features, dtype=stored), requires_grad=False)
+    model.is_loaded_in_4bit, model.is_quantized, model.quantization_method = True, True, "bitsandbytes"
+    model.config.quantization_config, model.hf_quantizer = quantization, AutoHfQuantizer.from_config(quantization)
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point() and parameter.dtype != stored or parameter.dim() < 2)
+
+
+# ── the step ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def rehearse(method, config, lora, shape, tokenizer, rows, *, dtype, train_mode, sharded, lengths, others=(), find=None):
+    """The Rehearsal of a run's second step.
+
+    `find`: the config of a model that the trainer would load by itself, from its path. `shape`: the policy's config. `rows`: the longest ones, a batch of them. `lengths`: tokens of prompt and answer.
+    `sharded`: weights are held in `dtype`, as engines hold them that share parameters out. `others`: of frozen models
+    beside it, (the trainer's keyword, config, in 4 bits or not).
+    """
+    from transformers import set_seed
+
+    from rlhf_args.methods import load
+    from utils import models, text
+
+    reset_accelerate()
+    set_seed(config.seed)
+    ledger, held = Ledger(), getattr(torch, dtype)
+    whole = held if sharded or train_mode != "full" else torch.float32
+    config.bf16 = config.bf16 and not sharded
+    kind = load(method.trainer)
+    with without_data(ledger), without_loading(find), as_if_computed(kind):
+        model = make_model(shape, method.task, whole, four_bit=train_mode == "qlora")
+        models.fit_config(model, tokenizer)
+        frozen = {}
+        for name, described, four_bit in others:
+            ledger.owner = name
+            kept = whole if name in method.models else held
+            frozen[name] = make_model(described, "CAUSAL_LM", kept, four_bit=four_bit).eval().requires_grad_(False)
+        ledger.owner = "weights"
+        given = {"reward_funcs": [no_reward]} if method.sample_reward else {}
+        trainer = kind(
+            model=model,
+            args=config,
+            processing_class=tokenizer,
+            train_dataset=text.as_dataset(rows),
+            peft_config=lora,
+            **given,
+            **frozen,
+        )
+        if config.gradient_checkpointing:  # as Trainer.train does it
+            trainer.model.gradient_checkpointing_enable(config.gradient_checkpointing_kwargs)
+        if sharded:
+            trainer.model.to(held)
+        del model, frozen
+        gc.collect()
+        weights = ledger.held["weights"]
+        ledger.peaks = {}
+        ledger.reach("")
+        trainer.create_optimizer()
+        trainer.model_wrapped, optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
+        trainer.current_gradient_accumulation_steps = config.gradient_accumulation_steps
+    inputs = None if hasattr(trainer, "rehearsed") else next(iter(trainer.get_train_dataloader()))
+    with without_data(ledger):
+        if inputs is None:
+            answer(trainer, ledger, *lengths)
+            inputs = trainer.rehearsed(*lengths)
+        learn(trainer, optimizer, ledger, inputs, config.gradient_accumulation_steps)
+    counts = [count_stored(trainer.model, trained) for trained in (True, False)]
+    gathered = counts[0][1] + counts[1][1]
+    return Rehearsal(ledger.peaks, *counts, weights, count_numbers(trainer.model), gathered)
+
+
+def reset_accelerate():
+    """So that the next trainer decides anew what it computes in."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    PartialState(cpu=True)
+
+
+def no_reward(completions, **kwargs):
+    return [0.0] * len(completions)
+
+
+@contextlib.contextmanager
+def without_loading(find):
+    """Inside, a model that a trainer loads by itself is made of its config, which `find` gives for its path."""
+    from transformers import AutoModel
+
+    def make(path, dtype, **kwargs):
+        return AutoModel.from_config(find(path), dtype=dtype)
+
+    with mock.patch.object(AutoModel, "from_pretrained", make):
+        yield
+
+
+@contextlib.contextmanager
+def as_if_computed(kind):
+    """Inside, the trainer finds the reference's log-probabilities in its rows, where it would compute them first."""
+    if not hasattr(kind, "_precompute_ref_logps"):
+        yield
+        return
+    module = sys.modules[kind.__module__]
+    rows = {"_precompute_ref_logps": lambda self, dataset, *args, **kwargs: dataset}
+    with mock.patch.multiple(kind, **rows), mock.patch.object(module, "hash_module", lambda model: ""):
+        yield
+
+
+def count_stored(model, trained):
+    """(numbers, bytes) of the parameters that are trained, or of those that are not."""
+    chosen = [parameter for parameter in model.parameters() if parameter.requires_grad == trained]
+    return sum(p.numel() for p in chosen), sum(p.numel() * p.element_size() for p in chosen)
+
+
+def count_numbers(model):
+    """How many numbers the parameters stand for: a 4-bit weight is one of several in what stores it."""
+    return sum(p.numel() * (2 * p.element_size() if hasattr(p, "quant_state") else 1) for p in model.parameters())
+
+
+def learn(trainer, optimizer, ledger, inputs, passes):
+    """A pass and an optimizer step, with the optimizer's state beside it, and the gradients of an earlier pass if any."""
+    compute_loss, backward = trainer.compute_loss, trainer.accelerator.backward
+
+    def forward_phase(*args, **kwargs):
+        ledger.enter("forward", "activations")
+        return compute_loss(*args, **kwargs)
+
+    def backward_phase(*args, **kwargs):
+        ledger.enter("backward", "logits and loss", "head")
+        return backward(*args, **kwargs)
+
+    trainer.compute_loss, trainer.accelerator.backward = forward_phase, backward_phase
+    trainer._prepare_inputs = lambda given: given
+    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    ledger.enter("update", "gradients")
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+        parameter.register_post_accumulate_grad_hook(lambda one: ledger.give(one.grad, "gradients"))
+    ledger.owner = "optimizer"
+    optimizer.step()
+    if passes == 1:
+        optimizer.zero_grad()
+    follow_layers(trainer, ledger)
+    if getattr(trainer.args, "precompute_ref_log_probs", False):
+        names = "ref_chosen_logps", "ref_rejected_logps", "ref_logps", "ref_KL_logps"
+        inputs = {**inputs, **{name: torch.zeros(trainer.args.per_device_train_batch_size) for name in names}}
+    as_fake = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+    trainer.training_step(trainer.model_wrapped, as_fake, 1)
+    ledger.enter("update", "optimizer")
+    optimizer.step()
+
+
+def follow_layers(trainer, ledger):
+    """Marks the moments at which the first and the last layer begin and the head does, going up and going down."""
+    layers = find_layers(trainer.model)
+    for number, layer in enumerate(layers):
+        name = {0: "first layer", len(layers) - 1: "last layer"}.get(number, "layers between")
+        layer.register_forward_pre_hook(lambda *_, name=name: ledger.reach(name))
+        layer.register_forward_hook(lambda module, _, out, name=name: mark_backward(out, ledger, name))
+    layers[-1].register_forward_hook(lambda *_: ledger.reach("head", "logits and loss"))
+
+
+def find_layers(model):
+    """The decoder layers: the longest list of modules that there is."""
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    return max(lists, key=len)
+
+
+def mark_backward(out, ledger, name):
+    states = out[0] if isinstance(out, tuple) else out
+    if states.requires_grad:
+        states.register_hook(lambda _: ledger.reach(name))
+
+
+def answer(trainer, ledger, prompt, completion):
+    """A rollout: all prompts at once, then one more token with the keys and values of whole answers."""
+    ledger.enter("rollout", "KV cache")
+    args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
+    count = args.per_device_train_batch_size * (getattr(args, "steps_per_generation", None) or 1)
+    ids = torch.ones(count, prompt, dtype=torch.int64)
+    model.eval()
+    with torch.no_grad():
+        out = model(input_ids=ids, attention_mask=ids.clone(), use_cache=True, logits_to_keep=1)
+        cache = out.past_key_values
+        for layer in cache.layers:
+            batch, heads, _, size = layer.keys.shape
+            for name in ("keys", "values"):
+                setattr(layer, name, torch.empty(batch, heads, prompt + completion - 1, size, dtype=layer.keys.dtype))
+        mask = torch.ones(count, prompt + completion, dtype=torch.int64)
+        out = model(input_ids=ids[:, :1], attention_mask=mask, past_key_values=cache, use_cache=True)
+        out.logits[:, -1].float().softmax(-1)
+    model.train()
