@@ -8,6 +8,7 @@ class SharedArgs:
     """What every training script takes."""
 
     _argument_group_name = "the flags that every method shares"
+    typed = frozenset()  # the flags that were given, be it in a recipe; not one itself
 
     # ── what to train ────────────────────────────────────────────────────────────────────────────────────────────────
     model_name_or_path: str | None = field(
@@ -73,6 +74,21 @@ class SharedArgs:
     check: bool = field(
         default=False, metadata={"help": "Check flags, model folder and every data row, print the findings, and stop."}
     )
+    plan: str | None = field(
+        default=None,
+        metadata={
+            "help": "Say what would lie in each GPU's memory, and stop: as launched, under a launch of that name "
+            "(zero2, ...), or all. Takes no GPU, weights or data; the model may be a size, as qwen2-7b.",
+            "nargs": "?",
+            "const": "launched",
+        },
+    )
+    num_processes: int | None = field(
+        default=None, metadata={"help": "With --plan: GPUs, one process each; unset: NUM_PROCESSES, or 1."}
+    )
+    gpu_memory: str | None = field(
+        default=None, metadata={"help": "With --plan: what each is sold as, as 80GB; unset: as those here, or 40GB."}
+    )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Delete what an earlier run left in output_dir, then start afresh."}
     )
@@ -96,6 +112,21 @@ class SharedArgs:
         metadata={
             "help": "When memory runs out, go on from the newest checkpoint with half the rows a pass and twice the "
             "passes a step."
+        },
+    )
+    plain: bool = field(
+        default=False,
+        metadata={
+            "help": "Take none of the defaults that make a run faster and change its result by rounding alone: "
+            "all as TRL has it, but for the flags that are typed."
+        },
+    )
+    # TRL pads the rows of a pass as they come: where their lengths differ, a third is padding.
+    deal_by_length: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Sort the rows of each step among its passes and processes, so that less is padded; the rows of a "
+            "step stay the same. Unset: where that changes no more than rounding."
         },
     )
 

@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-PROMPT, ANSWERED = 100, 64  # tokens of a prompt, and of an answer that the policy gives itself
+PROMPT, SAMPLED = 100, 64  # tokens of a prompt, and of an answer that the policy gives itself
 PHASES = ("load", "rollout", "forward", "backward", "update")
 FIELDS = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
@@ -51,8 +51,8 @@ def main():
     cells = {}
     with TemporaryDirectory() as folder:
         make_model(Path(folder, "model"), shape)
-        write_rows(Path(folder, "rows.jsonl"), asked.length - PROMPT)
         for method in asked.methods:
+            write_rows(Path(folder, "rows.jsonl"), method, asked.length - PROMPT)
             for mode in asked.modes:
                 for launch in asked.launches:
                     words = command_of(folder, method, mode, asked.batch, asked.length, flags)
@@ -82,15 +82,16 @@ def make_model(folder, shape):
     tokenizer.save_pretrained(folder)
 
 
-def write_rows(path, answer):
-    """Pairs of answers of so many tokens, the end of turn counted: a letter is a token."""
+def write_rows(path, method, answer):
+    """What the method trains on, in answers of so many tokens, the end of turn counted: a letter is a token."""
+    from rlhf_args.methods import ANSWERED, DIALOGUE, EVERY
+
+    single = EVERY[method].columns in (DIALOGUE, ANSWERED)
+    sizes = {"prompt": PROMPT} | dict.fromkeys(("completion",) if single else ("chosen", "rejected"), answer - 1)
     letters = random.Random(0)
     with path.open("w", encoding="utf-8") as file:
         for _ in range(16):
-            prompt, chosen, rejected = (
-                "".join(letters.choices(string.ascii_lowercase, k=size)) for size in (PROMPT, answer - 1, answer - 1)
-            )
-            row = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "completion": chosen}
+            row = {name: "".join(letters.choices(string.ascii_lowercase, k=size)) for name, size in sizes.items()}
             file.write(json.dumps(row) + "\n")
 
 
@@ -102,13 +103,13 @@ def command_of(folder, method, mode, batch, length, flags):
     words += ["--train_data_path", f"{folder}/rows.jsonl", "--per_device_train_batch_size", str(batch)]
     words += ["--output_dir", f"{folder}/run", "--overwrite_output_dir", "--max_steps", "2", "--save_strategy", "no"]
     if EVERY[method].sample_reward:
-        words += ["--reward_funcs", EVERY[method].sample_reward, "--max_completion_length", str(ANSWERED)]
+        words += ["--reward_funcs", EVERY[method].sample_reward, "--max_completion_length", str(SAMPLED)]
         words += ["--num_generations", "2"]
     else:
         words += ["--max_length", str(length)]
     if method == "GKD":
         words += ["--teacher_model_name_or_path", f"{folder}/model", "--answers_dir", f"{folder}/answers"]
-        words += ["--max_completion_length", str(ANSWERED)]
+        words += ["--max_completion_length", str(SAMPLED)]
     else:
         words += ["--rlhf_type", method]
     return [*words, *flags]

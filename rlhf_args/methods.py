@@ -70,6 +70,9 @@ class Method:
     sample_reward: str | None = None  # a reward function that ships; None: the data say what is good, not a reward
     sample_flags: tuple[str, ...] = ("--max_steps", "12")  # what rlhf_run.sh adds to the sample data: ends in minutes
     renamed: tuple[tuple[str, str], ...] = ()  # flags of its ancestors -> what they are called here
+    by_row: tuple[tuple[str, tuple], ...] | None = None  # (flag, values) under which a row's loss does not depend on
+    # the others of its pass; None: it does, or the policy answers itself
+    faster: tuple[str, ...] = ()  # flags that utils/pace.py may choose: TRL's trainer takes them, and loses no metric
 
 
 DPO_LOSSES = (
@@ -77,6 +80,7 @@ DPO_LOSSES = (
     "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
 )  # fmt: skip
 CPO_LOSSES = ("sigmoid", "hinge", "ipo", "simpo")
+NO_LIKELIHOOD = (("cpo_alpha", (0.0,)),)  # that term is a mean over the tokens of a pass
 
 # float16 makes summed log-probabilities overflow (trl#878)
 NO_FLOAT16 = ("bfloat16", "float32")
@@ -106,6 +110,8 @@ METHODS = {
         sample_data="data/preference.jsonl",
         models=("ref_model",),
         losses=DPO_LOSSES,
+        by_row=(("loss_type", tuple(loss for loss in DPO_LOSSES if loss not in ("aot", "aot_unpaired", "sft"))),),
+        faster=("precompute_ref_log_probs", "use_liger_kernel"),
         begins=(*PAIR_BEGINS, ("loss", "utils.watch:dpo_loss")),
     ),
     "CPO": Method(
@@ -116,6 +122,7 @@ METHODS = {
         columns=PAIR,
         sample_data="data/preference.jsonl",
         losses=CPO_LOSSES,
+        by_row=NO_LIKELIHOOD,
         precisions=NO_FLOAT16,
     ),
     "SimPO": Method(
@@ -126,6 +133,7 @@ METHODS = {
         columns=PAIR,
         sample_data="data/preference.jsonl",
         losses=CPO_LOSSES,
+        by_row=NO_LIKELIHOOD,
         precisions=NO_FLOAT16,
     ),
     "CPOSimPO": Method(
@@ -136,6 +144,7 @@ METHODS = {
         columns=PAIR,
         sample_data="data/preference.jsonl",
         losses=CPO_LOSSES,
+        by_row=NO_LIKELIHOOD,
         precisions=NO_FLOAT16,
     ),
     "ORPO": Method(
@@ -156,6 +165,8 @@ METHODS = {
         sample_data="data/kto.jsonl",
         models=("ref_model",),
         losses=("kto", "apo_zero_unpaired"),
+        by_row=(("loss_type", ("apo_zero_unpaired",)),),  # the other's KL is a mean over a pass
+        faster=("precompute_ref_log_probs", "use_liger_kernel"),
         min_batch_size=2,  # its KL term pairs each prompt with another row's answer (trl#2554)
         metrics=(("margin", "rewards/margins"),),
         begins=(*PAIR_BEGINS, ("loss", "utils.watch:kto_loss")),
@@ -168,6 +179,7 @@ METHODS = {
         columns=RANKED,
         sample_data="data/reward.jsonl",
         task="SEQ_CLS",
+        by_row=(),
         metrics=(("accuracy", "accuracy"), ("margin", "margin")),
     ),
     "SFT": Method(
@@ -178,6 +190,8 @@ METHODS = {
         columns=DIALOGUE,
         sample_data="data/sft.jsonl",
         losses=("nll", "dft"),
+        by_row=(),  # a mean over all tokens of a step
+        faster=("padding_free", "use_liger_kernel"),
         metrics=(("accuracy", "mean_token_accuracy"),),
     ),
     "RLOO": Method(
@@ -185,6 +199,7 @@ METHODS = {
         source="arXiv 2402.14740",
         config="rlhf_args.rloo_config:RLOOConfig",
         trainer="trainers.online_trainer:RLOOTrainer",
+        faster=("use_liger_kernel",),
         **ONLINE,
     ),
     "GRPO": Method(
@@ -193,6 +208,7 @@ METHODS = {
         config="rlhf_args.grpo_config:GRPOConfig",
         trainer="trainers.online_trainer:GRPOTrainer",
         losses=("dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo"),
+        faster=("use_liger_kernel",),
         **ONLINE,
     ),
     "PPO": Method(

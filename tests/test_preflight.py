@@ -651,5 +651,5 @@ def test_findings_stand_on_the_rows_for_the_run_card(tiny_model, tmp_path):
     common, config = arguments.parse(words.split(), "DPO")
     rows = data.load_rows([path], None, PAIR, "DPO")
     training.prepare_text(common, config, EVERY["DPO"], rows)
-    assert [finding.kind for finding in rows.findings] == ["weights", "lengths", "disk", "warning"]
+    assert [finding.kind for finding in rows.findings] == ["pace", "weights", "lengths", "disk", "warning"]
     assert rows.findings[-1].text.startswith("1 of 17 rows repeat another")

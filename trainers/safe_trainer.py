@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy
 import torch
 
-from utils import bad_steps, checkpoints
+from utils import bad_steps, checkpoints, pace
 from utils.checks import Failed
 from utils.stops import Left
 
@@ -24,10 +24,11 @@ class Safe:
     """Mixin before any trainer of transformers.
 
     `run`: what the manifest of each checkpoint says of it (checkpoints.describe_run). `rows`: (where, values) of what
-    is trained on, to name the row that broke a step.
+    is trained on, to name the row that broke a step. `sizes`: of each row, the tokens of its sequences, where a step's
+    rows are dealt to its passes by their length (utils/pace.py).
     """
 
-    run, rows, max_bad_steps = {}, (), 1
+    run, rows, max_bad_steps, sizes = {}, (), 1, ()
     aside = None  # where a checkpoint is being written
     hashing = None  # the thread that hashes the newest one
     broken = None  # the first pass of this step that came out as no number: (its inputs, what is none)
@@ -35,6 +36,15 @@ class Safe:
     owed = False  # whether this step's evaluation is still to be made: a signal came before it was over
     loss_before = None, None  # the step under way, and the sum of the losses that were not logged before it
     in_pass = False  # whether forward or backward is under way: then weights and optimizer are those of the last step
+
+    def get_train_dataloader(self):
+        loader, args = super().get_train_dataloader(), self.args
+        if self.sizes:
+            step = self._train_batch_size, args.gradient_accumulation_steps, args.world_size
+            whole = getattr(loader.batch_sampler, "batch_sampler", loader.batch_sampler)  # before it is shared out
+            lengths = [max(row) for row in self.sizes]
+            loader.set_sampler(pace.Dealt(whole.sampler, lengths, *step, args.dataloader_drop_last))
+        return loader
 
     # ── checkpoints ──────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -113,8 +113,11 @@ def peek(argv, shared):
     return common, parser.problems
 
 
-def parse(argv, name):
-    """All flags of the method `name`: (its shared flags, its TRL config). Raises Refused; --help prints and exits."""
+def parse(argv, name, planned=False):
+    """All flags of the method `name`: (its shared flags, its TRL config). Raises Refused; --help prints and exits.
+
+    `planned`: for a GPU with bfloat16, whatever there is here.
+    """
     method = EVERY[name]
     config_class = load(method.config)
     config_class._argument_group_name = f"the flags of {name}, under TRL's names"
@@ -130,17 +133,21 @@ def parse(argv, name):
     if unknown and not problems:
         problems = [f"{' '.join(unknown)}: not a flag. Every value follows its --flag"]
     # TRL's configs switch bf16 on by themselves and then refuse to exist without the hardware: decide it before.
+    typed = typed_flags(argv)
     try:
-        dtype = resolve_dtype(asked.dtype, asked.bf16, asked.fp16, name, method)
+        dtype = resolve_dtype(asked.dtype, asked.bf16, asked.fp16, name, method, typed, planned)
     except Refused as refusal:
         problems += refusal.problems
     refuse_if(parser.problems + problems)
-    parser.set_defaults(bf16=dtype == "bfloat16", fp16=dtype == "float16", **environment.device_defaults())
+    defaults = {"use_cpu": True, "dataloader_pin_memory": False} if planned else environment.device_defaults()
+    if asked.plain:
+        defaults.pop("gradient_checkpointing", None)
+    parser.set_defaults(bf16=dtype == "bfloat16", fp16=dtype == "float16", **defaults)
     try:
         common, config = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     except (ValueError, TypeError, OSError, ImportError) as error:  # TRL's and transformers' own checks of their flags
         raise Refused([one_line(error)]) from None
-    common.dtype = dtype
+    common.dtype, common.typed = dtype, typed
     if environment.engine() == "fsdp2" and dtype != "float32":
         config.fsdp_plugin_args = environment.fsdp_precision(dtype)
     return common, config
@@ -168,8 +175,17 @@ def parse_rejection(argv):
     return common, config, left
 
 
+def typed_flags(words):
+    """Names of the flags in `words`; of one that is switched off, as --no_plain, the flag's."""
+    return frozenset(word[2:].replace("-", "_").removeprefix("no_") for word in words if word.startswith("--"))
+
+
 def asks_help(words):
     return "--help" in words or "-h" in words
+
+
+def asks_plan(words):
+    return any(word.split("=")[0] == "--plan" for word in words) and not asks_help(words)
 
 
 def make_parser(dataclass_types, **kwargs):
@@ -226,9 +242,13 @@ def flags_of(method):
     return [field.name for field in fields(load(method.config))]
 
 
-def resolve_dtype(dtype, bf16, fp16, name, method):
-    """One answer from --dtype, --bf16 and --fp16: bfloat16, float16 or float32. Raises Refused."""
-    has_gpu, has_bf16 = environment.has_gpu(), environment.has_bf16()
+def resolve_dtype(dtype, bf16, fp16, name, method, typed=(), planned=False):
+    """One answer from --dtype, --bf16 and --fp16: bfloat16, float16 or float32. Raises Refused.
+
+    bfloat16 on a CPU is for one that multiplies it in hardware (AMX), and only where it is `typed`: by default a run
+    is in float32 on every CPU, so that it gives the same on all of them.
+    """
+    has_gpu, has_bf16 = planned or environment.has_gpu(), planned or environment.has_bf16()
     if bf16 and fp16:
         raise Refused(["--bf16 and --fp16 together: choose one. bfloat16 is the default where the hardware has it"])
     if bf16:
@@ -246,7 +266,7 @@ def resolve_dtype(dtype, bf16, fp16, name, method):
         raise Refused(
             [f"float16: this machine does better with {better}, which does not overflow. Type --dtype {better}"]
         )
-    if wanted == "bfloat16" and not has_bf16:
+    if wanted == "bfloat16" and not has_bf16 and not ("dtype" in typed and environment.has_amx()):
         return "float32"
     return wanted
 

@@ -83,6 +83,13 @@ def has_bf16():
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def has_amx():
+    """Whether this CPU multiplies bfloat16 in tiles, several times as fast as float32."""
+    import torch
+
+    return not torch.cuda.is_available() and torch.cpu._is_amx_tile_supported()
+
+
 def engine():
     """What this process runs under, or is checked for: zero1, zero2, zero3, fsdp2, or "" (DDP, or one process)."""
     if "ACCELERATE_DEEPSPEED_ZERO_STAGE" in os.environ or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":

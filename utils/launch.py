@@ -22,7 +22,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils import memory
+from utils import arguments, memory
 from utils.checks import Refused
 
 CONFIGS = Path("accelerate_configs")
@@ -47,6 +47,8 @@ class Plan:
 
 
 def main(job):
+    if arguments.asks_plan(job):  # of a launch that this machine need not be able to start
+        return subprocess.call([sys.executable, *job])
     try:
         plan = read_plan(os.environ, count_gpus())
         set_environment(plan)

@@ -249,15 +249,22 @@ class Planner:
 
 def read_launch(shared, env):
     """(engine, processes) that --plan ENGINE, --num_processes and the run script's variables say. Raises Refused."""
-    processes = shared.num_processes or int(env.get("NUM_PROCESSES") or 1)
-    if processes < 1:
-        raise Refused([f"--num_processes {processes}: 1 or more"])
+    asked = shared.num_processes if shared.num_processes is not None else env.get("NUM_PROCESSES") or count_gpus() or 1
+    if not str(asked).isdecimal() or int(asked) < 1:
+        raise Refused([f"--num_processes {asked}: how many GPUs, 1 or more"])
+    processes = int(asked)
     engine = shared.plan if shared.plan not in ("launched", "all") else env.get("LAUNCH") or "auto"
     if engine in ("auto", "cpu"):
         engine = "single_gpu" if processes == 1 else "multi_gpu"
     if engine not in ENGINES:
         raise Refused([f"--plan {engine}: no such launch. There are all, {', '.join(ENGINES)}"])
     return ("multi_gpu" if engine == "single_gpu" and processes > 1 else engine), processes
+
+
+def count_gpus():
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def read_memory(said):

@@ -12,7 +12,7 @@ from utils import checks, environment, files, judge, models, pool, sampling, sco
 STAGES = ("generate", "score", "select")
 TRAINING = (
     "train_mode", "use_dora", "lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "resume",
-    "max_bad_steps", "auto_batch",
+    "max_bad_steps", "auto_batch", "plain", "deal_by_length",
 )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ class Prepared:
     rows: list = field(default_factory=list)
     dropped: list = field(default_factory=list)
     cut: int = 0  # rows whose answer max_length cuts short
+    sizes: list = field(default_factory=list)  # of each row, the tokens of each of its sequences that are padded
     reshaped: int = 0  # rows whose prompt the template writes differently once an answer follows
     first: tuple = ("", "")
     # what preflight.py says of all rows, those dropped for their length among them
@@ -73,6 +74,7 @@ def prepare_rows(rows, tokenizer, columns, max_length, max_prompt=lambda values:
                 prepared.reshaped += reshaped
                 prepared.first = prepared.first if prepared.rows else (prompt, answers[0])
                 prepared.rows.append(row)
+                prepared.sizes.append([min(len(ids), limit) for ids in whole])
     refuse_rows(problems)
     prepared.highest = tokens.highest
     return prepared

@@ -44,7 +44,7 @@ def prepare_text(common, config, method, rows, **limits):
 
     What preflight.py finds, which the main process looks for, goes to rows.findings.
     """
-    from utils import cache, data, models, preflight, text
+    from utils import cache, data, models, pace, preflight, text
 
     checks.refuse_if(checks.check_folder(common.model_name_or_path, "--model_name_or_path")[0])
     tokenizer = models.load_tokenizer(common.model_name_or_path, common.model_revision, config.trust_remote_code)
@@ -53,7 +53,9 @@ def prepare_text(common, config, method, rows, **limits):
     train = cache.prepare_rows(rows.train, tokenizer, method.columns, limit, **limits)
     held_out = cache.prepare_rows(rows.held_out, tokenizer, method.columns, limit, **limits)
     rows.dropped += train.dropped + held_out.dropped
+    faster = pace.choose(common, config, method, train, held_out)
     if environment.is_main() and train.rows:
+        rows.findings += [preflight.Finding("pace", line) for line in faster]
         rows.findings += preflight.findings(common, config, method, rows, tokenizer, train, held_out)
     data.check_dropped(rows, common.max_drop_fraction)
     text.check_first(train, tokenizer, method.columns)
@@ -114,7 +116,16 @@ def make_trainer(trainer_class, policy, config, tokenizer, train, held_out, lora
     except (ValueError, NotImplementedError) as error:  # TRL's own checks of flags against the model
         raise checks.Refused([arguments.one_line(error)]) from error
     environment.check_world(trainer.accelerator)
+    if config.deepspeed_plugin is not None:
+        fit_bucket(trainer)
     return trainer
+
+
+def fit_bucket(trainer):
+    """Makes the buffer in which DeepSpeed reduces gradients no larger than they are: it comes as 5e8 numbers, 1 GB."""
+    trained = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters() if p.requires_grad)
+    settings = trainer.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+    settings["reduce_bucket_size"] = min(int(settings.get("reduce_bucket_size", 5e8)), trained)
 
 
 def train_and_report(trainer, start, common, method, tokenizer, rows, train, held_out):
@@ -130,6 +141,7 @@ def train_and_report(trainer, start, common, method, tokenizer, rows, train, hel
     checkpoints.load_adapter(trainer.model, start)
     bad_steps.refuse_broken(trainer.model, common.model_name_or_path)
     trainer.run, trainer.rows, trainer.max_bad_steps = start.run, rows.train, common.max_bad_steps
+    trainer.sizes = train.sizes if common.deal_by_length else ()
     follow = report.Report(trainer, method, tokenizer, rows.held_out or rows.train)
     follow.watch.from_reference = not start.weights_only
     summary.say(f"trains    {models.count_parameters(trainer.model)}")
