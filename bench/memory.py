@@ -1,10 +1,11 @@
 """Peak memory measured beside planned, of random weights: python bench/memory.py [--methods DPO PPO] [--modes full lora]
 
 Each cell (method x train mode x launch) trains for two steps through the real command, in processes of its own, on
-rows of one length; further flags go to that command. On a GPU the peak is torch.cuda.max_memory_allocated; on a CPU
-it is the running total of torch's allocator as its profiler records it. Of several processes the largest counts.
-Prints a line a cell and, last, one JSON object. Nothing is downloaded: the model's shape is --shape, a name below
-or the fields of a config as JSON.
+rows of almost one length; further flags go to that command. On a GPU the peak is torch.cuda.max_memory_allocated; on a
+CPU it is the running total of torch's allocator as its profiler records it. Of several processes the largest counts.
+Planned is what --plan says of the same command. Prints a line a cell and, last, one JSON object. Nothing is
+downloaded: the model's shape is --shape, a name below or the fields of a config as JSON. Cells run --jobs at once,
+which changes no peak.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import string
 import subprocess
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -45,18 +47,21 @@ def main():
     parser.add_argument("--batch", type=int, default=2, help="rows a device and pass")
     parser.add_argument("--length", type=int, default=256, help=f"tokens of a row, {PROMPT} of them its prompt's")
     parser.add_argument("--top", type=int, default=0, help="on a CPU: the largest that lie there at the peak, so many")
+    parser.add_argument("--jobs", type=int, default=1, help="cells at once")
     asked, flags = parser.parse_known_args()
     shape = read_shape(asked.shape)
-    flags = ["--dtype", "bfloat16" if gpu else "float32", *flags]
-    cells = {}
-    with TemporaryDirectory() as folder:
+    flags = ["--dtype", "bfloat16" if gpu else "float32", "--gradient_checkpointing", str(gpu), *flags]
+    with TemporaryDirectory() as folder, ThreadPoolExecutor(asked.jobs) as pool:
         make_model(Path(folder, "model"), shape)
+        found = {}
         for method in asked.methods:
-            write_rows(Path(folder, "rows.jsonl"), method, asked.length - PROMPT)
+            write_rows(Path(folder, f"{method}.jsonl"), method, asked.length - PROMPT)
             for mode in asked.modes:
                 for launch in asked.launches:
-                    words = command_of(folder, method, mode, asked.batch, asked.length, flags)
-                    cells[f"{method}-{mode}-{launch}"] = measure(words, method, mode, launch, folder, asked.top)
+                    words = command_of(folder, method, mode, launch, asked.batch, asked.length, flags)
+                    cell = method, mode, launch
+                    found["-".join(cell)] = pool.submit(measure, words, *cell, f"{folder}/{'-'.join(cell)}", asked.top)
+        cells = {name: cell.result() for name, cell in found.items()}
     line = {"bench": "memory", "device": "cuda" if gpu else "cpu", "shape": shape, "flags": flags}
     print(json.dumps(line | {"batch": asked.batch, "length": asked.length, "cells": cells}))
 
@@ -83,30 +88,34 @@ def make_model(folder, shape):
 
 
 def write_rows(path, method, answer):
-    """What the method trains on, in answers of so many tokens, the end of turn counted: a letter is a token."""
+    """What the method trains on, in answers of so many tokens, the end of turn counted: a letter is a token.
+
+    Every other row is some tokens shorter, so that there is padding and a mask.
+    """
     from rlhf_args.methods import ANSWERED, DIALOGUE, EVERY
 
     single = EVERY[method].columns in (DIALOGUE, ANSWERED)
     sizes = {"prompt": PROMPT} | dict.fromkeys(("completion",) if single else ("chosen", "rejected"), answer - 1)
     letters = random.Random(0)
     with path.open("w", encoding="utf-8") as file:
-        for _ in range(16):
-            row = {name: "".join(letters.choices(string.ascii_lowercase, k=size)) for name, size in sizes.items()}
+        for number in range(16):
+            less = 4 * (number % 2)
+            row = {name: "".join(letters.choices(string.ascii_lowercase, k=k - less)) for name, k in sizes.items()}
             file.write(json.dumps(row) + "\n")
 
 
-def command_of(folder, method, mode, batch, length, flags):
+def command_of(folder, method, mode, launch, batch, length, flags):
     """[script, flags ...] of a cell."""
     from rlhf_args.methods import EVERY
 
     words = [f"train_{EVERY[method].entry}.py", "--model_name_or_path", f"{folder}/model", "--train_mode", mode]
-    words += ["--train_data_path", f"{folder}/rows.jsonl", "--per_device_train_batch_size", str(batch)]
-    words += ["--output_dir", f"{folder}/run", "--overwrite_output_dir", "--max_steps", "2", "--save_strategy", "no"]
+    words += ["--train_data_path", f"{folder}/{method}.jsonl", "--per_device_train_batch_size", str(batch)]
+    words += ["--output_dir", f"{folder}/{method}-{mode}-{launch}/run", "--max_steps", "2", "--save_strategy", "no"]
     if EVERY[method].sample_reward:
         words += ["--reward_funcs", EVERY[method].sample_reward, "--max_completion_length", str(SAMPLED)]
         words += ["--num_generations", "2"]
     else:
-        words += ["--max_length", str(length)]
+        words += ["--max_length", str(length), "--train_sampling_strategy", "sequential"]
     if method == "GKD":
         words += ["--teacher_model_name_or_path", f"{folder}/model", "--answers_dir", f"{folder}/answers"]
         words += ["--max_completion_length", str(SAMPLED)]
@@ -118,29 +127,43 @@ def command_of(folder, method, mode, batch, length, flags):
 def measure(words, method, mode, launch, folder, top):
     """What a cell took, said on a line."""
     name, _, processes = launch.partition(":")
-    env = {**os.environ, "LAUNCH": name, "NUM_PROCESSES": processes or "1", "MEASURED": folder, "TOP": str(top)}
-    for file in Path(folder).glob("measured-*"):
-        file.unlink()
-    done = subprocess.run(
-        [sys.executable, "-m", "utils.launch", "bench/memory.py", *words],
-        cwd=ROOT, env=env, text=True, capture_output=True,
-    )  # fmt: skip
-    if done.returncode:
-        sys.exit(f"{method} {mode} {launch}: exit status {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
+    Path(folder).mkdir()
+    command = [sys.executable, "-m", "utils.launch", "bench/memory.py", *words]
+    env = {"LAUNCH": name, "NUM_PROCESSES": processes or "1", "MEASURED": folder, "TOP": str(top)}
+    planning = start([sys.executable, "bench/memory.py", *words], **env, PLANNED="yes")
+    measuring = start(command, **env)
+    said, errors = measuring.communicate()
+    planned = json.loads(planning.communicate()[0].splitlines()[-1])
+    if measuring.returncode:
+        print(f"{method} {mode} {launch}  exit status {measuring.returncode}\n{said[-500:]}\n{errors[-1500:]}", flush=True)
+        return {"failed": errors.strip().splitlines()[-1:], "planned": planned["peak"]}
     found = [json.loads(file.read_text()) for file in Path(folder).glob("measured-*")]
     cell = max(found, key=lambda one: one["measured"])
-    planned = planned_peak(words, env)
-    cell |= {"planned": planned, "error": planned and round(planned / cell["measured"] - 1, 4)}
-    phases = ", ".join(f"{phase} {size / 1e6:.0f}" for phase, size in cell["phases"].items())
-    beside = f"  planned {planned / 1e6:.0f} ({cell['error']:+.1%})" if planned else ""
-    print(f"{method} {mode} {launch}  measured {cell['measured'] / 1e6:.1f} MB ({phases}){beside}", flush=True)
+    cell |= {"planned": planned["peak"], "error": round(planned["peak"] / cell["measured"] - 1, 4)}
+    print(f"{method} {mode} {launch}  measured {say(cell['measured'], cell['phases'])}")
+    print(f"    planned {say(planned['peak'], planned['phases'])}: {cell['error']:+.1%}", flush=True)
     for size, count, where in cell.get("largest", ()):
         print(f"    {size / 1e6:9.1f} MB  {count:4} x  {where}")
     return cell
 
 
-def planned_peak(words, env):
-    return None
+def start(command, **env):
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | env, text=True, stdout=-1, stderr=-1)
+
+
+def say(peak, phases):
+    return f"{peak / 1e6:.1f} MB ({', '.join(f'{phase} {size / 1e6:.0f}' for phase, size in phases.items())})"
+
+
+def say_planned(words):
+    """What --plan says of the same command, as JSON."""
+    from utils.plan import Planner
+
+    launch = os.environ["LAUNCH"].replace("cpu", "single_gpu" if os.environ["NUM_PROCESSES"] == "1" else "multi_gpu")
+    planner = Planner([*words[1:], "--plan", launch], "GKD" if "gkd" in words[0] else None)
+    estimate = planner.estimate(planner.asked)
+    phases = {phase: sum(estimate.phases[phase].values()) for phase in PHASES if phase in estimate.phases}
+    print(json.dumps({"peak": estimate.peak, "phases": phases}))
 
 
 # ── one of a cell's processes ────────────────────────────────────────────────────────────────────────────────────────
@@ -294,6 +317,9 @@ def own_memory(model):
 
 
 if __name__ == "__main__":
-    if "MEASURED" in os.environ:
+    if "PLANNED" in os.environ:
+        say_planned(sys.argv[1:])
+    elif "MEASURED" in os.environ:
         sys.exit(train(sys.argv[1:]))
-    main()
+    else:
+        main()
