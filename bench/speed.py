@@ -2,11 +2,18 @@
 
     python bench/speed.py [--methods DPO SimPO KTO Reward] [--modes lora full] [--sides ours trl ...] [--write]
 
-Same machine, model, rows in the same order, tokens, batch, steps and optimizer; everything else is each side's default.
-A peer gets an environment of its own, made here once (--envs, 5 GB). Each run is a process of its own, the sides in
-turn, and prints a line: start-up until the first step, tokens a second, peak memory, losses. The tokens are those of
-the rows, so that nobody gains by padding. Of all rounds each step's fastest counts, and the fastest start-up. The last
-line is one JSON object, of which --write makes docs/benchmarks.md. Needs the demo model: python -m utils.demo_model
+Same machine, model, rows in the same order, tokens, batch, steps and optimizer; all else is each side's default. A
+peer gets an environment of its own, made here once (--envs, 5 GB). Each run is a process of its own, the sides in
+turn, and prints a line: start-up until the first step, passes, peak memory, losses. The tokens are those of the rows,
+so that nobody gains by padding. Of all rounds each step's fastest counts, and the fastest start-up. The last line is
+one JSON object, of which --write makes docs/benchmarks.md; of several machines' kept outputs it makes one page:
+
+    python bench/speed.py --from cpu.txt gpu.txt --write
+
+Needs the demo model (python -m utils.demo_model), another --model, or --random SHAPE (of bench/memory.py), which needs
+no download. On a GPU without the internet:
+
+    python bench/speed.py --random qwen2-1.5b --sides ours ours-plain trl trl-cli
 """
 
 import argparse
@@ -20,7 +27,8 @@ import subprocess
 import sys
 import time
 import venv
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -32,7 +40,7 @@ LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 SAME = {"learning_rate": 5e-5, "seed": 42, "logging_steps": 1, "save_strategy": "no", "lr_scheduler_type": "constant"}
 LORA = {"lora_rank": 32, "lora_alpha": 16, "lora_dropout": 0.0}
 SIMPO = {"beta": 2.0, "simpo_gamma": 0.5}  # no likelihood term beside it
-MAX_LENGTH = 512  # no row is longer
+TOLERANCE = 1e-3  # of a loss, between kernels that sum in another order; what is left out or doubled shows above it
 STARTED, RESULT = "SPEED_STARTED", "SPEED_RESULT"  # what watch() is told by
 
 
@@ -44,12 +52,13 @@ class Job:
     mode: str
     model: str
     folder: str  # of the rows, in a file for each side that needs a form of its own
-    out: str
     steps: int
     batch: int
     accumulation: int
+    max_length: int  # tokens; no row is longer
     envs: str
     gpu: bool
+    out: str = ""  # where it writes
 
     def flags(self, max_length="max_length"):
         """What every side calls by the same name, `max_length` aside."""
@@ -58,7 +67,7 @@ class Job:
             "gradient_accumulation_steps": self.accumulation,
             "max_steps": self.steps,
             "output_dir": self.out,
-            max_length: MAX_LENGTH,
+            max_length: self.max_length,
             **({} if self.gpu else {"use_cpu": True}),
         }
 
@@ -76,46 +85,58 @@ def main():
     parser.add_argument("--modes", nargs="+", default=["lora", "full"], choices=["lora", "full"])
     parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
     parser.add_argument("--model", default="models/SmolLM2-135M-Instruct")
-    parser.add_argument("--steps", type=int, default=5, help="optimizer steps a run; the first is not timed")
-    parser.add_argument("--rounds", type=int, default=2, help="runs of each cell")
+    parser.add_argument("--steps", type=int, default=4, help="optimizer steps a run; the first is not timed")
+    parser.add_argument("--rounds", type=int, default=1, help="runs of each cell")
     parser.add_argument("--batch", type=int, default=2, help="rows a pass")
     parser.add_argument("--accumulation", type=int, default=2, help="passes a step")
     parser.add_argument("--envs", default="~/.cache/rlhf_bench", help="folder of the peers' environments")
+    parser.add_argument(
+        "--random", help="in place of --model: a shape of bench/memory.py, or a config's fields as JSON"
+    )
+    parser.add_argument("--from", dest="kept", nargs="+", help="what earlier runs printed; nothing is measured")
     parser.add_argument("--write", action="store_true", help="write docs/benchmarks.md")
     parser.add_argument("--trl", help=argparse.SUPPRESS)  # a Job as JSON: the side trl, in a process of its own
     asked = parser.parse_args()
     if asked.trl:
         return run_trl(Job(**json.loads(asked.trl)))
+    results = [json.loads(Path(file).read_text().splitlines()[-1]) for file in asked.kept or ()] or [run_all(asked)]
+    if asked.write:
+        PAGE.write_text(make_page(results), encoding="utf-8")
+    print(json.dumps(results[-1]))
+
+
+def run_all(asked):
+    """Every cell, and what came of it: the last line."""
     sys.path.insert(0, str(ROOT))
     from utils.environment import has_gpu
 
-    envs = Path(asked.envs).expanduser()
-    missing = {side: make_environment(envs / side, PEERS[side]) for side in PEERS if side in asked.sides}
-    cells = {}
+    gpu, envs, cells = has_gpu(), Path(asked.envs).expanduser(), {}
+    absent = {side: make_environment(envs / side, PEERS[side]) for side in PEERS if side in asked.sides}
+    shape = asked.steps, asked.batch, asked.accumulation
     with TemporaryDirectory() as folder:
-        tokens = write_rows(Path(folder), asked.model, asked.methods, asked.steps * asked.batch * asked.accumulation)
-        for number in range(asked.rounds):
-            for method in asked.methods:
-                for mode in asked.modes:
-                    for side in asked.sides[:: -1 if number % 2 else 1]:
-                        out = f"{folder}/run"
-                        shape = asked.steps, asked.batch, asked.accumulation
-                        job = Job(method, mode, asked.model, folder, out, *shape, str(envs), has_gpu())
-                        run = {"failed": missing[side]} if missing.get(side) else measure(side, job)
-                        cells.setdefault(f"{method} {mode}", {}).setdefault(side, []).append(run)
-                        print(method, mode, side, run, flush=True)
-    result = {
+        model = make_random(folder, asked.random) if asked.random else asked.model
+        tokens, longest = write_rows(Path(folder), model, asked.methods, asked.steps, asked.batch * asked.accumulation)
+        max_length = -(-(longest + 1) // 512) * 512  # nothing is cut
+        for number, method, mode in product(range(asked.rounds), asked.methods, asked.modes):
+            for side in asked.sides[:: -1 if number % 2 else 1]:
+                job = Job(method, mode, model, folder, *shape, max_length, str(envs), gpu)
+                run = {"failed": absent[side]} if absent.get(side) else measure(side, job)
+                cells.setdefault(f"{method} {mode}", {}).setdefault(side, []).append(run)
+                print(method, mode, side, run, flush=True)
+    return {
         "bench": "speed",
-        **{name: getattr(asked, name) for name in ("model", "steps", "rounds", "batch", "accumulation")},
-        "device": describe_device(),
+        **{name: getattr(asked, name) for name in ("steps", "rounds", "batch", "accumulation")},
+        "command": " ".join(["python bench/speed.py", *sys.argv[1:]]),
+        "model": f"random weights, {asked.random}" if asked.random else asked.model,
+        "gpu": gpu,
+        "device": describe_device(gpu),
         "dtype": job.dtype,
-        "versions": {side: versions(envs, side) for side in asked.sides},
-        "cells": {cell: {side: summarize(runs, tokens[cell.split()[0]], asked.accumulation)
-                         for side, runs in found.items()} for cell, found in cells.items()},
+        "versions": {side: versions(python_of(side, envs), (side, *LIBRARIES)) for side in asked.sides},
+        "cells": {
+            cell: {side: summarize(runs, tokens[cell.split()[0]], asked.accumulation) for side, runs in found.items()}
+            for cell, found in cells.items()
+        },
     }
-    if asked.write:
-        PAGE.write_text(make_page(result), encoding="utf-8")
-    print(json.dumps(result))
 
 
 # ── the sides: each the command that does a job, or raises LookupError where it has no such method ───────────────────
@@ -196,7 +217,8 @@ def ms_swift(job):
 
 def llamafactory(job):
     kind = {"DPO": {"stage": "dpo"}, "KTO": {"stage": "kto"}, "Reward": {"stage": "rm"}}
-    kind["SimPO"] = {"stage": "dpo", "pref_loss": "simpo", "pref_beta": SIMPO["beta"], "simpo_gamma": SIMPO["simpo_gamma"]}
+    beta, gamma = SIMPO.values()
+    kind["SimPO"] = {"stage": "dpo", "pref_loss": "simpo", "pref_beta": beta, "simpo_gamma": gamma}
     flags = {"do_train": True, "model_name_or_path": job.model, "finetuning_type": job.mode, "template": "empty"}
     flags |= {"dataset_dir": job.folder, "dataset": job.method, "disable_shuffling": True, "report_to": "none"}
     flags |= job.flags("cutoff_len") | {"lora_target": "all", **LORA} | ({"bf16": True} if job.gpu else {})
@@ -221,24 +243,23 @@ def as_flags(values):
 # ── the rows, in the form that each side takes: the same text, and so the same tokens ────────────────────────────────
 
 
-def write_rows(folder, model, methods, count):
-    """Writes `count` rows a method, and returns {method: tokens of each row, prompt and answers}."""
-    from rlhf_args.methods import METHODS as TABLE
-    from utils import data, models, text
+def write_rows(folder, model, methods, steps, width):
+    """Writes `width` rows a step; ({method: tokens of each step's rows, prompts included}, those of the longest)."""
+    from utils import models, text
 
-    tokenizer, tokens, known = models.load_tokenizer(model), {}, {}
+    tokenizer, tokens, known, longest, count = models.load_tokenizer(model), {}, {}, 0, steps * width
     text.fit_tokenizer(tokenizer, chat=True)
     eos = tokenizer.eos_token
     for method in methods:
         file = ROOT / "data" / f"{METHODS[method]}.jsonl"
         lines = file.read_text(encoding="utf-8").splitlines()
         if len(lines) < count:
-            sys.exit(f"{file}: {len(lines)} rows, but {count} are needed. Take fewer --steps, --batch or --accumulation")
+            sys.exit(f"{file}: {len(lines)} rows, {count} are needed. Lower --steps, --batch or --accumulation")
         chats = [json.loads(line) for line in lines[:count]]
-        texts, swifts, factories, tokens[method] = [], [], [], []
+        texts, swifts, factories, sizes = [], [], [], []
         for chat in chats:
             prompt, answers, _ = text.render(tokenizer, {k: v for k, v in chat.items() if k != "label"})
-            tokens[method].append(sum(len(tokenizer(prompt + answer)["input_ids"]) for answer in answers))
+            sizes.append([len(tokenizer(prompt + answer)["input_ids"]) for answer in answers])
             bare = [answer.removesuffix(eos) for answer in answers]  # ms-swift ends the turn itself
             asked = [{"role": "user", "content": prompt}]
             swift = {"messages": [*asked, {"role": "assistant", "content": bare[0]}]}
@@ -255,6 +276,8 @@ def write_rows(folder, model, methods, count):
                 swifts.append(swift | {"rejected_response": bare[1]})
                 said = {name: {"role": "assistant", "content": answer} for name, answer in pair.items()}
                 factories.append(factory | said)
+        tokens[method] = [sum(map(sum, sizes[start : start + width])) for start in range(0, count, width)]
+        longest = max(longest, *map(max, sizes))
         (folder / f"{method}-text").mkdir()
         for name, rows in {"chat": chats, "text/train": texts, "swift": swifts, "factory": factories}.items():
             written = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -265,7 +288,14 @@ def write_rows(folder, model, methods, count):
         known[method] |= {"columns": {"messages": "messages", **columns}}
         known[method] |= {} if METHODS[method] == "kto" else {"ranking": True}
     (folder / "dataset_info.json").write_text(json.dumps(known), encoding="utf-8")
-    return tokens
+    return tokens, longest
+
+
+def make_random(folder, shape):
+    """A model of random weights and its tokenizer of bytes, made in a process that the tests' settings may change."""
+    code = "import sys, memory; memory.make_model(sys.argv[1], memory.read_shape(sys.argv[2]))"
+    subprocess.run([sys.executable, "-c", code, f"{folder}/model", shape], cwd=ROOT / "bench", check=True)
+    return f"{folder}/model"
 
 
 # ── one run ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -273,18 +303,17 @@ def write_rows(folder, model, methods, count):
 
 def measure(side, job):
     """What watch() saw of one run, or {"failed": why}."""
-    try:
-        command = SIDES[side](job)
-    except LookupError as missing:
-        return {"failed": str(missing)}
     with TemporaryDirectory() as folder:
+        try:
+            command = SIDES[side](replace(job, out=f"{folder}/run"))
+        except LookupError as missing:
+            return {"failed": str(missing)}
         hook, result = Path(folder, "sitecustomize.py"), Path(folder, "result.json")
         hook.write_text(f"import sys\nsys.path.append({str(ROOT / 'bench')!r})\nimport speed\nspeed.watch()\n")
         job_env = os.environ | {"PYTHONPATH": folder, STARTED: str(time.time()), RESULT: str(result)}
         # nothing is found in a cache, and nothing fetched
         job_env |= {name: folder for name in ("XDG_CACHE_HOME", "HF_HOME", "MODELSCOPE_CACHE")}
         job_env |= {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
-        job = job.out
         done = subprocess.run(command, cwd=ROOT, env=job_env, capture_output=True, text=True)
         if result.exists():
             return json.loads(result.read_text())
@@ -369,16 +398,189 @@ def make_environment(folder, pins):
     return None
 
 
-def versions(envs, side):
-    return {}
-
-
-def describe_device():
-    return {}
+# ── what came of it ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def summarize(runs, tokens, accumulation):
-    return runs[0]
+    """What the runs of a cell came to. `tokens`: of each step's rows, which is what a step is divided by its time."""
+    done = [run for run in runs if "failed" not in run]
+    failures = [run["failed"] for run in runs if "failed" in run]
+    passes = len(tokens) * accumulation
+    failures += [f"{len(run['ends'])} passes in place of {passes}" for run in done if len(run["ends"]) != passes]
+    done = [run for run in done if len(run["ends"]) == passes]
+    if not done:
+        return {"failed": failures[0]}
+    fastest = map(min, zip(*(step_times(run["ends"], accumulation) for run in done), strict=True))
+    seen = done[0]["tokens"]
+    return {
+        "tokens_per_s": sum(tokens[1:]) / sum(fastest),
+        "start_s": min(run["start"] for run in done),
+        "peak_bytes": max(run["peak_bytes"] for run in done),
+        "final_loss": done[0]["losses"][-1],
+        "losses": done[0]["losses"],
+        "tokens": [sum(seen[place : place + accumulation]) for place in range(0, passes, accumulation)],
+        "failures": failures,
+    }
+
+
+def step_times(ends, accumulation):
+    """Seconds of each step but the first, from the end of the step's passes before it to the end of its own."""
+    last = ends[accumulation - 1 :: accumulation]
+    return [after - before for before, after in zip(last, last[1:], strict=False)]
+
+
+def python_of(side, envs):
+    return str(envs / side / "bin" / "python") if side in PEERS else sys.executable
+
+
+def versions(python, packages):
+    """{package: version} of those that are in this Python's environment."""
+    code = "import importlib.metadata as i, json, sys; found = {d.name.lower(): d.version for d in i.distributions()}"
+    code += "; print(json.dumps({name: found[name] for name in sys.argv[1:] if name in found}))"
+    done = subprocess.run([python, "-c", code, *packages], capture_output=True, text=True)
+    return {} if done.returncode else json.loads(done.stdout)
+
+
+def describe_device(gpu):
+    import torch
+
+    if gpu:
+        return torch.cuda.get_device_name(0)
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    kernels = torch.backends.cpu.get_cpu_capability()
+    return f"{name} ({kernels}), {os.cpu_count()} cores, {torch.get_num_threads()} threads a run, {memory:.0f} GiB"
+
+
+# ── docs/benchmarks.md ───────────────────────────────────────────────────────────────────────────────────────────────
+
+# (side, methods, modes) -> why it is faster there
+REASONS = {}
+HEADER = """
+## {device}
+
+`{command}`: one run at a time, the same model ({model}), rows in the same order, batch ({batch} rows a pass,
+{accumulation} passes a step), AdamW and learning rate, in {dtype}; all else is each side's default.
+{steps} steps a run, the first not timed; rounds: {rounds}, of which each step's fastest counts.
+
+| side | what it is | versions |
+|---|---|---|
+{sides}
+"""
+KINDS = {
+    "ours": "`train_rlhf.py` as it comes",
+    "ours-plain": "`train_rlhf.py --plain`",
+    "trl": "TRL's trainer called from Python, as its documentation shows it",
+    "trl-cli": "TRL's command line",
+    "ms-swift": "`swift rlhf`",
+    "llamafactory": "`llamafactory-cli train`",
+}
+
+
+def make_page(results):
+    return "# Benchmarks\n\nWritten by `bench/speed.py`, which says how.\n" + "".join(map(make_chapter, results))
+
+
+def make_chapter(result):
+    """A result as Markdown: ratios to ours, a table a measure, and why where a ratio is below 1."""
+    cells, sides = result["cells"], list(result["versions"])
+    others = [side for side in sides if side != "ours"]
+    listed = {side: ", ".join(map(" ".join, found.items())) for side, found in result["versions"].items()}
+    described = [f"| {side} | {KINDS[side]} | {listed[side]} |" for side in sides]
+    parts = [HEADER.format(**result, sides="\n".join(described))]
+    parts += [
+        "### Tokens a second: ours / the other's (above 1: ours is faster)\n",
+        table(cells, others, "tokens_per_s", lambda mine: f"{mine:.1f} /s", lambda mine, its: f"{mine / its:.2f}"),
+        *section("Ours is slower:\n", slower(cells, others)),
+        "### Start-up until the first step: the other's / ours (above 1: ours starts sooner)\n",
+        table(cells, others, "start_s", lambda mine: f"{mine:.1f} s", lambda mine, its: f"{its / mine:.2f}"),
+        "### Peak memory: the other's / ours (above 1: ours needs less)\n",
+        f"{'Allocated on the GPU.' if result['gpu'] else 'Resident memory of the process, libraries included.'}\n",
+        table(cells, others, "peak_bytes", lambda mine: f"{mine / 1e9:.2f} GB", lambda mine, its: f"{its / mine:.2f}"),
+        "### Loss of the last step\n",
+        table(cells, others, "final_loss", lambda mine: f"{mine:.6f}", lambda mine, its: f"{its:.6f}"),
+        *section("To the last digit:\n", to_the_digit(cells)),
+        *section("Not equal:\n", unequal(cells, others)),
+        *section("A dash:\n", missing(cells, sides)),
+    ]
+    return "\n".join(parts)
+
+
+def section(heading, lines):
+    return [heading, *(f"- {line}" for line in lines), ""] if lines else []
+
+
+def table(cells, others, measure, say_mine, compare):
+    """Ours as it is, each of the others as `compare(ours, its)`, a dash where either has not run."""
+    lines = ["| method, mode | ours | " + " | ".join(others) + " |", "|---" * (len(others) + 2) + "|"]
+    for cell, found in cells.items():
+        mine = found.get("ours", {}).get(measure)
+        shown = [found.get(side, {}).get(measure) for side in others]
+        words = ["–" if mine is None or its is None else compare(mine, its) for its in shown]
+        lines.append(f"| {cell} | " + " | ".join(["–" if mine is None else say_mine(mine), *words]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def slower(cells, others):
+    """A line of reason for each ratio of tokens a second below 1."""
+    lines, noise = [], find_noise(cells)
+    for cell, side, mine, its in pairs(cells, "ours", others):
+        ratio = mine["tokens_per_s"] / its["tokens_per_s"]
+        if ratio < 1:
+            lines.append(f"{cell}, {side} {ratio:.3f}: {find_reason(side, *cell.split(), 1 - ratio, noise)}")
+    return lines
+
+
+def find_reason(side, method, mode, lost, noise):
+    for (its, methods, modes), why in REASONS.items():
+        if its == side and method in methods and mode in modes:
+            return why
+    return f"noise: trl and trl-cli, the same work, are {noise:.1%} apart" if lost <= noise else "no reason found"
+
+
+def find_noise(cells):
+    """How far the same work is from itself: the largest difference between TRL's trainer and its command."""
+    apart = [abs(a["tokens_per_s"] / b["tokens_per_s"] - 1) for *_, a, b in pairs(cells, "trl", ["trl-cli"])]
+    return max(apart, default=0)
+
+
+def unequal(cells, others):
+    """What shows that a side does other work: its tokens, or its losses where they differ by more than rounding."""
+    lines = []
+    for cell, side, mine, its in pairs(cells, "ours", others):
+        if its["tokens"] != mine["tokens"]:
+            lines.append(f"{cell}, {side}: {its['tokens']} tokens a step where ours has {mine['tokens']}")
+        apart = max(abs(a - b) for a, b in zip(mine["losses"], its["losses"], strict=True))
+        if apart > TOLERANCE:
+            lines.append(f"{cell}, {side}: losses up to {apart:.1e} apart")
+    return lines
+
+
+def pairs(cells, one, others):
+    """(cell, side, what `one` and the side came to) where both have run."""
+    for cell, side in product(cells, others):
+        mine, its = cells[cell].get(one, {}), cells[cell].get(side, {})
+        if "losses" in mine and "losses" in its:
+            yield cell, side, mine, its
+
+
+def to_the_digit(cells):
+    """Where --plain has TRL's losses to the last digit, and where not."""
+    found = {True: [], False: []}
+    for cell, _, mine, its in pairs(cells, "ours-plain", ["trl"]):
+        found[mine["losses"] == its["losses"]].append(cell)
+    said = {True: "ours-plain has trl's losses to the last digit", False: "ours-plain has other losses than trl"}
+    return [f"{said[equal]}: {', '.join(named)}" for equal, named in found.items() if named]
+
+
+def missing(cells, sides):
+    """{what, why} of each dash, those of one reason in one line."""
+    why = {}
+    for cell, side in product(cells, sides):
+        if "failed" in cells[cell].get(side, {}):
+            why.setdefault((side, cells[cell][side]["failed"]), []).append(cell)
+    return [f"{side}, {' and '.join(named)}: {reason}" for (side, reason), named in why.items()]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,58 @@
+"""What bench/speed.py makes of what its runs saw: python -m pytest tests/test_bench.py"""
+
+import importlib.util
+
+import pytest
+
+from tests.conftest import ROOT
+
+spec = importlib.util.spec_from_file_location("speed", ROOT / "bench" / "speed.py")
+speed = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(speed)
+
+
+def run(*ends, losses=(0.7, 0.6, 0.5)):
+    """Three steps of two passes that end at these seconds, on 10 tokens each."""
+    return {"start": 2.0, "ends": list(ends), "tokens": [10] * 6, "losses": list(losses), "peak_bytes": 2e9}
+
+
+def test_each_step_counts_at_its_fastest_and_the_first_is_not_timed():
+    slow_end, slow_middle = run(3, 4, 5, 6, 8, 10), run(3, 5, 8, 9, 10, 10.5)
+    cell = speed.summarize([slow_end, slow_middle], tokens=[20, 20, 22], accumulation=2)
+    # step 2 takes 6-4 and 9-5 s, step 3 10-6 and 10.5-9 s: 42 tokens in 2 + 1.5 s
+    assert cell["tokens_per_s"] == pytest.approx(42 / 3.5)
+    assert cell["tokens"] == [20, 20, 20] and cell["final_loss"] == 0.5 and cell["failures"] == []
+
+
+def test_a_round_that_failed_is_kept_beside_those_that_did_not():
+    cell = speed.summarize([{"failed": "no disk"}, run(3, 4, 5, 6, 7, 8)], tokens=[20] * 3, accumulation=2)
+    assert cell["failures"] == ["no disk"] and cell["tokens_per_s"] == 10
+    assert speed.summarize([{"failed": "no disk"}], tokens=[20] * 3, accumulation=2) == {"failed": "no disk"}
+    short = run(3, 4, 5, 6)
+    assert speed.summarize([short], tokens=[20] * 3, accumulation=2) == {"failed": "4 passes in place of 6"}
+
+
+def page(**runs):
+    cell = {side.replace("_", "-"): speed.summarize([one], [20] * 3, 2) for side, one in runs.items()}
+    facts = dict.fromkeys(("device", "command", "model", "dtype", "batch", "accumulation", "steps", "rounds"), "?")
+    facts |= {"gpu": False, "versions": dict.fromkeys(cell, {}), "cells": {"DPO lora": cell}}
+    return speed.make_page([facts])
+
+
+def test_the_page_says_why_where_a_ratio_is_below_1():
+    ours, faster, slower = run(3, 4, 5, 6, 7, 8), run(2, 3, 3.5, 4, 4.5, 5), run(3, 4, 6, 8, 10, 12)
+    said = page(ours=ours, trl=faster, llamafactory=slower)
+    # ours 40 tokens in 4 s, the others in 2 and 8 s
+    assert "| DPO lora | 10.0 /s | 0.50 | 2.00 |" in said
+    assert "- DPO lora, trl 0.500: no reason found" in said and "llamafactory 2" not in said
+    noisy = page(ours=run(3, 4, 5, 6, 7, 8.2), trl=run(3, 4, 5, 6, 7, 8), trl_cli=run(3, 4, 5, 6, 7, 8.4))
+    assert "- DPO lora, trl 0.952: noise: trl and trl-cli, the same work, are 10.0% apart" in noisy
+
+
+def test_the_page_has_a_dash_with_its_reason_and_says_which_losses_differ():
+    ours, other = run(3, 4, 5, 6, 7, 8), run(3, 4, 5, 6, 7, 8, losses=(0.7, 0.6, 0.4))
+    said = page(ours=ours, trl_cli={"failed": "trl has no command for SimPO"}, ms_swift=other)
+    assert "| DPO lora | 10.0 /s | – | 1.00 |" in said and "- trl-cli, DPO lora: trl has no command for SimPO" in said
+    assert "| DPO lora | 0.500000 | – | 0.400000 |" in said and "ms-swift: losses up to 1.0e-01 apart" in said
+    plain = page(ours=ours, ours_plain=other, trl=other)
+    assert "- ours-plain has trl's losses to the last digit: DPO lora" in plain
