@@ -28,12 +28,17 @@ class SharedArgs:
         default="bfloat16",
         metadata={
             "help": "What is computed in, and what frozen weights are held in; float32 is used where the hardware has "
-            "no bfloat16, and said. Fully trained weights stay float32 beside it, as in TRL.",
+            "no bfloat16, and said; a CPU with AMX has it where it is typed. Fully trained weights stay float32 "
+            "beside it, as in TRL.",
             "choices": ["bfloat16", "float16", "float32"],
         },
     )
     attn_implementation: str | None = field(
-        default=None, metadata={"help": "sdpa, flash_attention_2, eager, ...; unset: what transformers picks."}
+        default=None,
+        metadata={
+            "help": "sdpa, flash_attention_2, eager, ...; unset: flash_attention_2 where it is installed and changes "
+            "no more than rounding, else what transformers picks."
+        },
     )
 
     # ── LoRA ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -21,6 +21,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).resolve().parent.parent
+ENVIRONMENT = dict(os.environ)  # before the imports that change it
 sys.path.insert(0, str(ROOT))
 PROMPT, SAMPLED = 100, 64  # tokens of a prompt, and of an answer that the policy gives itself
 PHASES = ("load", "rollout", "forward", "backward", "update")
@@ -75,15 +76,16 @@ def make_model(folder, shape):
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     from tests.conftest import make_tokenizer
 
     tokenizer = make_tokenizer()
     torch.manual_seed(0)
     ends = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None, "pad_token_id": tokenizer.pad_token_id}
     config = Qwen2Config(**shape, **ends, max_position_embeddings=4096, dtype="bfloat16")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.device(device):
-        Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+        Qwen2ForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    torch.cuda.empty_cache()  # for the cells
     tokenizer.save_pretrained(folder)
 
 
@@ -130,13 +132,15 @@ def measure(words, method, mode, launch, folder, top):
     Path(folder).mkdir()
     command = [sys.executable, "-m", "utils.launch", "bench/memory.py", *words]
     env = {"LAUNCH": name, "NUM_PROCESSES": processes or "1", "MEASURED": folder, "TOP": str(top)}
-    planning = start([sys.executable, "bench/memory.py", *words], **env, PLANNED="yes")
+    planning = start([sys.executable, "bench/memory.py", *words], **env, PLANNED="yes", CUDA_VISIBLE_DEVICES="")
     measuring = start(command, **env)
-    said, errors = measuring.communicate()
-    planned = json.loads(planning.communicate()[0].splitlines()[-1])
-    if measuring.returncode:
-        print(f"{method} {mode} {launch}  exit status {measuring.returncode}\n{said[-500:]}\n{errors[-1500:]}", flush=True)
-        return {"failed": errors.strip().splitlines()[-1:], "planned": planned["peak"]}
+    _, errors = measuring.communicate()
+    planned, trouble = planning.communicate()
+    for process, what in (measuring, errors), (planning, trouble):
+        if process.returncode:
+            print(f"{method} {mode} {launch}  exit status {process.returncode}\n{what[-1500:]}", flush=True)
+            return {"failed": what.strip().splitlines()[-1:]}
+    planned = json.loads(planned.splitlines()[-1])
     found = [json.loads(file.read_text()) for file in Path(folder).glob("measured-*")]
     cell = max(found, key=lambda one: one["measured"])
     cell |= {"planned": planned["peak"], "error": round(planned["peak"] / cell["measured"] - 1, 4)}
@@ -148,7 +152,7 @@ def measure(words, method, mode, launch, folder, top):
 
 
 def start(command, **env):
-    return subprocess.Popen(command, cwd=ROOT, env=os.environ | env, text=True, stdout=-1, stderr=-1)
+    return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT | env, text=True, stdout=-1, stderr=-1)
 
 
 def say(peak, phases):

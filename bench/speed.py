@@ -162,7 +162,7 @@ def run_trl(job):
     import torch
     from datasets import load_dataset
     from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
     kwargs = {"args": {}, "model": job.model}
     if job.method == "SimPO":
@@ -177,6 +177,11 @@ def run_trl(job):
         from trl import KTOConfig as Config, KTOTrainer as Trainer
     else:
         from trl import RewardConfig as Config, RewardTrainer as Trainer
+
+        # loaded here, as the trainer seeds it, so that the adapter begins with the numbers that ours begins with
+        set_seed(SAME["seed"])
+        load = AutoModelForSequenceClassification.from_pretrained
+        kwargs["model"] = load(job.model, num_labels=1, dtype=torch.float32)
     kwargs["args"] |= {} if job.gpu else {"bf16": False}
     kwargs["args"] |= {"train_sampling_strategy": "sequential", "report_to": "none"}
     if job.mode == "lora":
@@ -209,7 +214,9 @@ def ms_swift(job):
     kind = {"DPO": "dpo", "SimPO": "simpo", "KTO": "kto", "Reward": "rm"}[job.method]
     flags = {"model": job.model, "model_type": "llama", "template": "dummy", "tuner_type": job.mode}
     flags |= {"torch_dtype": job.dtype, "dataset": f"{job.folder}/{job.method}-swift.jsonl", "split_dataset_ratio": 0}
-    flags |= {"dataset_shuffle": False, "train_dataloader_shuffle": False, "weight_decay": 0, "adam_beta2": 0.999}
+    flags |= {"dataset_shuffle": False, "weight_decay": 0, "adam_beta2": 0.999}
+    # DPO's trainer obeys the one, the others the other
+    flags |= {"train_dataloader_shuffle": False, "train_sampling_strategy": "sequential"}
     flags |= job.flags() | {"warmup_ratio": 0, "report_to": "none", "target_modules": "all-linear", **LORA}
     flags |= SIMPO | {"cpo_alpha": 0} if job.method == "SimPO" else {}
     return [job.program("ms-swift", "swift"), "rlhf", "--rlhf_type", kind, *as_flags(flags)]

@@ -4,6 +4,7 @@ import contextlib
 import json
 from pathlib import Path
 
+from utils import shapes
 from utils.checks import Refused
 
 
@@ -36,6 +37,8 @@ def read_base_config(path, revision=None):
         path, revision = adapter["base_model_name_or_path"], adapter.get("revision")
     if Path(path).exists():
         return read_json(Path(path) / "config.json") or {}
+    if shape := shapes.find_shape(path):
+        return shape.to_dict()
     from transformers.utils import cached_file
 
     try:

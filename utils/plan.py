@@ -11,13 +11,13 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils import arguments, checks, environment, memory, models, shapes
+from utils import arguments, checks, environment, memory, models, reward_models, shapes
 from utils.checks import Refused
 
 GIB = 1024**3
 CONTEXT = 1.0 * GIB  # CUDA's context, NCCL's buffers, workspaces of kernels: about, and not planned
 VISIBLE = 0.985  # of the memory on a card's box: a 40 GB A100 has 39.4 GiB
-BUCKET = 5 * 10**8  # DeepSpeed's reduce_bucket_size, in numbers; training.fit_buckets makes it as small as what is trained
+BUCKET = 5 * 10**8  # DeepSpeed's reduce_bucket_size, in numbers; training.fit_bucket makes it as small as what is trained
 LIVE = 10**9  # its stage3_max_live_parameters: so much is gathered at once, towards the middle of a step
 ENGINES = ("single_gpu", "multi_gpu", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "fsdp2")
 SHARES = ("zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "fsdp2")
@@ -144,6 +144,9 @@ class Planner:
         """(the trainer's keyword, config, in 4 bits) of each frozen model that the trainer holds beside the policy."""
         if common.train_mode == "full" and models.needs_reference(config, self.method):
             yield from ((name, self.shape, False) for name in self.method.models)
+        judge = getattr(common, "reward_model_path", None)
+        if judge and not reward_models.shares_base(judge, self.path, common.train_mode, common.model_revision):
+            yield "reward_model", find_config(judge, None, config.trust_remote_code), False
         path = getattr(config, "teacher_model_name_or_path", None)
         if path and not (common.train_mode != "full" and models.same_path(path, self.path)):
             yield "teacher_model", find_config(path, None, config.trust_remote_code), config.teacher_load_in_4bit
@@ -353,8 +356,10 @@ class Longest:
         sizes = [measure(row, self.tokenizer) for row in prepared.rows]
         at = max(range(len(sizes)), key=lambda i: sum(sizes[i]))
         self.row, (prompt, completion) = prepared.rows[at], sizes[at]
-        if answer:
-            completion = max(answer, completion) if getattr(config, "lmbda", 1) else completion
+        if method.sample_reward:
+            completion = answer
+        elif answer and config.lmbda:
+            completion = max(answer, completion)
         self.lengths = prompt, completion
         self.said = f"{prompt} + {completion} tokens, {where}"
 
@@ -426,7 +431,7 @@ def deepspeed(owners, one, case, phase):
         return
     whole = size + rest
     owners["weights"] -= whole - (0 if offload else whole * share)
-    for name in ("ref_model", "teacher_model"):
+    for name in ("ref_model", "teacher_model", "reward_model"):
         owners[name] *= 0 if offload else share
     if phase == "rollout":
         owners["gathered weights"] = whole * (1 - share)

@@ -18,8 +18,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-PHASES = ("load", "rollout", "forward", "backward", "update")
 aten = torch.ops.aten
+# what autograd itself does in place, but not with tensors that have no data
+IN_PLACE = {
+    aten.add.Tensor: aten.add_.Tensor,
+    aten.scatter_add.default: aten.scatter_add_.default,
+    aten.index_put.default: aten.index_put_.default,
+}
 
 
 class Ledger(TorchDispatchMode):
@@ -42,6 +47,8 @@ class Ledger(TorchDispatchMode):
             return torch.empty(args[0].numel(), args[0].dim(), dtype=torch.int64)
         if func is aten.index.Tensor:  # a mask takes all: the longest rows have no padding
             args = args[0], [index for given in args[1] for index in as_indices(given)]
+        if func in IN_PLACE and is_asked_by_autograd():
+            func = IN_PLACE[func]
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
@@ -86,6 +93,14 @@ class Ledger(TorchDispatchMode):
         self.moment, self.owner = moment, owner
         self.highest = sum(self.peaks.get((self.phase, moment), {}).values())
         self.look()
+
+
+def is_asked_by_autograd():
+    """Whether the operation under way is one of autograd's own, and no function's written in Python."""
+    frame = sys._getframe(2)
+    while frame.f_code.co_name in ("_fn", "inner"):  # what torch wraps __torch_dispatch__ in
+        frame = frame.f_back
+    return frame.f_code.co_name == "_engine_run_backward"
 
 
 def as_indices(index):
@@ -232,7 +247,10 @@ def rehearse(method, config, lora, shape, tokenizer, rows, *, dtype, train_mode,
         for name, described, four_bit in others:
             ledger.owner = name
             kept = whole if name in method.models else held
-            frozen[name] = make_model(described, "CAUSAL_LM", kept, four_bit=four_bit).eval().requires_grad_(False)
+            task = "SEQ_CLS" if name == "reward_model" else "CAUSAL_LM"
+            frozen[name] = make_model(described, task, kept, four_bit=four_bit).eval().requires_grad_(False)
+            models.fit_config(frozen[name], tokenizer)
+        judge = frozen.pop("reward_model", None)
         ledger.owner = "weights"
         given = {"reward_funcs": [no_reward]} if method.sample_reward else {}
         trainer = kind(
@@ -258,8 +276,9 @@ def rehearse(method, config, lora, shape, tokenizer, rows, *, dtype, train_mode,
         trainer.current_gradient_accumulation_steps = config.gradient_accumulation_steps
     inputs = None if hasattr(trainer, "rehearsed") else next(iter(trainer.get_train_dataloader()))
     with without_data(ledger):
+        make_state(trainer, optimizer, ledger)
         if inputs is None:
-            answer(trainer, ledger, *lengths)
+            answer(trainer, judge, ledger, *lengths)
             inputs = trainer.rehearsed(*lengths)
         learn(trainer, optimizer, ledger, inputs, config.gradient_accumulation_steps)
     counts = [count_stored(trainer.model, trained) for trained in (True, False)]
@@ -315,8 +334,28 @@ def count_numbers(model):
     return sum(p.numel() * (2 * p.element_size() if hasattr(p, "quant_state") else 1) for p in model.parameters())
 
 
+def make_state(trainer, optimizer, ledger):
+    """The first step, which leaves the optimizer's state behind."""
+    make_gradients(trainer, ledger)
+    for parameter in trained_of(trainer):
+        parameter.register_post_accumulate_grad_hook(lambda one: ledger.give(one.grad, "gradients"))
+    ledger.owner = "optimizer"
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def make_gradients(trainer, ledger):
+    ledger.enter("update", "gradients")
+    for parameter in trained_of(trainer):
+        parameter.grad = torch.zeros_like(parameter)
+
+
+def trained_of(trainer):
+    return [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+
+
 def learn(trainer, optimizer, ledger, inputs, passes):
-    """A pass and an optimizer step, with the optimizer's state beside it, and the gradients of an earlier pass if any."""
+    """A pass and an optimizer step, beside the gradients of an earlier pass if there is one."""
     compute_loss, backward = trainer.compute_loss, trainer.accelerator.backward
 
     def forward_phase(*args, **kwargs):
@@ -329,15 +368,8 @@ def learn(trainer, optimizer, ledger, inputs, passes):
 
     trainer.compute_loss, trainer.accelerator.backward = forward_phase, backward_phase
     trainer._prepare_inputs = lambda given: given
-    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
-    ledger.enter("update", "gradients")
-    for parameter in trained:
-        parameter.grad = torch.zeros_like(parameter)
-        parameter.register_post_accumulate_grad_hook(lambda one: ledger.give(one.grad, "gradients"))
-    ledger.owner = "optimizer"
-    optimizer.step()
-    if passes == 1:
-        optimizer.zero_grad()
+    if passes > 1:
+        make_gradients(trainer, ledger)
     follow_layers(trainer, ledger)
     if getattr(trainer.args, "precompute_ref_log_probs", False):
         names = "ref_chosen_logps", "ref_rejected_logps", "ref_logps", "ref_KL_logps"
@@ -370,21 +402,30 @@ def mark_backward(out, ledger, name):
         states.register_hook(lambda _: ledger.reach(name))
 
 
-def answer(trainer, ledger, prompt, completion):
-    """A rollout: all prompts at once, then one more token with the keys and values of whole answers."""
+def answer(trainer, judge, ledger, prompt, completion):
+    """A rollout: all prompts at once, one more token with the keys and values of whole answers; their scores."""
     ledger.enter("rollout", "KV cache")
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
-    count = args.per_device_train_batch_size * (getattr(args, "steps_per_generation", None) or 1)
+    batch = args.per_device_train_batch_size
+    count = batch * (getattr(args, "steps_per_generation", None) or 1)
     ids = torch.ones(count, prompt, dtype=torch.int64)
+    mask = torch.ones(count, prompt + completion, dtype=torch.int64)
     model.eval()
     with torch.no_grad():
-        out = model(input_ids=ids, attention_mask=ids.clone(), use_cache=True, logits_to_keep=1)
+        out = model(input_ids=ids, attention_mask=mask[:, :prompt], use_cache=True, logits_to_keep=1)
         cache = out.past_key_values
         for layer in cache.layers:
-            batch, heads, _, size = layer.keys.shape
+            rows, heads, _, size = layer.keys.shape
             for name in ("keys", "values"):
-                setattr(layer, name, torch.empty(batch, heads, prompt + completion - 1, size, dtype=layer.keys.dtype))
-        mask = torch.ones(count, prompt + completion, dtype=torch.int64)
+                setattr(layer, name, torch.empty(rows, heads, prompt + completion - 1, size, dtype=layer.keys.dtype))
         out = model(input_ids=ids[:, :1], attention_mask=mask, past_key_values=cache, use_cache=True)
         out.logits[:, -1].float().softmax(-1)
+        del out, cache, layer
+        ledger.reach("judged")
+        whole = torch.ones_like(mask)
+        if judge is not None:
+            judge(input_ids=whole[: max(8, batch)], attention_mask=mask[: max(8, batch)])
+        if hasattr(trainer, "_get_per_token_logps_and_entropies"):  # TRL's online trainers score answers once more
+            for scored in filter(None, (trainer.model, trainer.ref_model)):
+                trainer._get_per_token_logps_and_entropies(scored, whole, mask, completion, batch)
     model.train()

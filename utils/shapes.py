@@ -3,6 +3,8 @@
 Source: config.json of Qwen2.5-0.5B, 1.5B, 3B, 7B, 14B, 32B, Llama-3.1-8B, 70B and Llama-2-7B as they were released.
 """
 
+from pathlib import Path
+
 # name -> (model type, vocabulary, hidden size, MLP, layers, heads, key and value heads, tied embeddings)
 SHAPES = {
     "0.5b": ("qwen2", 151936, 896, 4864, 24, 14, 2, True),
@@ -18,12 +20,12 @@ SHAPES = {
 
 
 def find_shape(name):
-    """The config of a named shape, in any letter case; None where there is none of that name."""
+    """The config of a named shape, in any letter case; None where there is none of that name, or a folder."""
+    sizes = SHAPES.get(str(name).lower())
+    if sizes is None or Path(name).exists():
+        return None
     from transformers import CONFIG_MAPPING
 
-    sizes = SHAPES.get(str(name).lower())
-    if sizes is None:
-        return None
     kind, vocabulary, hidden, mlp, layers, heads, key_value_heads, tied = sizes
     return CONFIG_MAPPING[kind](
         vocab_size=vocabulary,
