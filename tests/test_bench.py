@@ -34,8 +34,8 @@ def test_a_round_that_failed_is_kept_beside_those_that_did_not():
 
 def page(**runs):
     cell = {side.replace("_", "-"): speed.summarize([one], [20] * 3, 2) for side, one in runs.items()}
-    facts = dict.fromkeys(("device", "command", "model", "dtype", "batch", "accumulation", "steps", "rounds"), "?")
-    facts |= {"gpu": False, "versions": dict.fromkeys(cell, {}), "cells": {"DPO lora": cell}}
+    facts = dict.fromkeys(("device", "command", "model", "batch", "accumulation", "steps", "rounds"), "?")
+    facts |= {"gpu": False, "dtype": "float32", "versions": dict.fromkeys(cell, {}), "cells": {"DPO lora": cell}}
     return speed.make_page([facts])
 
 
