@@ -54,6 +54,9 @@ def main():
     flags = ["--dtype", "bfloat16" if gpu else "float32", "--gradient_checkpointing", str(gpu), *flags]
     with TemporaryDirectory() as folder, ThreadPoolExecutor(asked.jobs) as pool:
         make_model(Path(folder, "model"), shape)
+        Path(folder, "teacher").mkdir()  # another model of the same weights
+        for file in Path(folder, "model").iterdir():
+            Path(folder, "teacher", file.name).symlink_to(file)
         found = {}
         for method in asked.methods:
             write_rows(Path(folder, f"{method}.jsonl"), method, asked.length - PROMPT)
@@ -119,8 +122,8 @@ def command_of(folder, method, mode, launch, batch, length, flags):
     else:
         words += ["--max_length", str(length), "--train_sampling_strategy", "sequential"]
     if method == "GKD":
-        words += ["--teacher_model_name_or_path", f"{folder}/model", "--answers_dir", f"{folder}/answers"]
-        words += ["--max_completion_length", str(SAMPLED)]
+        words += ["--teacher_model_name_or_path", f"{folder}/teacher", "--answers_dir", f"{folder}/answers"]
+        words += ["--max_completion_length", str(length - PROMPT)]  # as long as the data's
     else:
         words += ["--rlhf_type", method]
     return [*words, *flags]

@@ -480,9 +480,8 @@ DIFFERENT = {
 HEADER = """
 ## {device}
 
-`{command}`: one run at a time, the same model ({model}), rows in the same order, batch ({batch} rows a pass,
-{accumulation} passes a step), AdamW and learning rate, in {dtype}; all else is each side's default.
-{steps} steps a run, the first not timed; rounds: {rounds}, of which each step's fastest counts.
+`{command}`: one run at a time, {model}, {dtype}, {batch} rows a pass, {accumulation} passes a step. {steps} steps a
+run, the first not timed; rounds: {rounds}, of which each step's fastest counts.
 
 | side | what it is | versions |
 |---|---|---|
@@ -498,8 +497,20 @@ KINDS = {
 }
 
 
+INTRODUCTION = """# Benchmarks
+
+Written by `bench/speed.py`. Tokens are those of the rows, without padding, as every side trains on the same ones;
+start-up is what passes from the command until the first step.
+
+Set by hand, so that all do the same work: batch, steps, the order of the rows, AdamW at a constant learning rate of
+{learning_rate} without decay, LoRA on all linear layers (rank {lora_rank}, alpha {lora_alpha}, no dropout), SimPO
+without a likelihood term. The text is rendered once, so that all train on the same tokens. Everything else, such as
+whether activations are computed again, is each side's default.
+"""
+
+
 def make_page(results):
-    return "# Benchmarks\n\nWritten by `bench/speed.py`, which says how.\n" + "".join(map(make_chapter, results))
+    return INTRODUCTION.format(**SAME, **LORA) + "".join(map(make_chapter, results))
 
 
 def make_chapter(result):
