@@ -214,7 +214,9 @@ def mark_phases(trainer, meter):
 
         return call
 
-    trainer._prepare_inputs = marked(trainer._prepare_inputs, "rollout" if hasattr(trainer, "generating") else "forward")
+    trainer._prepare_inputs = marked(
+        trainer._prepare_inputs, "rollout" if hasattr(trainer, "generating") else "forward"
+    )
     trainer.compute_loss = marked(trainer.compute_loss, "forward")
     trainer.accelerator.backward = marked(trainer.accelerator.backward, "backward", "update")
     AcceleratedOptimizer.step = marked(AcceleratedOptimizer.step, "update")

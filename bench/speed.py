@@ -327,7 +327,8 @@ def measure(side, job):
             return {"failed": str(missing)}
         hook, result = Path(folder, "sitecustomize.py"), Path(folder, "result.json")
         hook.write_text(f"import sys\nsys.path.append({str(ROOT / 'bench')!r})\nimport speed\nspeed.watch()\n")
-        job_env = os.environ | {"PYTHONPATH": folder, STARTED: str(time.time()), RESULT: str(result)}
+        paths = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
+        job_env = os.environ | {"PYTHONPATH": paths, STARTED: str(time.time()), RESULT: str(result)}
         # nothing is found in a cache, and nothing fetched
         job_env |= {name: folder for name in ("XDG_CACHE_HOME", "HF_HOME", "MODELSCOPE_CACHE")}
         job_env |= {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}

@@ -9,15 +9,16 @@ import os
 import re
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
-from utils import arguments, checks, environment, memory, models, reward_models, shapes
+from utils import arguments, checks, models, reward_models, shapes
 from utils.checks import Refused
 
 GIB = 1024**3
 CONTEXT = 1.0 * GIB  # CUDA's context, NCCL's buffers, workspaces of kernels: about, and not planned
 VISIBLE = 0.985  # of the memory on a card's box: a 40 GB A100 has 39.4 GiB
-BUCKET = 5 * 10**8  # DeepSpeed's reduce_bucket_size, in numbers; training.fit_bucket makes it as small as what is trained
+BUCKET = (
+    5 * 10**8
+)  # DeepSpeed's reduce_bucket_size, in numbers; training.fit_bucket makes it as small as what is trained
 LIVE = 10**9  # its stage3_max_live_parameters: so much is gathered at once, towards the middle of a step
 ENGINES = ("single_gpu", "multi_gpu", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "fsdp2")
 SHARES = ("zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "fsdp2")
@@ -157,10 +158,14 @@ class Planner:
         common, config = self.parse(case.words)
         held = f"{count(estimate.total)} numbers, {count(estimate.trained)} trained"
         cards = f"{case.processes} x {gib(self.memory, 0)}"
-        print(f"plan      {self.name}, {common.train_mode}, {self.path} ({held}), {common.dtype}, {cards}, {case.engine}")
+        print(
+            f"plan      {self.name}, {common.train_mode}, {self.path} ({held}), {common.dtype}, {cards}, {case.engine}"
+        )
         rows, passes = config.per_device_train_batch_size, config.gradient_accumulation_steps
         recompute = "on" if config.gradient_checkpointing else "off"
-        print(f"rows      {rows} a pass, {passes} passes a step: {self.longest.said}; gradient checkpointing {recompute}")
+        print(
+            f"rows      {rows} a pass, {passes} passes a step: {self.longest.said}; gradient checkpointing {recompute}"
+        )
         owners = list(dict.fromkeys(owner for phase in estimate.phases.values() for owner in phase))
         phases = [phase for phase in PHASES if phase in estimate.phases]
         print(f"{'per GPU, GiB':<20}" + "".join(f"{phase:>10}" for phase in phases))
@@ -207,7 +212,12 @@ class Planner:
         batch, passes = config.per_device_train_batch_size, config.gradient_accumulation_steps
         smaller = self.method.min_batch_size
         if batch > smaller and batch % smaller == 0:
-            words = ["--per_device_train_batch_size", smaller, "--gradient_accumulation_steps", passes * batch // smaller]
+            words = [
+                "--per_device_train_batch_size",
+                smaller,
+                "--gradient_accumulation_steps",
+                passes * batch // smaller,
+            ]
             if getattr(config, "steps_per_generation", None):
                 words += ["--steps_per_generation", config.steps_per_generation * batch // smaller]
             yield self.typed(tuple(map(str, words)))
@@ -345,7 +355,9 @@ class Longest:
         else:
             prompt, given = self.make_up(config, limit, answer)
             values = {"prompt": prompt, "chosen": given, "rejected": given, "completion": given, "label": True}
-            values = {column: values[column] for column in ("prompt", *method.columns) if column in values} | {"further": {}}
+            values = {column: values[column] for column in ("prompt", *method.columns) if column in values} | {
+                "further": {}
+            }
             if "messages" in method.columns:
                 values["completion"] = given
             text.fit_tokenizer(self.tokenizer, chat=False)
@@ -419,7 +431,11 @@ def deepspeed(owners, one, case, phase):
     """
     stage, share = int(case.engine[4]), 1 / case.processes
     (trained, size), (frozen, rest) = one.trained, one.frozen
-    width, offload, learning = size / max(trained, 1), "offload" in case.engine, phase in ("forward", "backward", "update")
+    width, offload, learning = (
+        size / max(trained, 1),
+        "offload" in case.engine,
+        phase in ("forward", "backward", "update"),
+    )
     owners["optimizer"] = 0 if offload else 12 * trained * share
     if learning and stage > 1:
         owners["gradients"] = 0 if offload and stage == 3 else size * share

@@ -222,7 +222,9 @@ def pack(model, quantization):
 # ── the step ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def rehearse(method, config, lora, shape, tokenizer, rows, *, dtype, train_mode, sharded, lengths, others=(), find=None):
+def rehearse(
+    method, config, lora, shape, tokenizer, rows, *, dtype, train_mode, sharded, lengths, others=(), find=None
+):
     """The Rehearsal of a run's second step.
 
     `find`: the config of a model that the trainer would load by itself, from its path. `shape`: the policy's config. `rows`: the longest ones, a batch of them. `lengths`: tokens of prompt and answer.
