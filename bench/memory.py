@@ -1,4 +1,4 @@
-"""Peak memory measured beside planned, of random weights: python bench/memory.py [--methods DPO PPO] [--modes full lora]
+"""Peak memory measured beside planned, of random weights: python bench/memory.py [--methods DPO PPO] [--modes lora]
 
 Each cell (method x train mode x launch) trains for two steps through the real command, in processes of its own, on
 rows of almost one length; further flags go to that command. On a GPU the peak is torch.cuda.max_memory_allocated; on a
@@ -300,7 +300,7 @@ def flatten(events, operation=""):
 
 
 def largest(blocks):
-    """[(bytes, how many blocks, where they came from)] of those alive after these events, as many as were asked for."""
+    """[(bytes, how many blocks, where they came from)] of those alive after these events, the --top largest."""
     alive, sums = {}, Counter()
     for _, pointer, size, where in blocks:
         if size > 0:

@@ -41,7 +41,7 @@ class Case:
 
 @dataclass
 class Estimate:
-    """`phases`: {phase: {owner: bytes}} of one process at its fullest; `host`: bytes in host memory, of a node's all."""
+    """`phases`: {phase: {owner: bytes}} of one process at its fullest; `host`: bytes of a node's host memory."""
 
     phases: dict
     trained: int
@@ -430,7 +430,7 @@ def deepspeed(owners, one, case, phase):
     Source: deepspeed 0.19.8, runtime/zero/stage_1_and_2.py, stage3.py, partitioned_param_coordinator.py.
     """
     stage, share = int(case.engine[4]), 1 / case.processes
-    (trained, size), (frozen, rest) = one.trained, one.frozen
+    (trained, size), (_, rest) = one.trained, one.frozen
     width, offload, learning = (
         size / max(trained, 1),
         "offload" in case.engine,
@@ -456,7 +456,7 @@ def deepspeed(owners, one, case, phase):
 
 
 def fully_sharded(owners, one, processes, phase):
-    """FSDP2: parameters in float32, their gradients and the optimizer's state in shares; layers gathered one by one."""
+    """FSDP2: float32 parameters, their gradients and the optimizer's state in shares; layers gathered one by one."""
     (trained, size), (_, rest) = one.trained, one.frozen
     share, whole = 1 / processes, size + rest
     owners["weights"] += (4 * trained + rest) * share - whole

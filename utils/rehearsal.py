@@ -28,7 +28,7 @@ IN_PLACE = {
 
 
 class Ledger(TorchDispatchMode):
-    """Adds up the storages that are alive, by owner; `peaks` is {(phase, moment): {owner: bytes}}, each at its fullest.
+    """Adds up the storages that are alive, by owner; `peaks`: {(phase, moment): {owner: bytes}}, each at its fullest.
 
     `owner` is whose the next ones are.
     """
@@ -140,7 +140,7 @@ def without_data(ledger):
 class Rehearsal:
     """What a step holds. `peaks`: {(phase, moment): {owner: bytes}}, one process alone, each moment at its fullest.
 
-    `trained`, `frozen`: (numbers as stored, bytes) of the policy's parameters; 4-bit weights are stored several in one.
+    `trained`, `frozen`: (numbers as stored, bytes) of the policy's parameters; of 4-bit weights one stores several.
     `weights`: bytes of the policy with all that belongs to it. `numbers`: its parameters, as what they stand for.
     """
 
@@ -227,9 +227,10 @@ def rehearse(
 ):
     """The Rehearsal of a run's second step.
 
-    `find`: the config of a model that the trainer would load by itself, from its path. `shape`: the policy's config. `rows`: the longest ones, a batch of them. `lengths`: tokens of prompt and answer.
+    `shape`: the policy's config. `rows`: the longest ones, a batch of them. `lengths`: tokens of prompt and answer.
     `sharded`: weights are held in `dtype`, as engines hold them that share parameters out. `others`: of frozen models
-    beside it, (the trainer's keyword, config, in 4 bits or not).
+    beside it, (the trainer's keyword, config, in 4 bits or not). `find`: the config of a model that the trainer would
+    load by itself, from its path.
     """
     from transformers import set_seed
 

@@ -1,4 +1,4 @@
-"""The sizes of well-known models, to plan for one that is not here: python train_rlhf.py --plan --model_name_or_path qwen2-7b
+"""The sizes of well-known models, to plan for one that is not here: --plan --model_name_or_path qwen2-7b
 
 Source: config.json of Qwen2.5-0.5B, 1.5B, 3B, 7B, 14B, 32B, Llama-3.1-8B, 70B and Llama-2-7B as they were released.
 """
