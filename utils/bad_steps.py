@@ -68,7 +68,7 @@ def warn(line):
 def largest_weight(model):
     """(name, magnitude) of the trained tensor that holds the largest number, nan if one is none."""
     held = ((name, local(p)) for name, p in model.named_parameters() if p.requires_grad)
-    sizes = {name: float(tensor.detach().abs().max()) for name, tensor in held if tensor.numel()}
+    sizes = {name: max(map(abs, tensor.detach().aminmax())).item() for name, tensor in held if tensor.numel()}
     return max(sizes.items(), key=lambda item: math.inf if math.isnan(item[1]) else item[1], default=("", 0.0))
 
 
@@ -81,8 +81,10 @@ def first_bad_gradient(model):
 def is_finite(tensor):
     if type(tensor).__name__ == "Params4bit":  # packed numbers, be it in the dtype of floats
         return True
-    tensor = local(tensor)
-    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
+    tensor = local(tensor).detach()
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return all(end.isfinite() for end in tensor.aminmax())  # no copies, where isfinite() takes 2.5 times the tensor
 
 
 def local(tensor):
