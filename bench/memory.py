@@ -50,7 +50,7 @@ def main():
     parser.add_argument("--top", type=int, default=0, help="on a CPU: the largest that lie there at the peak, so many")
     parser.add_argument("--jobs", type=int, default=1, help="cells at once")
     asked, flags = parser.parse_known_args()
-    shape = read_shape(asked.shape)
+    shape, device = read_shape(asked.shape), "cuda" if gpu else "cpu"
     flags = ["--dtype", "bfloat16" if gpu else "float32", "--gradient_checkpointing", str(gpu), *flags]
     with TemporaryDirectory() as folder, ThreadPoolExecutor(asked.jobs) as pool:
         make_model(Path(folder, "model"), shape)
@@ -64,9 +64,10 @@ def main():
                 for launch in asked.launches:
                     words = command_of(folder, method, mode, launch, asked.batch, asked.length, flags)
                     cell = method, mode, launch
-                    found["-".join(cell)] = pool.submit(measure, words, *cell, f"{folder}/{'-'.join(cell)}", asked.top)
+                    own = f"{folder}/{'-'.join(cell)}"
+                    found["-".join(cell)] = pool.submit(measure, words, *cell, own, asked.top, device)
         cells = {name: cell.result() for name, cell in found.items()}
-    line = {"bench": "memory", "device": "cuda" if gpu else "cpu", "shape": shape, "flags": flags}
+    line = {"bench": "memory", "device": device, "shape": shape, "flags": flags}
     print(json.dumps(line | {"batch": asked.batch, "length": asked.length, "cells": cells}))
 
 
@@ -118,7 +119,12 @@ def command_of(folder, method, mode, launch, batch, length, flags):
     words += ["--output_dir", f"{folder}/{method}-{mode}-{launch}/run", "--max_steps", "2", "--save_strategy", "no"]
     if EVERY[method].sample_reward:
         words += ["--reward_funcs", EVERY[method].sample_reward, "--max_completion_length", str(SAMPLED)]
-        words += ["--num_generations", "2"]
+        words += [
+            "--num_generations",
+            "2",
+            "--num_iterations",
+            "1",
+        ]  # a rollout a step, the second beside Adam's state
     else:
         words += ["--max_length", str(length), "--train_sampling_strategy", "sequential"]
     if method == "GKD":
@@ -129,13 +135,13 @@ def command_of(folder, method, mode, launch, batch, length, flags):
     return [*words, *flags]
 
 
-def measure(words, method, mode, launch, folder, top):
+def measure(words, method, mode, launch, folder, top, device):
     """What a cell took, said on a line."""
     name, _, processes = launch.partition(":")
     Path(folder).mkdir()
     command = [sys.executable, "-m", "utils.launch", "bench/memory.py", *words]
     env = {"LAUNCH": name, "NUM_PROCESSES": processes or "1", "MEASURED": folder, "TOP": str(top)}
-    planning = start([sys.executable, "bench/memory.py", *words], **env, PLANNED="yes", CUDA_VISIBLE_DEVICES="")
+    planning = start([sys.executable, "bench/memory.py", *words], **env, PLANNED=device, CUDA_VISIBLE_DEVICES="")
     measuring = start(command, **env)
     _, errors = measuring.communicate()
     planned, trouble = planning.communicate()
@@ -167,7 +173,8 @@ def say_planned(words):
     from utils.plan import Planner
 
     launch = os.environ["LAUNCH"].replace("cpu", "single_gpu" if os.environ["NUM_PROCESSES"] == "1" else "multi_gpu")
-    planner = Planner([*words[1:], "--plan", launch], "GKD" if "gkd" in words[0] else None)
+    name = "GKD" if "gkd" in words[0] else None
+    planner = Planner([*words[1:], "--plan", launch], name, on_gpu=os.environ["PLANNED"] == "cuda")
     estimate = planner.estimate(planner.asked)
     phases = {phase: sum(estimate.phases[phase].values()) for phase in PHASES if phase in estimate.phases}
     print(json.dumps({"peak": estimate.peak, "phases": phases}))

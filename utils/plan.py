@@ -64,15 +64,15 @@ def run(argv, name=None):
     if estimate.peak <= planner.room:
         print(f"fits      {gib(estimate.peak)} of {planner.say_room()}")
         return 0
-    print(f"too large {gib(estimate.peak)} of {planner.say_room()}")
-    planner.say_ways_out(estimate)
+    print(f"too large {gib(estimate.peak)} of {planner.say_room()}", flush=True)
+    planner.say_ways_out()
     return 2
 
 
 class Planner:
     """What is asked for, and the estimates made of it so far."""
 
-    def __init__(self, argv, name=None):
+    def __init__(self, argv, name=None, on_gpu=True):
         words = arguments.expand(argv)
         if name is None:
             shared, name = arguments.parse_common(words)
@@ -84,7 +84,7 @@ class Planner:
         engine, processes = read_launch(shared, os.environ)
         os.environ["LAUNCH_PROCESSES"] = str(processes)  # a rollout is shared by all of them
         self.asked = Case(words, engine, processes)
-        self.table, self.made = shared.plan == "all", {}
+        self.table, self.made, self.on_gpu = shared.plan == "all", {}, on_gpu
         self.memory = read_memory(shared.gpu_memory)
         self.room = self.memory * VISIBLE - CONTEXT
         common, config = self.parse(words)
@@ -122,6 +122,7 @@ class Planner:
                 lengths=self.longest.lengths,
                 others=[(name, cut(shape, count), four) for name, shape, four in self.others(common, config)],
                 find=lambda path: cut(find_config(path), count),
+                on_gpu=self.on_gpu,
             )
 
         layers = {"": self.shape.get_text_config().num_hidden_layers}
@@ -180,26 +181,28 @@ class Planner:
     def say_room(self):
         return f"{gib(self.room)} ({gib(self.memory, 0)} less {1 - VISIBLE:.1%}, and {gib(CONTEXT)} for CUDA and NCCL)"
 
-    def say_ways_out(self, now):
+    def say_ways_out(self):
         """The single changes that make it fit, the cheapest in time first; or the smallest peak that one reaches."""
-        found, best = [], None
+        turned, best = set(), None
         for said, case in self.ways_out():
+            knob = re.split("[ =]", said)[0]
+            if knob in turned:  # as little of each as it takes
+                continue
             try:
                 peak = self.estimate(case).peak
             except (Refused, ValueError):  # flags that exclude each other
                 continue
             if peak <= self.room:
-                found.append((said, peak))
+                if not turned:
+                    print("would fit, the least loss of speed first:")
+                print(f"  {said:<80} {gib(peak)}", flush=True)
+                turned.add(knob)
             if best is None or peak < best[1]:
                 best = said, peak
-            if len(found) == 4:
+            if len(turned) == 4:
                 break
-        if found:
-            print("would fit, the least loss of speed first:")
-        else:
-            print("no single change makes it fit; the one that comes nearest:")
-        for said, peak in found or [best]:
-            print(f"  {said:<80} {gib(peak)}")
+        if not turned and best:
+            print(f"no single change makes it fit; the one that comes nearest:\n  {best[0]:<80} {gib(best[1])}")
 
     def ways_out(self):
         """(what to type, Case) of each single change, the cheapest in time first."""
@@ -209,22 +212,19 @@ class Planner:
         if self.method.models and hasattr(config, "precompute_ref_log_probs") and full and alone:
             yield self.typed(("--precompute_ref_log_probs", "True"))
         later = SHARES[SHARES.index(case.engine) + 1 :] if case.engine in SHARES else SHARES
-        batch, passes = config.per_device_train_batch_size, config.gradient_accumulation_steps
-        smaller = self.method.min_batch_size
-        if batch > smaller and batch % smaller == 0:
-            words = [
-                "--per_device_train_batch_size",
-                smaller,
-                "--gradient_accumulation_steps",
-                passes * batch // smaller,
-            ]
-            if getattr(config, "steps_per_generation", None):
-                words += ["--steps_per_generation", config.steps_per_generation * batch // smaller]
+        smaller, passes = config.per_device_train_batch_size, config.gradient_accumulation_steps
+        generating = getattr(config, "steps_per_generation", None)
+        while smaller % 2 == 0 and smaller // 2 >= self.method.min_batch_size:
+            smaller, passes, generating = smaller // 2, passes * 2, generating and generating * 2
+            words = ["--per_device_train_batch_size", smaller, "--gradient_accumulation_steps", passes]
+            words += ["--steps_per_generation", generating] if generating else []
             yield self.typed(tuple(map(str, words)))
         if not config.gradient_checkpointing:
             yield self.typed(("--gradient_checkpointing", "True"))
         for engine in () if alone else [engine for engine in later if "offload" not in engine]:
             yield f"LAUNCH={engine}", Case(case.words, engine, case.processes)
+        if getattr(config, "teacher_load_in_4bit", None) is False:
+            yield self.typed(("--teacher_load_in_4bit", "True"))
         for mode in {"full": ("lora", "qlora"), "lora": ("qlora",)}.get(common.train_mode, ()):
             yield self.typed(("--train_mode", mode))
         if alone:

@@ -7,7 +7,9 @@ Not counted: buffers inside of kernels, what the CUDA context holds, fragmentati
 
 import contextlib
 import gc
+import logging
 import sys
+import warnings
 import weakref
 from collections import Counter
 from dataclasses import dataclass
@@ -223,19 +225,33 @@ def pack(model, quantization):
 
 
 def rehearse(
-    method, config, lora, shape, tokenizer, rows, *, dtype, train_mode, sharded, lengths, others=(), find=None
+    method,
+    config,
+    lora,
+    shape,
+    tokenizer,
+    rows,
+    *,
+    dtype,
+    train_mode,
+    sharded,
+    lengths,
+    others=(),
+    find=None,
+    on_gpu=True,
 ):
     """The Rehearsal of a run's second step.
 
     `shape`: the policy's config. `rows`: the longest ones, a batch of them. `lengths`: tokens of prompt and answer.
     `sharded`: weights are held in `dtype`, as engines hold them that share parameters out. `others`: of frozen models
     beside it, (the trainer's keyword, config, in 4 bits or not). `find`: the config of a model that the trainer would
-    load by itself, from its path.
+    load by itself, from its path. `on_gpu`: the losses' kernels are a GPU's.
     """
     from transformers import set_seed
 
     from rlhf_args.methods import load
     from utils import models, text
+    from utils.gpu_kernels import as_on_gpu
 
     reset_accelerate()
     set_seed(config.seed)
@@ -243,7 +259,7 @@ def rehearse(
     whole = held if sharded or train_mode != "full" else torch.float32
     config.bf16 = config.bf16 and not sharded
     kind = load(method.trainer)
-    with without_data(ledger), without_loading(find), as_if_computed(kind):
+    with quietly(), without_data(ledger), without_loading(find), as_if_computed(kind):
         model = make_model(shape, method.task, whole, four_bit=train_mode == "qlora")
         models.fit_config(model, tokenizer)
         frozen = {}
@@ -278,7 +294,7 @@ def rehearse(
         trainer.model_wrapped, optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
         trainer.current_gradient_accumulation_steps = config.gradient_accumulation_steps
     inputs = None if hasattr(trainer, "rehearsed") else next(iter(trainer.get_train_dataloader()))
-    with without_data(ledger):
+    with quietly(), without_data(ledger), as_on_gpu() if on_gpu else contextlib.nullcontext():
         make_state(trainer, optimizer, ledger)
         if inputs is None:
             answer(trainer, judge, ledger, *lengths)
@@ -296,6 +312,17 @@ def reset_accelerate():
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     PartialState(cpu=True)
+
+
+@contextlib.contextmanager
+def quietly():
+    """Inside, nothing is said of rows that are all the same, or of a model that cannot learn."""
+    with warnings.catch_warnings(action="ignore"):
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
 
 
 def no_reward(completions, **kwargs):
