@@ -124,7 +124,7 @@ def command_of(folder, method, mode, launch, batch, length, flags):
             "2",
             "--num_iterations",
             "1",
-        ]  # a rollout a step, the second beside Adam's state
+        ]  # a rollout a step: the second beside Adam's
     else:
         words += ["--max_length", str(length), "--train_sampling_strategy", "sequential"]
     if method == "GKD":

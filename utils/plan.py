@@ -189,16 +189,17 @@ class Planner:
             if knob in turned:  # as little of each as it takes
                 continue
             try:
-                peak = self.estimate(case).peak
+                estimate = self.estimate(case)
             except (Refused, ValueError):  # flags that exclude each other
                 continue
-            if peak <= self.room:
+            if estimate.peak <= self.room:
                 if not turned:
                     print("would fit, the least loss of speed first:")
-                print(f"  {said:<80} {gib(peak)}", flush=True)
+                host = f", and {gib(estimate.host, 0)} of a node's memory" if estimate.host else ""
+                print(f"  {said:<80} {gib(estimate.peak)}{host}", flush=True)
                 turned.add(knob)
-            if best is None or peak < best[1]:
-                best = said, peak
+            if best is None or estimate.peak < best[1]:
+                best = said, estimate.peak
             if len(turned) == 4:
                 break
         if not turned and best:
