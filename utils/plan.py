@@ -16,10 +16,10 @@ from utils.checks import Refused
 GIB = 1024**3
 CONTEXT = 1.0 * GIB  # CUDA's context, NCCL's buffers, workspaces of kernels: about, and not planned
 VISIBLE = 0.985  # of the memory on a card's box: a 40 GB A100 has 39.4 GiB
-BUCKET = (
-    5 * 10**8
-)  # DeepSpeed's reduce_bucket_size, in numbers; training.fit_bucket makes it as small as what is trained
-LIVE = 10**9  # its stage3_max_live_parameters: so much is gathered at once, towards the middle of a step
+BUCKET = 5 * 10**8  # DeepSpeed's reduce_bucket_size, in numbers; training.fit_bucket makes it no larger than needed
+LIVE = 10**9  # its stage3_max_live_parameters: so much of a model is gathered at once
+FETCHED = 5 * 10**7  # its stage3_prefetch_bucket_size
+GROUP = 10**9  # its sub_group_size: so many are updated at once
 ENGINES = ("single_gpu", "multi_gpu", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "fsdp2")
 SHARES = ("zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "fsdp2")
 PHASES = ("load", "rollout", "forward", "backward", "update")
@@ -430,30 +430,36 @@ def deepspeed(owners, one, case, phase):
 
     Source: deepspeed 0.19.8, runtime/zero/stage_1_and_2.py, stage3.py, partitioned_param_coordinator.py.
     """
-    stage, share = int(case.engine[4]), 1 / case.processes
+    stage, share, offload = int(case.engine[4]), 1 / case.processes, "offload" in case.engine
     (trained, size), (_, rest) = one.trained, one.frozen
-    width, offload, learning = (
-        size / max(trained, 1),
-        "offload" in case.engine,
-        phase in ("forward", "backward", "update"),
-    )
+    width = size / max(trained, 1)  # bytes of a number
+    bucket, so_far = width * min(BUCKET, trained), owners["gradients"]
     owners["optimizer"] = 0 if offload else 12 * trained * share
-    if learning and stage > 1:
-        owners["gradients"] = 0 if offload and stage == 3 else size * share
-    if phase == "update" and not offload:
-        owners["gradients"] += 4 * trained * share
-    if stage == 3 or phase == "backward":
-        owners["DeepSpeed's bucket"] = width * min(BUCKET, trained)
+    if phase == "backward" or stage == 3:
+        owners["DeepSpeed's buckets"] = bucket * (so_far > 0 or stage == 3) + min(bucket, so_far) * (
+            phase == "backward"
+        )
+    if stage == 2 and phase in ("forward", "backward"):
+        kept = size if one.accumulates else max(0, so_far - bucket)
+        owners["gradients"] = kept * share
+    elif stage > 1 and phase != "load":
+        owners["gradients"] = 0 if offload else size * share
+    if phase == "update" and not offload:  # in float32, stage 3 a group of parameters after the other
+        owners["gradients"] += 4 * (min(GROUP, trained * share) if stage == 3 else trained * share)
     if stage < 3:
         return
     whole = size + rest
     owners["weights"] -= whole - (0 if offload else whole * share)
+    held = [whole]
     for name in ("ref_model", "teacher_model", "reward_model"):
+        held += [owners[name]] if phase == "forward" else []
         owners[name] *= 0 if offload else share
     if phase == "rollout":
         owners["gathered weights"] = whole * (1 - share)
-    elif learning:
-        owners["gathered weights"] = min(whole, width * LIVE)
+    elif phase == "forward" or phase == "backward":
+        owners["gathered weights"] = sum(min(weights, width * LIVE) for weights in held)
+    if phase == "forward" or phase == "backward" and whole > width * LIVE:  # what is fetched next
+        owners["gathered weights"] += min(whole, max(one.largest, width * FETCHED))
 
 
 def fully_sharded(owners, one, processes, phase):

@@ -152,6 +152,8 @@ class Rehearsal:
     weights: float
     numbers: float
     gathered: float  # bytes of the parameters of two layers, the embeddings and the head
+    largest: int  # bytes of the largest parameter
+    accumulates: bool  # several passes a step
 
 
 def extend(two, three, layers):
@@ -170,7 +172,7 @@ def extend(two, three, layers):
     }
     pairs = [tuple(map(grow, getattr(two, name), getattr(three, name))) for name in ("trained", "frozen")]
     sums = grow(two.weights, three.weights), grow(two.numbers, three.numbers)
-    return Rehearsal(peaks, *pairs, *sums, two.gathered)
+    return Rehearsal(peaks, *pairs, *sums, two.gathered, two.largest, two.accumulates)
 
 
 # ── models ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -302,7 +304,9 @@ def rehearse(
         learn(trainer, optimizer, ledger, inputs, config.gradient_accumulation_steps)
     counts = [count_stored(trainer.model, trained) for trained in (True, False)]
     gathered = counts[0][1] + counts[1][1]
-    return Rehearsal(ledger.peaks, *counts, weights, count_numbers(trainer.model), gathered)
+    largest = max(parameter.numel() * parameter.element_size() for parameter in trainer.model.parameters())
+    accumulates = config.gradient_accumulation_steps > 1
+    return Rehearsal(ledger.peaks, *counts, weights, count_numbers(trainer.model), gathered, largest, accumulates)
 
 
 def reset_accelerate():
