@@ -455,7 +455,7 @@ def deepspeed(owners, one, case, phase):
         held += [owners[name]] if phase == "forward" else []
         owners[name] *= 0 if offload else share
     if phase == "rollout":
-        owners["gathered weights"] = whole * (1 - share)
+        owners["gathered weights"] = whole
     elif phase == "forward" or phase == "backward":
         owners["gathered weights"] = sum(min(weights, width * LIVE) for weights in held)
     if phase == "forward" or phase == "backward" and whole > width * LIVE:  # what is fetched next
