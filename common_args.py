@@ -94,6 +94,13 @@ class SharedArgs:
     gpu_memory: str | None = field(
         default=None, metadata={"help": "With --plan: what each is sold as, as 80GB; unset: as those here, or 40GB."}
     )
+    probe: bool = field(
+        default=False,
+        metadata={
+            "help": "Make two steps of the longest rows (or two rollouts of the longest answers), say what memory and "
+            "time they take and the whole run would, and stop."
+        },
+    )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Delete what an earlier run left in output_dir, then start afresh."}
     )

@@ -28,7 +28,7 @@ def run(argv):
     common, config, rows, problems = parse_and_check(argv)
     method = DISTILLATION[NAME]
 
-    from utils import models, summary, teacher
+    from utils import models, probe, summary, teacher
 
     # ── the text that is trained on ──────────────────────────────────────────────────────────────────────────────────
     with checks.collecting(problems):
@@ -40,6 +40,8 @@ def run(argv):
         summary.say_plan(common, config, NAME, method, tokenizer, rows, train, held_out, plan)
     else:
         summary.say_findings(rows)
+    if common.probe and not problems:
+        whole, train = probe.shorten(config, method, train)
     with checks.collecting(problems):
         start = training.find_start(common, config, NAME, rows)
     checks.refuse_if(problems)
@@ -58,6 +60,8 @@ def run(argv):
     trainer = training.make_trainer(
         load(method.trainer), student, config, tokenizer, train, held_out, lora, teacher_model=teaching
     )
+    if common.probe:
+        return probe.run(trainer, whole, common, method)
     shown = common, method, tokenizer, rows, train, held_out
     follow = training.train_and_report(trainer, start, *shown)
     again = {"TEACHER": config.teacher_model_name_or_path, "LMBDA": f"{config.lmbda:g}", "BETA": f"{config.beta:g}"}

@@ -26,7 +26,7 @@ def run(argv):
     common, config, name, rows, problems = parse_and_check(argv)
     method = METHODS[name]
 
-    from utils import models, reward_models, rewards, summary
+    from utils import models, probe, reward_models, rewards, summary
 
     # ── the text that is trained on ──────────────────────────────────────────────────────────────────────────────────
     with checks.collecting(problems):
@@ -38,6 +38,8 @@ def run(argv):
         summary.say_findings(rows)
     with checks.collecting(problems):
         judges = rewards.load_functions(common.reward_funcs, rows.train, tokenizer)
+    if common.probe and not problems:
+        whole, train = probe.shorten(config, method, train)
     with checks.collecting(problems):
         start = training.find_start(common, config, name, rows)
     checks.refuse_if(problems)
@@ -71,6 +73,8 @@ def run(argv):
 
     # ── train, save, and prove the save ──────────────────────────────────────────────────────────────────────────────
     trainer = training.make_trainer(load(method.trainer), policy, config, tokenizer, train, held_out, lora, **others)
+    if common.probe:
+        return probe.run(trainer, whole, common, method)
     shown = common, method, tokenizer, rows, train, held_out
     follow = training.train_and_report(trainer, start, *shown)
     training.save_and_verify(trainer, follow, argv, name, *shown, again={"RLHF_TYPE": name})

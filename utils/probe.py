@@ -1,0 +1,119 @@
+"""What a run takes, by doing a little of it: --probe makes two steps of the longest rows, and leaves nothing behind."""
+
+import dataclasses
+import math
+import tempfile
+import time
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import SaveStrategy
+
+from utils import memory, preflight, summary
+from utils.checks import Failed
+from utils.memory import GIB
+from utils.report import peak_memory
+
+
+@dataclasses.dataclass
+class Whole:
+    """The run that is probed. `share`: tokens of an average row to one of those probed; None where answers are made.
+
+    `folder`: where the probe writes; it goes with it.
+    """
+
+    steps: int
+    tokens: float  # of a row that is probed
+    share: float | None
+    folder: tempfile.TemporaryDirectory
+
+
+def shorten(config, method, train):
+    """(the run as it was to be, the rows to probe with): the longest of one pass, as often as two steps take them.
+
+    Where the policy answers itself, two rollouts with all their steps, and answers as long as they may be.
+    """
+    tokens = [sum(row) for row in train.sizes]
+    longest = sorted(range(len(tokens)), key=tokens.__getitem__)[-preflight.count_batch(config) :]
+    probed, share = sum(tokens[at] for at in longest) / len(longest), None
+    if method.sample_reward:
+        answers, size = config.num_generations, config.rollout_size()
+        cycle = math.ceil(size * config.num_iterations / config.step_size())
+        steps, needed = config.num_train_epochs * cycle * (len(tokens) * answers // size), 2 * size // answers
+        probed += config.max_completion_length
+        config.generation_kwargs = (config.generation_kwargs or {}) | {"min_new_tokens": config.max_completion_length}
+    else:
+        cycle, steps = 1, preflight.count_steps(config, method, len(tokens)) or 0
+        needed = 2 * preflight.count_batch(config) * config.gradient_accumulation_steps
+        share = sum(tokens) / len(tokens) / probed
+    steps = config.max_steps if config.max_steps > 0 else math.ceil(steps)
+    whole = Whole(steps, probed, share, tempfile.TemporaryDirectory(prefix="probe-"))
+    config.output_dir, config.max_steps = whole.folder.name, 2 * cycle
+    config.save_strategy, config.load_best_model_at_end = SaveStrategy.NO, False
+    config.eval_strategy, config.report_to, config.resume_from_checkpoint = "no", [], None
+    chosen = [longest[number % len(longest)] for number in range(needed)]
+    return whole, dataclasses.replace(train, rows=[train.rows[at] for at in chosen], sizes=[])
+
+
+def run(trainer, whole, common, method):
+    """Trains, says what the second half took, and returns 0. Raises Failed where memory runs out."""
+    clock, args = Clock(), trainer.args
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(clock)
+    try:
+        trainer.train()
+    except Exception as error:
+        if not memory.is_out_of_memory(error):
+            raise
+        raise Failed(memory.explain(trainer, method, common)) from error
+    seconds = clock.seconds()
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    tokens = rows * whole.tokens
+    summary.say(
+        f"probe     a step of {rows} rows of {whole.tokens:.0f} tokens, the longest: {seconds:.3g} s, "
+        f"{tokens / seconds:,.0f} tokens a second; peak {describe_peak(trainer)}"
+    )
+    about = f"; about {say_time(whole.steps * seconds * whole.share)} with rows as they are" if whole.share else ""
+    summary.say(
+        f"probe     {whole.steps} steps: {say_time(whole.steps * seconds)} if all were the longest{about}. "
+        "Without evaluation and saving"
+    )
+    return 0
+
+
+class Clock(TrainerCallback):
+    """When each step was over."""
+
+    def __init__(self):
+        self.ends = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.ends.append(now())
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.ends.append(now())
+
+    def seconds(self):
+        """Of a step in the second half, when all is compiled and the optimizer has its state."""
+        half = len(self.ends) // 2
+        return (self.ends[-1] - self.ends[half]) / (len(self.ends) - 1 - half)
+
+
+def now():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def describe_peak(trainer):
+    """The largest of all processes, of a GPU's memory or of the process's own."""
+    peaks = trainer.accelerator.gather(torch.tensor([peak_memory()], device=trainer.args.device, dtype=torch.int64))
+    there = f" of {torch.cuda.get_device_properties(0).total_memory / GIB:.1f}" if torch.cuda.is_available() else ""
+    return f"{peaks.max().item() / GIB:.1f}{there} GiB a {'GPU' if there else 'process'}"
+
+
+def say_time(seconds):
+    minutes = seconds / 60
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
