@@ -5,7 +5,11 @@ rows of almost one length; further flags go to that command. On a GPU the peak i
 CPU it is the running total of torch's allocator as its profiler records it. Of several processes the largest counts.
 Planned is what --plan says of the same command. Prints a line a cell and, last, one JSON object. Nothing is
 downloaded: the model's shape is --shape, a name below or the fields of a config as JSON. Cells run --jobs at once,
-which changes no peak.
+which changes no peak. On a CPU in bfloat16 torch and bitsandbytes copy weights as no GPU does: compare in float32.
+
+    python bench/memory.py --again bench/memory_h100.jsonl
+
+measures nothing: it plans anew what was measured elsewhere, from the JSON that was printed there.
 """
 
 import argparse
@@ -49,14 +53,14 @@ def main():
     parser.add_argument("--length", type=int, default=256, help=f"tokens of a row, {PROMPT} of them its prompt's")
     parser.add_argument("--top", type=int, default=0, help="on a CPU: the largest that lie there at the peak, so many")
     parser.add_argument("--jobs", type=int, default=1, help="cells at once")
+    parser.add_argument("--again", help="a file of what was printed earlier: plan those cells, measure none")
     asked, flags = parser.parse_known_args()
+    if asked.again:
+        return plan_again(Path(asked.again).read_text().splitlines())
     shape, device = read_shape(asked.shape), "cuda" if gpu else "cpu"
     flags = ["--dtype", "bfloat16" if gpu else "float32", "--gradient_checkpointing", str(gpu), *flags]
     with TemporaryDirectory() as folder, ThreadPoolExecutor(asked.jobs) as pool:
-        make_model(Path(folder, "model"), shape)
-        Path(folder, "teacher").mkdir()  # another model of the same weights
-        for file in Path(folder, "model").iterdir():
-            Path(folder, "teacher", file.name).symlink_to(file)
+        make_weights(folder, make_folder(folder, shape))
         found = {}
         for method in asked.methods:
             write_rows(Path(folder, f"{method}.jsonl"), method, asked.length - PROMPT)
@@ -71,26 +75,62 @@ def main():
     print(json.dumps(line | {"batch": asked.batch, "length": asked.length, "cells": cells}))
 
 
+def plan_again(lines):
+    """Prints each cell's phases as measured and as planned now, and one JSON object of the errors of the peaks."""
+    errors = {}
+    for found in map(json.loads, lines):
+        with TemporaryDirectory() as folder:
+            make_folder(folder, found["shape"])
+            for name, cell in found["cells"].items():
+                method, mode, launch = name.split("-")
+                write_rows(Path(folder, f"{method}.jsonl"), method, found["length"] - PROMPT)
+                words = command_of(folder, method, mode, launch, found["batch"], found["length"], found["flags"])
+                phases = plan_cell(words, *split_launch(launch), found["device"])
+                peak = max(phases[phase] for phase in cell["phases"])  # of those that were measured
+                size = f"{found['shape']['hidden_size']} x {found['shape']['num_hidden_layers']}"
+                errors[f"{size} {name}"] = error = round(peak / cell["measured"] - 1, 4)
+                print(f"{size} {name}  measured {say(cell['measured'], cell['phases'])}")
+                print(f"    planned {say(peak, phases)}: {error:+.1%}", flush=True)
+    print(json.dumps({"bench": "memory", "errors": errors, "largest": max(errors.values(), key=abs)}))
+
+
 def read_shape(given):
     return dict(zip(FIELDS, SHAPES[given], strict=True)) if given in SHAPES else json.loads(given)
 
 
-def make_model(folder, shape):
-    """A Qwen2 of random weights beside a byte-level tokenizer, whose vocabulary is smaller than the model's."""
-    import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+def make_folder(folder, shape):
+    """The folders of model and teacher, another model of the same weights: a config and a byte-level tokenizer, whose
+    vocabulary is smaller than the model's. Returns the config."""
+    from transformers import Qwen2Config
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     from tests.conftest import make_tokenizer
 
     tokenizer = make_tokenizer()
-    torch.manual_seed(0)
     ends = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None, "pad_token_id": tokenizer.pad_token_id}
     config = Qwen2Config(**shape, **ends, max_position_embeddings=4096, dtype="bfloat16")
-    with torch.device(device):
-        Qwen2ForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    for saved in (config, tokenizer):
+        saved.save_pretrained(Path(folder, "model"))
+    link_files(folder)
+    return config
+
+
+def link_files(folder):
+    Path(folder, "teacher").mkdir(exist_ok=True)
+    for file in Path(folder, "model").iterdir():
+        if not (there := Path(folder, "teacher", file.name)).exists():
+            there.symlink_to(file)
+
+
+def make_weights(folder, config):
+    """Random ones."""
+    import torch
+    from transformers import Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        Qwen2ForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(Path(folder, "model"))
     torch.cuda.empty_cache()  # for the cells
-    tokenizer.save_pretrained(folder)
+    link_files(folder)
 
 
 def write_rows(path, method, answer):
@@ -141,7 +181,8 @@ def measure(words, method, mode, launch, folder, top, device):
     Path(folder).mkdir()
     command = [sys.executable, "-m", "utils.launch", "bench/memory.py", *words]
     env = {"LAUNCH": name, "NUM_PROCESSES": processes or "1", "MEASURED": folder, "TOP": str(top)}
-    planning = start([sys.executable, "bench/memory.py", *words], **env, PLANNED=device, CUDA_VISIBLE_DEVICES="")
+    planning = {"PLANNED": launch, "DEVICE": device, "CUDA_VISIBLE_DEVICES": ""}
+    planning = start([sys.executable, "bench/memory.py", *words], **planning)
     measuring = start(command, **env)
     _, errors = measuring.communicate()
     planned, trouble = planning.communicate()
@@ -149,12 +190,13 @@ def measure(words, method, mode, launch, folder, top, device):
         if process.returncode:
             print(f"{method} {mode} {launch}  exit status {process.returncode}\n{what[-1500:]}", flush=True)
             return {"failed": what.strip().splitlines()[-1:]}
-    planned = json.loads(planned.splitlines()[-1])
+    phases = json.loads(planned.splitlines()[-1])
+    peak = max(phases.values())
     found = [json.loads(file.read_text()) for file in Path(folder).glob("measured-*")]
     cell = max(found, key=lambda one: one["measured"])
-    cell |= {"planned": planned["peak"], "error": round(planned["peak"] / cell["measured"] - 1, 4)}
+    cell |= {"planned": peak, "error": round(peak / cell["measured"] - 1, 4)}
     print(f"{method} {mode} {launch}  measured {say(cell['measured'], cell['phases'])}")
-    print(f"    planned {say(planned['peak'], planned['phases'])}: {cell['error']:+.1%}", flush=True)
+    print(f"    planned {say(peak, phases)}: {cell['error']:+.1%}", flush=True)
     for size, count, where in cell.get("largest", ()):
         print(f"    {size / 1e6:9.1f} MB  {count:4} x  {where}")
     return cell
@@ -168,16 +210,21 @@ def say(peak, phases):
     return f"{peak / 1e6:.1f} MB ({', '.join(f'{phase} {size / 1e6:.0f}' for phase, size in phases.items())})"
 
 
-def say_planned(words):
-    """What --plan says of the same command, as JSON."""
+def split_launch(launch):
+    """(the engine that --plan knows, processes) of a cell's launch."""
+    name, _, processes = launch.partition(":")
+    return name.replace("cpu", "multi_gpu" if processes else "single_gpu"), int(processes or 1)
+
+
+def plan_cell(words, engine, processes, device):
+    """{phase: bytes} that --plan says of the same command."""
     from utils.plan import Planner
 
-    launch = os.environ["LAUNCH"].replace("cpu", "single_gpu" if os.environ["NUM_PROCESSES"] == "1" else "multi_gpu")
     name = "GKD" if "gkd" in words[0] else None
-    planner = Planner([*words[1:], "--plan", launch], name, on_gpu=os.environ["PLANNED"] == "cuda")
+    asked = [*words[1:], "--plan", engine, "--num_processes", str(processes)]
+    planner = Planner(asked, name, on_gpu=device == "cuda")
     estimate = planner.estimate(planner.asked)
-    phases = {phase: sum(estimate.phases[phase].values()) for phase in PHASES if phase in estimate.phases}
-    print(json.dumps({"peak": estimate.peak, "phases": phases}))
+    return {phase: sum(estimate.phases[phase].values()) for phase in PHASES if phase in estimate.phases}
 
 
 # ── one of a cell's processes ────────────────────────────────────────────────────────────────────────────────────────
@@ -334,7 +381,7 @@ def own_memory(model):
 
 if __name__ == "__main__":
     if "PLANNED" in os.environ:
-        say_planned(sys.argv[1:])
+        print(json.dumps(plan_cell(sys.argv[1:], *split_launch(os.environ["PLANNED"]), os.environ["DEVICE"])))
     elif "MEASURED" in os.environ:
         sys.exit(train(sys.argv[1:]))
     else:

@@ -1,4 +1,4 @@
-"""What a run takes, by doing a little of it: --probe makes two steps of the longest rows, and leaves nothing behind."""
+"""What a run takes, by doing some of it: --probe makes two steps of the longest rows, and leaves nothing behind."""
 
 import dataclasses
 import math
