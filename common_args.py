@@ -89,7 +89,8 @@ class SharedArgs:
         },
     )
     num_processes: int | None = field(
-        default=None, metadata={"help": "With --plan: GPUs, one process each; unset: NUM_PROCESSES, or 1."}
+        default=None,
+        metadata={"help": "With --plan: GPUs, one process each; unset: NUM_PROCESSES, or those that are here, or 1."},
     )
     gpu_memory: str | None = field(
         default=None, metadata={"help": "With --plan: what each is sold as, as 80GB; unset: as those here, or 40GB."}

@@ -41,7 +41,7 @@ def run(argv):
     else:
         summary.say_findings(rows)
     if common.probe and not problems:
-        whole, train = probe.shorten(config, method, train)
+        whole, train, held_out = probe.shorten(config, method, train)
     with checks.collecting(problems):
         start = training.find_start(common, config, NAME, rows)
     checks.refuse_if(problems)

@@ -39,7 +39,7 @@ def run(argv):
     with checks.collecting(problems):
         judges = rewards.load_functions(common.reward_funcs, rows.train, tokenizer)
     if common.probe and not problems:
-        whole, train = probe.shorten(config, method, train)
+        whole, train, held_out = probe.shorten(config, method, train)
     with checks.collecting(problems):
         start = training.find_start(common, config, name, rows)
     checks.refuse_if(problems)

@@ -36,6 +36,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "benchmarks.md"
 # trl and the other libraries under a peer are what its own requirements lead to
 PEERS = {"ms-swift": ("ms-swift==4.6.0", "torch==2.13.0"), "llamafactory": ("llamafactory==0.9.5", "torch==2.13.0")}
+# no build of them on PyPI loads beside a CPU's torch, and text needs neither; LLaMA-Factory imports the second
+UNUSED = {"torchvision": False, "torchaudio": True}
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 SAME = {"learning_rate": 5e-5, "seed": 42, "logging_steps": 1, "save_strategy": "no", "lr_scheduler_type": "constant"}
 LORA = {"lora_rank": 32, "lora_alpha": 16, "lora_dropout": 0.0}
@@ -412,6 +414,14 @@ def make_environment(folder, pins):
     done = subprocess.run([*pip, "install", *pins], capture_output=True, text=True)
     if done.returncode:
         return f"not installed: {done.stderr.strip().splitlines()[-1]}"
+    for name, imported in UNUSED.items():
+        there = subprocess.run(
+            [str(folder / "bin" / "python"), "-c", f"import {name}"], capture_output=True, text=True
+        )
+        if there.returncode and "No module" not in there.stderr.strip().splitlines()[-1]:
+            subprocess.run([*pip, "uninstall", "-y", name], capture_output=True)
+            if imported:
+                next(folder.glob("lib/python*/site-packages"), folder).joinpath(f"{name}.py").touch()
     made.write_text(" ".join(pins))
     return None
 

@@ -1,12 +1,14 @@
 """The command line: flags and --config recipe.yaml, strict, with the method's own flags beside the shared ones."""
 
 import argparse
+import contextlib
 import difflib
 import json
 import os
 import re
 import sys
 from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 
 from common_args import CommonArgs
@@ -185,7 +187,13 @@ def asks_help(words):
 
 
 def asks_plan(words):
-    return any(word.split("=")[0] == "--plan" for word in words) and not asks_help(words)
+    """Whether --plan stands there, or in a recipe."""
+    given = [part for word in words for part in word.split("=", 1)]
+    for flag, file in pairwise(given):
+        if flag == "--config":
+            with contextlib.suppress(Refused):  # said where the recipe is read
+                given += read_recipe(file)
+    return "--plan" in given and not asks_help(words)
 
 
 def make_parser(dataclass_types, **kwargs):

@@ -99,6 +99,9 @@ def check_common(common, name, method):
         problems.append(f"--train_mode {common.train_mode}: {name} takes {', '.join(method.train_modes)}")
     if common.use_dora and common.train_mode == "full":
         problems.append("--use_dora with --train_mode full: DoRA is a kind of adapter. Type --train_mode lora")
+    for flag in ("num_processes", "gpu_memory"):
+        if getattr(common, flag) is not None:
+            problems.append(f"--{flag} {getattr(common, flag)}: of what --plan plans for. Add --plan, or leave it out")
     if common.lora_rank < 1:
         problems.append(f"--lora_rank {common.lora_rank}: a rank is 1 or more. Type --lora_rank 32")
     if not 0 <= common.lora_dropout < 1:
@@ -316,7 +319,8 @@ def check_config(common, config, name, method):
         )
     problems += check_launch(common, config)
     # of several processes the first one owns the folder, and may have begun to write
-    return problems + check_output_dir(common, config) if environment.is_main() else problems
+    writes = environment.is_main() and not common.probe
+    return problems + check_output_dir(common, config) if writes else problems
 
 
 def check_rollouts(common, config):

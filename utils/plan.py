@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-from utils import arguments, checks, models, reward_models, shapes
+from utils import arguments, checks, models, pace, reward_models, shapes, teacher
 from utils.checks import Refused
 
 GIB = 1024**3
@@ -22,7 +22,10 @@ FETCHED = 5 * 10**7  # its stage3_prefetch_bucket_size
 GROUP = 10**9  # its sub_group_size: so many are updated at once
 ENGINES = ("single_gpu", "multi_gpu", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "fsdp2")
 SHARES = ("zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "fsdp2")
+PROMPTED = 512  # tokens of a prompt that is made up
+ANSWERED = ("max_completion_length", "lmbda", "seq_kd", "packing")  # beside the limits, what decides how long rows are
 PHASES = ("load", "rollout", "forward", "backward", "update")
+FROZEN = ("ref_model", "teacher_model", "reward_model")
 SHOWN = {
     "ref_model": "reference",
     "teacher_model": "teacher",
@@ -62,7 +65,8 @@ def run(argv, name=None):
     estimate = planner.estimate(asked)
     planner.say(asked, estimate)
     if estimate.peak <= planner.room:
-        print(f"fits      {gib(estimate.peak)} of {planner.say_room()}")
+        print(f"fits      {gib(estimate.peak)} of {planner.say_room()}", flush=True)
+        planner.say_faster()
         return 0
     print(f"too large {gib(estimate.peak)} of {planner.say_room()}", flush=True)
     planner.say_ways_out()
@@ -85,16 +89,27 @@ class Planner:
         os.environ["LAUNCH_PROCESSES"] = str(processes)  # a rollout is shared by all of them
         self.asked = Case(words, engine, processes)
         self.table, self.made, self.on_gpu = shared.plan == "all", {}, on_gpu
-        self.memory = read_memory(shared.gpu_memory)
-        self.room = self.memory * VISIBLE - CONTEXT
+        self.memory, visible = read_memory(shared.gpu_memory)
+        self.room = visible - CONTEXT
         common, config = self.parse(words)
-        checks.refuse_if(list(check_flags(common, self.method)))
+        checks.refuse_if(list(check_flags(common, config, self.method)))
         self.path = common.model_name_or_path
         self.shape = find_config(self.path, common.model_revision, config.trust_remote_code)
-        self.longest = Longest(common, config, self.method, self.name)
+        self.found = {}
+        self.longest = self.find_longest(common, config)
 
     def parse(self, words):
-        return arguments.parse(list(words), self.name, planned=True)
+        """The flags, with what the run would choose by itself of what decides about memory."""
+        common, config = arguments.parse(list(words), self.name, planned=True)
+        if config.max_steps < 1 and common.model_name_or_path and not common.plain:
+            pace.compute_reference_once(pace.Job(common, config, self.method, None, None))
+        return common, config
+
+    def find_longest(self, common, config):
+        limits = tuple(getattr(config, name, None) for name in ("max_length", "max_prompt_length", *ANSWERED))
+        if limits not in self.found:
+            self.found[limits] = Longest(common, config, self.method, self.name)
+        return self.found[limits]
 
     def estimate(self, case):
         """The Estimate of a Case."""
@@ -105,32 +120,40 @@ class Planner:
         return shared_out(self.made[key], case)
 
     def rehearse(self, words, sharded):
-        from utils import rehearsal
-
-        def of_layers(count):
-            common, config = self.parse(words)
-            return rehearsal.rehearse(
-                self.method,
-                config,
-                self.lora(common),
-                cut(self.shape, count),
-                self.longest.tokenizer,
-                self.longest.batch(config.per_device_train_batch_size),
-                dtype=common.dtype,
-                train_mode=common.train_mode,
-                sharded=sharded,
-                lengths=self.longest.lengths,
-                others=[(name, cut(shape, count), four) for name, shape, four in self.others(common, config)],
-                find=lambda path: cut(find_config(path), count),
-                on_gpu=self.on_gpu,
-            )
-
+        """The Rehearsal of one process alone, extended from few layers to all of them."""
         layers = {"": self.shape.get_text_config().num_hidden_layers}
         for name, shape, _ in self.others(*self.parse(words)):
             layers[name] = shape.get_text_config().num_hidden_layers
         if min(layers.values()) <= 3:
-            return of_layers(max(layers.values()))
-        return rehearsal.extend(of_layers(2), of_layers(3), layers)
+            return self.rehearse_layers(words, sharded, max(layers.values()))
+        from utils import rehearsal
+
+        return rehearsal.extend(*(self.rehearse_layers(words, sharded, count) for count in (2, 3)), layers)
+
+    def rehearse_layers(self, words, sharded, count):
+        """The same of a model of so many layers, and of others of as many."""
+        from utils import rehearsal
+
+        common, config = self.parse(words)
+        longest = self.find_longest(common, config)
+        return rehearsal.rehearse(
+            self.method,
+            config,
+            self.lora(common),
+            cut(self.shape, count),
+            longest.tokenizer,
+            longest.batch(config.per_device_train_batch_size),
+            dtype=common.dtype,
+            train_mode=common.train_mode,
+            attn_implementation="eager"
+            if common.attn_implementation == "eager"
+            else None,  # the others hold no scores
+            sharded=sharded,
+            lengths=longest.lengths,
+            others=[(name, cut(shape, count), four) for name, shape, four in self.others(common, config)],
+            find=lambda path: cut(find_config(path), count),
+            on_gpu=self.on_gpu,
+        )
 
     def lora(self, common):
         if common.train_mode == "full":
@@ -150,8 +173,9 @@ class Planner:
         if judge and not reward_models.shares_base(judge, self.path, common.train_mode, common.model_revision):
             yield "reward_model", find_config(judge, None, config.trust_remote_code), False
         path = getattr(config, "teacher_model_name_or_path", None)
-        if path and not (common.train_mode != "full" and models.same_path(path, self.path)):
-            yield "teacher_model", find_config(path, None, config.trust_remote_code), config.teacher_load_in_4bit
+        if path and not teacher.shares_base(common, config):
+            described = find_config(path, config.teacher_model_revision, config.trust_remote_code)
+            yield "teacher_model", described, teacher.in_4bit(common, config)
 
     # ── what is said ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -179,7 +203,13 @@ class Planner:
             print(f"host      {gib(estimate.host)} of memory a node of {case.processes} processes")
 
     def say_room(self):
-        return f"{gib(self.room)} ({gib(self.memory, 0)} less {1 - VISIBLE:.1%}, and {gib(CONTEXT)} for CUDA and NCCL)"
+        return f"{gib(self.room)} ({gib(self.room + CONTEXT)} are there, {gib(CONTEXT)} for CUDA and NCCL)"
+
+    def say_faster(self):
+        """That recomputation could be left out, which takes a quarter of the time, if it could."""
+        said, case = self.typed(("--gradient_checkpointing", "False"))
+        if self.parse(self.asked.words)[1].gradient_checkpointing and (peak := self.estimate(case).peak) <= self.room:
+            print(f"faster    {said} would fit too: {gib(peak)}")
 
     def say_ways_out(self):
         """The single changes that make it fit, the cheapest in time first; or the smallest peak that one reaches."""
@@ -210,7 +240,7 @@ class Planner:
         case = self.asked
         common, config = self.parse(case.words)
         full, alone = common.train_mode == "full", case.processes == 1
-        if self.method.models and hasattr(config, "precompute_ref_log_probs") and full and alone:
+        if self.method.models and full and alone and getattr(config, "precompute_ref_log_probs", None) is False:
             yield self.typed(("--precompute_ref_log_probs", "True"))
         later = SHARES[SHARES.index(case.engine) + 1 :] if case.engine in SHARES else SHARES
         smaller, passes = config.per_device_train_batch_size, config.gradient_accumulation_steps
@@ -263,13 +293,17 @@ class Planner:
 
 def read_launch(shared, env):
     """(engine, processes) that --plan ENGINE, --num_processes and the run script's variables say. Raises Refused."""
-    asked = shared.num_processes if shared.num_processes is not None else env.get("NUM_PROCESSES") or count_gpus() or 1
-    if not str(asked).isdecimal() or int(asked) < 1:
-        raise Refused([f"--num_processes {asked}: how many GPUs, 1 or more"])
-    processes = int(asked)
-    engine = shared.plan if shared.plan not in ("launched", "all") else env.get("LAUNCH") or "auto"
+    launch = env.get("LAUNCH") or "auto"
+    here = env.get("NUM_PROCESSES") or (1 if launch in ("cpu", "single_gpu") else count_gpus() or 1)
+    counts = {"--num_processes ": shared.num_processes, "NUM_PROCESSES=": here, "NNODES=": env.get("NNODES") or 1}
+    given = {name: str(value) for name, value in counts.items() if value is not None}
+    wrong = [f"{name}{value}" for name, value in given.items() if not value.isdecimal() or value == "0"]
+    wrong = [f"{said}: how many, 1 or more" for said in wrong]
+    checks.refuse_if(wrong)
+    processes = shared.num_processes or int(here) * int(env.get("NNODES") or 1)
+    engine = shared.plan if shared.plan not in ("launched", "all") else launch
     if engine in ("auto", "cpu"):
-        engine = "single_gpu" if processes == 1 else "multi_gpu"
+        engine = "single_gpu"
     if engine not in ENGINES:
         raise Refused([f"--plan {engine}: no such launch. There are all, {', '.join(ENGINES)}"])
     return ("multi_gpu" if engine == "single_gpu" and processes > 1 else engine), processes
@@ -282,24 +316,29 @@ def count_gpus():
 
 
 def read_memory(said):
-    """Bytes of "40GB", "80GiB" or "24"; unsaid: those of the GPU that is here, or 40 GB. Raises Refused."""
+    """(what a card is called, bytes of it that are there) of "40GB", "80GiB" or "24"; unsaid: of the GPU that is here,
+    or a 40 GB one. Raises Refused."""
     if said is None:
         import torch
 
-        return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 40 * GIB
+        if torch.cuda.is_available():
+            return (torch.cuda.get_device_properties(0).total_memory,) * 2
+        said = "40GB"
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(GB|GiB|G)?", said, re.IGNORECASE)
     if not found or not float(found[1]):
         raise Refused([f"--gpu_memory {said}: what a card is sold as, like 40GB"])
-    return float(found[1]) * GIB
+    return float(found[1]) * GIB, float(found[1]) * GIB * VISIBLE
 
 
-def check_flags(common, method):
+def check_flags(common, config, method):
     if common.train_mode not in method.train_modes:
         yield f"--train_mode {common.train_mode}: takes {', '.join(method.train_modes)}"
     if common.use_dora and common.train_mode == "full":
         yield "--use_dora with --train_mode full: DoRA is a kind of adapter. Type --train_mode lora"
     if not common.model_name_or_path:
         yield f"--model_name_or_path: missing. A model folder, a Hub id, or one of {', '.join(shapes.SHAPES)}"
+    if hasattr(config, "teacher_model_name_or_path") and not config.teacher_model_name_or_path:
+        yield f"--teacher_model_name_or_path: missing. A model folder, a Hub id, or one of {', '.join(shapes.SHAPES)}"
 
 
 def find_config(path, revision=None, trust_remote_code=False):
@@ -335,53 +374,66 @@ class Longest:
     """The longest row of the data, or one as long as the flags allow. `lengths`: tokens of its prompt and answer."""
 
     def __init__(self, common, config, method, name):
-        from utils import data, text
+        from utils import cache, data, text
 
-        path, self.said = common.model_name_or_path, ""
-        limit = checks.length_limit(config, path)
-        answer = getattr(config, "max_completion_length", None)
+        path, limit = common.model_name_or_path, checks.length_limit(config, common.model_name_or_path)
         known = shapes.find_shape(path) is None
         self.tokenizer = (
             models.load_tokenizer(path, common.model_revision, config.trust_remote_code)
             if known
             else shapes.make_tokenizer()
         )
-        if common.train_data_path and known:
-            from utils import cache
-
+        packed = getattr(config, "packing", False)  # a pass is full then, whatever the rows are
+        if common.train_data_path and known and not packed:
             rows = data.load_rows(common.train_data_path, None, method.columns, name, common.max_samples).train
             text.fit_tokenizer(self.tokenizer, chat=data.is_chat(rows[0][1]))
             prepared = cache.prepare_rows(rows, self.tokenizer, method.columns, limit)
             where = "the longest of the data"
         else:
-            prompt, given = self.make_up(config, limit, answer)
-            values = {"prompt": prompt, "chosen": given, "rejected": given, "completion": given, "label": True}
-            values = {column: values[column] for column in ("prompt", *method.columns) if column in values} | {
-                "further": {}
-            }
-            if "messages" in method.columns:
-                values["completion"] = given
             text.fit_tokenizer(self.tokenizer, chat=False)
-            prepared = text.prepare_rows([("made up", values)], self.tokenizer, method.columns, limit)
-            where = f"as long as the flags allow ({'no data given' if known else 'a shape has no tokenizer'})"
+            prepared = self.make_up(method, limit or PROMPTED)
+            where = "packed" if packed else "made up, as no data is given" if known else "made up"
         if not prepared.rows:
             raise Refused(["no row is left to plan with: every one is longer than --max_length. Raise it"])
-        sizes = [measure(row, self.tokenizer) for row in prepared.rows]
-        at = max(range(len(sizes)), key=lambda i: sum(sizes[i]))
-        self.row, (prompt, completion) = prepared.rows[at], sizes[at]
-        if method.sample_reward:
+        at = max(range(len(prepared.rows)), key=lambda at: max(prepared.sizes[at]))
+        self.row, tokens = prepared.rows[at], max(prepared.sizes[at])
+        prompt = min(count_prompt(self.row, self.tokenizer), tokens)
+        completion, answer = tokens - prompt, getattr(config, "max_completion_length", 0)
+        if method.sample_reward or getattr(config, "seq_kd", False):
             completion = answer
-        elif answer and config.lmbda:
+        elif getattr(config, "lmbda", 0):
             completion = max(answer, completion)
         self.lengths = prompt, completion
         self.said = f"{prompt} + {completion} tokens, {where}"
 
-    def make_up(self, config, limit, answer):
-        """(prompt, answer) of as many tokens as fit."""
-        if answer and not hasattr(config, "max_length"):
-            return "a " * (min(limit or 512, 512) - 1), ""
-        limit = limit or 1024
-        return "a " * (limit // 2), "a " * (limit - limit // 2 - 1)
+    def make_up(self, method, limit):
+        """A row that is as long as `limit` allows; of prompts alone, no longer than PROMPTED."""
+        from rlhf_args.methods import PROMPT
+        from utils import text
+
+        if method.columns == PROMPT:
+            limit = min(limit, PROMPTED)
+        per_word = len(self.tokenizer(" ".join(["a"] * 64))["input_ids"]) / 64
+        for less in range(limit):  # what the template adds
+            words = int((limit - less) / per_word)
+            first = words if method.columns == PROMPT else words // 2
+            prompt, answer = (" ".join(["a"] * count) for count in (first, words - first))
+            values = {
+                "prompt": f"{prompt} ",
+                "chosen": answer,
+                "rejected": answer,
+                "completion": answer,
+                "label": True,
+            }
+            values = {column: values[column] for column in ("prompt", *method.columns) if column in values}
+            if "messages" in method.columns:
+                values["completion"] = answer
+            prepared = text.prepare_rows(
+                [("made up", values | {"further": {}})], self.tokenizer, method.columns, limit
+            )
+            if prepared.rows and not prepared.cut:
+                break
+        return prepared
 
     def batch(self, rows):
         from utils.text import Prepared
@@ -389,19 +441,17 @@ class Longest:
         return Prepared(rows=[self.row] * rows)
 
 
-def measure(row, tokenizer):
-    """Tokens of a row that is ready for its trainer: (prompt, the longest answer)."""
+def count_prompt(row, tokenizer):
+    """Tokens of the prompt of a row that is ready for its trainer."""
     if "input_ids" in row:
-        return len(row["input_ids"]), 0
+        return len(row["input_ids"])
     if "prompt_ids" in row:
-        return len(row["prompt_ids"]), len(row.get("completion_ids", ()))
+        return len(row["prompt_ids"])
     from utils.text import template
 
     prompt = row.get("prompt", "")
     text = prompt if isinstance(prompt, str) else template(tokenizer, prompt, add_generation_prompt=True)
-    answers = [row[name] for name in ("chosen", "rejected", "completion") if name in row]
-    first = len(tokenizer(text)["input_ids"]) if text else 0
-    return first, max((len(tokenizer(text + one)["input_ids"]) - first for one in answers), default=0)
+    return len(tokenizer(text)["input_ids"]) if text else 0
 
 
 # ── what engines share out ───────────────────────────────────────────────────────────────────────────────────────────
@@ -410,10 +460,10 @@ def measure(row, tokenizer):
 def shared_out(one, case):
     """The Estimate of a Case from the Rehearsal of one process alone."""
     trained, host, phases = one.trained[0], 0, {}
-    for (phase, _), owners in one.peaks.items():
+    for (phase, moment), owners in one.peaks.items():
         owners = Counter(owners)
         if case.engine.startswith("zero"):
-            deepspeed(owners, one, case, phase)
+            deepspeed(owners, one, case, phase, moment)
         elif case.engine == "fsdp2":
             fully_sharded(owners, one, case.processes, phase)
         elif case.processes > 1 and phase in ("forward", "backward", "update"):
@@ -421,11 +471,14 @@ def shared_out(one, case):
         if sum(owners.values()) > sum(phases.get(phase, Counter()).values()):
             phases[phase] = owners
     if "offload" in case.engine:
-        host = 16 * trained + (one.weights if case.engine.startswith("zero3") else 0)
+        host = 16 * trained
+        if case.engine.startswith("zero3"):  # the frozen models go there too
+            load = one.peaks["load", ""]
+            host += one.weights + sum(load.get(name, 0) for name in FROZEN)
     return Estimate(phases, trained, one.numbers, host)
 
 
-def deepspeed(owners, one, case, phase):
+def deepspeed(owners, one, case, phase, moment):
     """ZeRO: optimizer state and a float32 copy in shares, from stage 2 gradients, from stage 3 weights.
 
     Source: deepspeed 0.19.8, runtime/zero/stage_1_and_2.py, stage3.py, partitioned_param_coordinator.py.
@@ -435,28 +488,27 @@ def deepspeed(owners, one, case, phase):
     width = size / max(trained, 1)  # bytes of a number
     bucket, so_far = width * min(BUCKET, trained), owners["gradients"]
     owners["optimizer"] = 0 if offload else 12 * trained * share
-    if phase == "backward" or stage == 3:
-        owners["DeepSpeed's buckets"] = bucket * (so_far > 0 or stage == 3) + min(bucket, so_far) * (
-            phase == "backward"
-        )
+    if stage == 3 or phase == "backward" and so_far:
+        owners["DeepSpeed's buckets"] = bucket
+    if phase == "backward":  # and what is reduced of it
+        owners["DeepSpeed's buckets"] += min(bucket, so_far)
     if stage == 2 and phase in ("forward", "backward"):
-        kept = size if one.accumulates else max(0, so_far - bucket)
-        owners["gradients"] = kept * share
+        owners["gradients"] = share * (size if one.accumulates else max(0, so_far - bucket))
     elif stage > 1 and phase != "load":
         owners["gradients"] = 0 if offload else size * share
     if phase == "update" and not offload:  # in float32, stage 3 a group of parameters after the other
         owners["gradients"] += 4 * (min(GROUP, trained * share) if stage == 3 else trained * share)
     if stage < 3:
         return
-    whole = size + rest
+    whole, frozen = size + rest, {name: owners[name] for name in FROZEN}
     owners["weights"] -= whole - (0 if offload else whole * share)
-    held = [whole]
-    for name in ("ref_model", "teacher_model", "reward_model"):
-        held += [owners[name]] if phase == "forward" else []
+    for name in frozen:
         owners[name] *= 0 if offload else share
-    if phase == "rollout":
+    if phase == "rollout" and moment != "judged":  # every token asks all of it
         owners["gathered weights"] = whole
-    elif phase == "forward" or phase == "backward":
+    elif phase in ("rollout", "forward", "backward"):
+        frozen.pop("reward_model" if phase == "forward" else "teacher_model")
+        held = [whole, *frozen.values()] if phase != "backward" else [whole]
         owners["gathered weights"] = sum(min(weights, width * LIVE) for weights in held)
     if phase == "forward" or phase == "backward" and whole > width * LIVE:  # what is fetched next
         owners["gathered weights"] += min(whole, max(one.largest, width * FETCHED))

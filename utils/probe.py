@@ -10,8 +10,8 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import SaveStrategy
 
-from utils import memory, preflight, summary
-from utils.checks import Failed
+from utils import memory, preflight, summary, text
+from utils.checks import Failed, Refused
 from utils.memory import GIB
 from utils.report import peak_memory
 
@@ -30,30 +30,45 @@ class Whole:
 
 
 def shorten(config, method, train):
-    """(the run as it was to be, the rows to probe with): the longest of one pass, as often as two steps take them.
-
-    Where the policy answers itself, two rollouts with all their steps, and answers as long as they may be.
+    """(the run as it was to be, the rows to probe with, none held out): the longest of one pass, as often as two steps
+    take them; where the policy answers itself, two rollouts with all their steps, and answers as long as they may be.
     """
-    tokens = [sum(row) for row in train.sizes]
-    longest = sorted(range(len(tokens)), key=tokens.__getitem__)[-preflight.count_batch(config) :]
+    tokens, a_pass = [sum(row) for row in train.sizes], preflight.count_batch(config)
+    longest = sorted(range(len(tokens)), key=tokens.__getitem__)[-a_pass:]
     probed, share = sum(tokens[at] for at in longest) / len(longest), None
+    a_step, lmbda = a_pass * config.gradient_accumulation_steps, getattr(config, "lmbda", 0)
+    cycle, needed = 1, 2 * a_step  # steps after which all comes again, rows of two of them
     if method.sample_reward:
         answers, size = config.num_generations, config.rollout_size()
-        cycle = math.ceil(size * config.num_iterations / config.step_size())
-        steps, needed = config.num_train_epochs * cycle * (len(tokens) * answers // size), 2 * size // answers
+        steps = config.num_train_epochs * (len(tokens) * answers // size) * size * config.num_iterations / a_step
+        cycle, needed = math.ceil(size * config.num_iterations / a_step), 2 * size // answers
         probed += config.max_completion_length
-        config.generation_kwargs = (config.generation_kwargs or {}) | {"min_new_tokens": config.max_completion_length}
+    elif getattr(config, "packing", False):
+        steps = config.num_train_epochs * sum(tokens) / config.max_length / a_step
+        needed = math.ceil(needed * config.max_length / probed) + 1
+        probed = config.max_length
+    elif getattr(config, "seq_kd", False):
+        raise Refused(
+            ["--probe with --seq_kd: the teacher's answers are not there yet. Type --lmbda 0 and data with some"]
+        )
     else:
-        cycle, steps = 1, preflight.count_steps(config, method, len(tokens)) or 0
-        needed = 2 * preflight.count_batch(config) * config.gradient_accumulation_steps
-        share = sum(tokens) / len(tokens) / probed
+        steps, share = preflight.count_steps(config, method, len(tokens)), sum(tokens) / len(tokens) / probed
+        if lmbda:
+            mixed = lmbda < 1
+            cycle, share = math.ceil(1 / min(lmbda, 1 - lmbda)) if mixed else 1, None
+            probed += 0 if mixed else config.max_completion_length
+            needed *= cycle
+    if method.sample_reward or lmbda:
+        least = "min_tokens" if config.use_vllm else "min_new_tokens"
+        config.generation_kwargs = (config.generation_kwargs or {}) | {least: config.max_completion_length}
     steps = config.max_steps if config.max_steps > 0 else math.ceil(steps)
     whole = Whole(steps, probed, share, tempfile.TemporaryDirectory(prefix="probe-"))
     config.output_dir, config.max_steps = whole.folder.name, 2 * cycle
     config.save_strategy, config.load_best_model_at_end = SaveStrategy.NO, False
-    config.eval_strategy, config.report_to, config.resume_from_checkpoint = "no", [], None
+    config.eval_strategy, config.eval_on_start = "no", False
+    config.report_to, config.resume_from_checkpoint = [], None
     chosen = [longest[number % len(longest)] for number in range(needed)]
-    return whole, dataclasses.replace(train, rows=[train.rows[at] for at in chosen], sizes=[])
+    return whole, dataclasses.replace(train, rows=[train.rows[at] for at in chosen], sizes=[]), text.Prepared()
 
 
 def run(trainer, whole, common, method):
@@ -78,7 +93,7 @@ def run(trainer, whole, common, method):
     about = f"; about {say_time(whole.steps * seconds * whole.share)} with rows as they are" if whole.share else ""
     summary.say(
         f"probe     {whole.steps} steps: {say_time(whole.steps * seconds)} if all were the longest{about}. "
-        "Without evaluation and saving"
+        "Without evaluation, saving and what is computed before the first step"
     )
     return 0
 

@@ -178,7 +178,7 @@ def extend(two, three, layers):
 # ── models ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def make_model(shape, task, dtype, attn_implementation=None, four_bit=False):
+def make_model(shape, task, dtype, attn_implementation, four_bit):
     """The model of a config, with no data in it; as models.load_model makes one."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -236,6 +236,7 @@ def rehearse(
     *,
     dtype,
     train_mode,
+    attn_implementation,
     sharded,
     lengths,
     others=(),
@@ -262,14 +263,16 @@ def rehearse(
     config.bf16 = config.bf16 and not sharded
     kind = load(method.trainer)
     with quietly(), without_data(ledger), without_loading(find), as_if_computed(kind):
-        model = make_model(shape, method.task, whole, four_bit=train_mode == "qlora")
+        model = make_model(shape, method.task, whole, attn_implementation, four_bit=train_mode == "qlora")
         models.fit_config(model, tokenizer)
         frozen = {}
         for name, described, four_bit in others:
             ledger.owner = name
             kept = whole if name in method.models else held
             task = "SEQ_CLS" if name == "reward_model" else "CAUSAL_LM"
-            frozen[name] = make_model(described, task, kept, four_bit=four_bit).eval().requires_grad_(False)
+            frozen[name] = (
+                make_model(described, task, kept, attn_implementation, four_bit).eval().requires_grad_(False)
+            )
             models.fit_config(frozen[name], tokenizer)
         judge = frozen.pop("reward_model", None)
         ledger.owner = "weights"
@@ -299,7 +302,8 @@ def rehearse(
     with quietly(), without_data(ledger), as_on_gpu() if on_gpu else contextlib.nullcontext():
         make_state(trainer, optimizer, ledger)
         if inputs is None:
-            answer(trainer, judge, ledger, *lengths)
+            if getattr(config, "lmbda", 1) > 0:
+                answer(trainer, judge, ledger, *lengths)
             inputs = trainer.rehearsed(*lengths)
         learn(trainer, optimizer, ledger, inputs, config.gradient_accumulation_steps)
     counts = [count_stored(trainer.model, trained) for trained in (True, False)]
@@ -441,7 +445,7 @@ def answer(trainer, judge, ledger, prompt, completion):
     ledger.enter("rollout", "KV cache")
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
     batch = args.per_device_train_batch_size
-    count = batch * (getattr(args, "steps_per_generation", None) or 1)
+    count = batch * (getattr(args, "steps_per_generation", None) or args.gradient_accumulation_steps)
     ids = torch.ones(count, prompt, dtype=torch.int64)
     mask = torch.ones(count, prompt + completion, dtype=torch.int64)
     model.eval()

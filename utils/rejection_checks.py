@@ -43,6 +43,8 @@ def check_flags(common, config, words):
         problems += [f"--{name}: nothing is trained without --then. Leave it out" for name in given]
         if config.rounds != 1:
             problems.append(f"--rounds {config.rounds}: a round ends with a training. Add --then DPO (or another)")
+    asked = [flag for flag in ("plan", "probe") if getattr(common, flag)]
+    problems += [f"--{flag}: of a training alone. Give it to train_rlhf.py" for flag in asked]
     if needs_model(config):
         problems += checks.check_common(common, "Rejection sampling", REJECTION)
     return problems + check_output_dir(common, config)
