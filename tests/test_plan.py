@@ -71,7 +71,7 @@ def test_what_two_and_three_layers_take_tells_what_five_do(deep, flags):
             max(sum(owners.values()) for (when, _), owners in one.peaks.items() if when == phase)
             for one in (extended, whole)
         )
-        assert found == pytest.approx(real, rel=1e-3), phase
+        assert found == pytest.approx(real, rel=5e-3), phase
 
 
 def test_parameters_optimizer_and_gradients_are_counted_to_the_byte(tiny_model):
