@@ -56,7 +56,13 @@ def test_a_named_shape_has_as_many_numbers_as_its_model(name):
 
 
 @pytest.mark.parametrize(
-    "flags", ["--train_mode full", "--rlhf_type KTO --train_mode qlora", "--gradient_checkpointing False"]
+    "flags",
+    [
+        "--train_mode full",
+        "--rlhf_type KTO --train_mode qlora",
+        "--rlhf_type SimPO --train_mode qlora",
+        "--gradient_checkpointing False",
+    ],
 )
 def test_what_two_and_three_layers_take_tells_what_five_do(deep, flags):
     planner = planner_of(deep, f"--rlhf_type DPO {flags}")

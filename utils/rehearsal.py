@@ -29,6 +29,9 @@ IN_PLACE = {
 }
 
 
+PACKED = {"quant_state", "compress_statistics", "bnb_quantized", "quant_type", "quant_storage"}  # of a 4-bit weight
+
+
 class Ledger(TorchDispatchMode):
     """Adds up the storages that are alive, by owner; `peaks`: {(phase, moment): {owner: bytes}}, each at its fullest.
 
@@ -121,6 +124,8 @@ def apply_by_replacing(module, fn, recurse=True):
             moved = None if parameter is None else fn(parameter)
             if moved is not parameter:
                 module._parameters[name] = torch.nn.Parameter(moved, parameter.requires_grad)
+                of_packed = {key: value for key, value in vars(parameter).items() if key in PACKED}
+                vars(module._parameters[name]).update(of_packed)
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else fn(buffer)
     return module
