@@ -6,15 +6,12 @@ layer adds what the third one did. What engines share out follows from what they
 
 import copy
 import os
-import pickle
 import re
-import sys
 from collections import Counter
 from dataclasses import dataclass
-from functools import partial
 
 from utils import arguments, checks, models, pace, reward_models, shapes, teacher
-from utils.checks import Failed, Refused
+from utils.checks import Refused
 
 GIB = 1024**3
 CONTEXT = 1.0 * GIB  # CUDA's context, NCCL's buffers, workspaces of kernels: about, and not planned
@@ -124,16 +121,14 @@ class Planner:
 
     def rehearse(self, words, sharded):
         """The Rehearsal of one process alone, extended from few layers to all of them."""
-        from utils import rehearsal
-
-        arguments.load(self.method.trainer)  # here, for all the processes
         layers = {"": self.shape.get_text_config().num_hidden_layers}
         for name, shape, _ in self.others(*self.parse(words)):
             layers[name] = shape.get_text_config().num_hidden_layers
         if min(layers.values()) <= 3:
-            return apart(partial(self.rehearse_layers, words, sharded, max(layers.values())))[0]
-        two, three = (partial(self.rehearse_layers, words, sharded, count) for count in (2, 3))
-        return rehearsal.extend(*apart(two, three), layers)
+            return self.rehearse_layers(words, sharded, max(layers.values()))
+        from utils import rehearsal
+
+        return rehearsal.extend(*(self.rehearse_layers(words, sharded, count) for count in (2, 3)), layers)
 
     def rehearse_layers(self, words, sharded, count):
         """The same of a model of so many layers, and of others of as many."""
@@ -291,48 +286,6 @@ class Planner:
             print(f"{engine:<20}" + "".join(f"{cell:>14}" for cell in cells))
         print(f"!: more than {self.say_room()}")
         return 0
-
-
-def apart(*works):
-    """What each returns, in a forked process of its own, all at once; what one raises is raised.
-
-    torch 2.13 can leave the heap broken behind many tensors without data: nothing else runs on it, and a process that
-    it ends is started once more.
-    """
-    started = [start(work) for work in works]
-    found = [collect(*one) or collect(*start(work)) for one, work in zip(started, works, strict=True)]
-    if None in found:
-        raise Failed("the plan's process ended without a word, twice")
-    for error, _ in found:
-        if error is not None:
-            raise error
-    return [result for _, result in found]
-
-
-def start(work):
-    """(process, the end of a pipe on which (None, result) or (error, None) comes)."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    reading, writing = os.pipe()
-    process = os.fork()
-    if process:
-        os.close(writing)
-        return process, reading
-    try:
-        said = None, work()
-    except Exception as error:
-        said = error, None
-    with os.fdopen(writing, "wb") as pipe:
-        pickle.dump(said, pipe)
-    os._exit(0)
-
-
-def collect(process, reading):
-    """What came of it; None where it ended without a word."""
-    with os.fdopen(reading, "rb") as pipe:
-        said = pipe.read()
-    os.waitpid(process, 0)
-    return pickle.loads(said) if said else None
 
 
 # ── what is asked for ────────────────────────────────────────────────────────────────────────────────────────────────
