@@ -159,12 +159,8 @@ def command_of(folder, method, mode, launch, batch, length, flags):
     words += ["--output_dir", f"{folder}/{method}-{mode}-{launch}/run", "--max_steps", "2", "--save_strategy", "no"]
     if EVERY[method].sample_reward:
         words += ["--reward_funcs", EVERY[method].sample_reward, "--max_completion_length", str(SAMPLED)]
-        words += [
-            "--num_generations",
-            "2",
-            "--num_iterations",
-            "1",
-        ]  # a rollout a step: the second beside Adam's
+        # a rollout a step: the second has Adam's state beside it
+        words += ["--num_generations", "2", "--num_iterations", "1"]
     else:
         words += ["--max_length", str(length), "--train_sampling_strategy", "sequential"]
     if method == "GKD":

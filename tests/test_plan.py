@@ -69,9 +69,8 @@ def test_what_two_and_three_layers_take_tells_what_five_do(deep, flags):
     words = planner.asked.words
     extended, whole = planner.rehearse(words, False), planner.rehearse_layers(words, False, 5)
     for name in ("trained", "frozen", "weights", "numbers"):
-        assert getattr(extended, name) == pytest.approx(
-            getattr(whole, name), rel=1e-2
-        )  # a tiny model's absmax is rounded
+        # a tiny model's absmax is rounded
+        assert getattr(extended, name) == pytest.approx(getattr(whole, name), rel=1e-2)
     for phase in ("forward", "backward", "update"):
         found, real = (
             max(sum(owners.values()) for (when, _), owners in one.peaks.items() if when == phase)
@@ -82,7 +81,8 @@ def test_what_two_and_three_layers_take_tells_what_five_do(deep, flags):
 
 def test_parameters_optimizer_and_gradients_are_counted_to_the_byte(tiny_model):
     planner = planner_of(tiny_model, "--rlhf_type SFT --train_mode full --dtype float32")
-    alone, trained = planner.estimate(planner.asked), planner.estimate(planner.asked).trained
+    alone = planner.estimate(planner.asked)
+    trained = alone.trained
     assert alone.phases["update"]["weights"] == pytest.approx(4 * trained, rel=0.01)  # and rotary frequencies
     assert alone.phases["update"]["optimizer"] == pytest.approx(8 * trained, rel=0.03)  # and what one update takes
     assert alone.phases["update"]["gradients"] == 4 * trained

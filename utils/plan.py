@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from utils import arguments, checks, models, pace, reward_models, shapes, teacher
 from utils.checks import Refused
+from utils.memory import GIB
 
-GIB = 1024**3
 CONTEXT = 1.0 * GIB  # CUDA's context, NCCL's buffers, workspaces of kernels: about, and not planned
 VISIBLE = 0.985  # of the memory on a card's box: a 40 GB A100 has 39.4 GiB
 BUCKET = 5 * 10**8  # DeepSpeed's reduce_bucket_size, in numbers; training.fit_bucket makes it no larger than needed
