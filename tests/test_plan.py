@@ -1,5 +1,6 @@
 """What a run would take, and what it takes: `pytest tests/test_plan.py`; `-m slow` plans what was measured."""
 
+import copy
 import json
 import re
 import subprocess
@@ -9,7 +10,7 @@ import pytest
 
 import train_rlhf
 from tests.conftest import ROOT, command, make_model, write_rows
-from utils import plan, shapes
+from utils import plan, rehearsal, shapes
 from utils.checks import Refused
 from utils.plan import GIB, Case, Planner
 
@@ -158,6 +159,17 @@ def test_a_reference_that_the_run_would_not_hold_is_not_planned(tiny_model):
     once = planner_of(tiny_model, "--rlhf_type DPO --train_mode full --num_train_epochs 1")
     found = once.estimate(once.asked).phases["update"]
     assert found["ref_model"] == pytest.approx(found["weights"], rel=0.01)
+
+
+def test_a_copy_of_what_has_no_data_frees_nothing_twice():
+    """PEFT copies the head of a model that scores."""
+    import torch
+
+    ledger = rehearsal.Ledger()
+    with rehearsal.without_data(ledger):
+        head = torch.nn.Linear(4, 1)
+        copied = copy.deepcopy(head)
+    assert copied.weight is not head.weight and copied.weight.fake_mode is head.weight.fake_mode is ledger.fake
 
 
 def test_a_table_has_a_row_for_each_engine(tiny_model, capsys):

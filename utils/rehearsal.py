@@ -32,6 +32,14 @@ IN_PLACE = {
 PACKED = {"quant_state", "compress_statistics", "bnb_quantized", "quant_type", "quant_storage"}  # of a 4-bit weight
 
 
+class Fake(FakeTensorMode):
+    """That of all tensors that have no data. PEFT copies a head whose tensors point to it: the copy of what holds weak
+    references to storages would free them once more, and break the heap (torch 2.13, StorageWeakRef)."""
+
+    def __deepcopy__(self, memo):
+        return self
+
+
 class Ledger(TorchDispatchMode):
     """Adds up the storages that are alive, by owner; `peaks`: {(phase, moment): {owner: bytes}}, each at its fullest.
 
@@ -40,7 +48,7 @@ class Ledger(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.fake = Fake(allow_non_fake_inputs=True)
         self.owner, self.phase = "weights", "load"
         self.alive, self.held, self.total, self.peaks = {}, Counter(), 0, {}
         self.moment, self.highest = "", 0
