@@ -13,8 +13,7 @@ measures nothing: it plans anew what was measured elsewhere, from the JSON that 
 """
 
 import argparse
-import bisect
-import copy
+import ctypes
 import json
 import os
 import random
@@ -299,9 +298,7 @@ class GPUMeter:
 
 
 class CPUMeter:
-    """The allocator tells the profiler of each block that the process's main thread takes or gives back. What another
-    thread gives back, as gloo's do, is gone at the latest when its place is taken again: the profiler's own totals keep
-    it for good."""
+    """The allocator tells the profiler of each block of the main thread that comes or goes, and the total."""
 
     def __enter__(self):
         import torch
@@ -317,6 +314,8 @@ class CPUMeter:
             return model
 
         PreTrainedModel.from_pretrained = classmethod(load_into_memory)
+        seen = "FLAGS_caffe2_report_cpu_memory_usage"  # what other threads take and give back is in its totals too
+        ctypes.c_bool.in_dll(ctypes.CDLL(Path(torch.__file__).parent / "lib/libc10.so"), seen).value = True
         self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
         self.profiler.__enter__()
 
@@ -332,46 +331,18 @@ class CPUMeter:
     def read(self):
         tree = self.profiler.profiler.kineto_results.experimental_event_tree()
         events = sorted(flatten(tree), key=lambda found: found[0].start_time_ns)  # of "weights" none is the peak
-        phase, phases, held, peak = "load", Counter(), Held(), Held()
+        phase, phases, blocks = "load", Counter(), []
         for event, operation in events:
             if event.name.startswith("phase "):
                 phase = event.name[6:]
             elif event.name == "[memory]":
                 block = event.extra_fields
-                held.see(block.ptr, block.alloc_size, f"{phase}, {operation}")
-                phases[phase] = max(phases[phase], held.total)
-                if phase != "weights" and held.total > peak.total:
-                    peak = copy.deepcopy(held)
+                total = 0 if phase == "weights" else block.total_allocated
+                phases[phase] = max(phases[phase], total)
+                blocks.append((total, block.ptr, block.alloc_size, f"{phase}, {operation}"))
+        peak = max(range(len(blocks)), key=lambda place: blocks[place][0])
         phases.pop("weights", None)
-        return {"measured": peak.total, "phases": phases, "largest": peak.largest()}
-
-
-class Held:
-    """Blocks of memory: `sizes`: {address: (bytes, where it was taken)}."""
-
-    def __init__(self):
-        self.starts, self.sizes, self.total = [], {}, 0
-
-    def see(self, start, change, where):
-        """A block of `change` bytes was taken there; or, where less than 0, given back."""
-        first = bisect.bisect_left(self.starts, start)
-        if first and (before := self.starts[first - 1]) + self.sizes[before][0] > start:
-            first -= 1
-        last = bisect.bisect_left(self.starts, start + max(change, 1))
-        for gone in self.starts[first:last]:
-            self.total -= self.sizes.pop(gone)[0]
-        self.starts[first:last] = [start] if change > 0 else []
-        if change > 0:
-            self.total += change
-            self.sizes[start] = change, where
-
-    def largest(self):
-        """[(bytes, how many blocks, where they came from)], the --top largest."""
-        counts, sums = Counter(), Counter()
-        for size, where in self.sizes.values():
-            counts[where] += 1
-            sums[where] += size
-        return [(size, counts[where], where) for where, size in sums.most_common(int(os.environ["TOP"]))]
+        return {"measured": blocks[peak][0], "phases": phases, "largest": largest(blocks[: peak + 1])}
 
 
 def flatten(events, operation=""):
@@ -379,6 +350,20 @@ def flatten(events, operation=""):
     for event in events:
         yield event, operation
         yield from flatten(event.children, operation or event.name)
+
+
+def largest(blocks):
+    """[(bytes, how many blocks, where they came from)] of those alive after these events, the --top largest."""
+    alive, sums = {}, Counter()
+    for _, pointer, size, where in blocks:
+        if size > 0:
+            alive[pointer] = size, where
+        else:
+            alive.pop(pointer, None)
+    counts = Counter(where for _, where in alive.values())
+    for size, where in alive.values():
+        sums[where] += size
+    return [(size, counts[where], where) for where, size in sums.most_common(int(os.environ["TOP"]))]
 
 
 def own_memory(model):

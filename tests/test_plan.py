@@ -223,11 +223,11 @@ def test_a_plan_is_within_a_tenth_of_what_a_gpu_measured():
 
 @pytest.mark.slow
 def test_a_plan_is_within_a_tenth_of_what_the_allocator_counts():
-    words = "--methods DPO --modes lora full --launches cpu zero2:2 zero3:2 --batch 2 --length 128".split()
+    words = "--methods DPO --modes full --launches zero2:2 zero3:2 fsdp2:2 --batch 2 --length 128 --jobs 2".split()
     done = command("bench/memory.py", *words, env={"OMP_NUM_THREADS": "1"})
     cells = json.loads(done.stdout.splitlines()[-1])["cells"]
-    assert len(cells) == 6
-    assert all(abs(cell["error"]) <= 0.1 for cell in cells.values()), cells
+    assert len(cells) == 3
+    assert all(abs(cell["error"]) <= 0.1 for cell in cells.values()), done.stdout
 
 
 @pytest.mark.slow

@@ -506,25 +506,44 @@ def deepspeed(owners, one, case, phase, moment):
         owners[name] *= 0 if offload else share
     if phase == "rollout" and moment != "judged":  # every token asks all of it
         owners["gathered weights"] = whole
-    elif phase in ("rollout", "forward", "backward"):
-        frozen.pop("reward_model" if phase == "forward" else "teacher_model")
-        held = [whole, *frozen.values()] if phase != "backward" else [whole]
-        owners["gathered weights"] = sum(min(weights, width * LIVE) for weights in held)
-    if phase == "forward" or phase == "backward" and whole > width * LIVE:  # what is fetched next
-        owners["gathered weights"] += min(whole, max(one.largest, width * FETCHED))
+    elif phase == "rollout":
+        owners["gathered weights"] = sum(min(weights, width * LIVE) for weights in (whole, *frozen.values()))
+    elif phase in ("forward", "backward"):
+        owners["gathered weights"] = gathered(whole, one, width, phase)
+    if phase == "forward":
+        held = frozen["ref_model"] + frozen["teacher_model"]
+        owners["gathered weights"] += min(held, width * FETCHED)
+
+
+def gathered(whole, one, width, phase):
+    """What ZeRO-3 holds of the policy: all that will be asked again soon, and what is fetched next. Where a step asks
+    it twice DeepSpeed does not know what comes next, and gives everything back at once."""
+    if one.asked == 1:
+        return min(whole, width * LIVE + max(one.largest, width * FETCHED))
+    return min(whole, one.largest + (width * FETCHED if phase == "forward" else 0))
 
 
 def fully_sharded(owners, one, processes, phase):
-    """FSDP2: float32 parameters, their gradients and the optimizer's state in shares; layers gathered one by one."""
+    """FSDP2: float32 parameters, their gradients and the optimizer's state in shares.
+
+    The largest piece is gathered and copied. TRL's reference is one piece.
+
+    Source: torch 2.13, distributed/fsdp/_fully_shard/_fsdp_collectives.py; trl 1.16.0, models/utils.py.
+    """
     (trained, size), (_, rest) = one.trained, one.frozen
-    share, whole = 1 / processes, size + rest
+    share, whole, so_far = 1 / processes, size + rest, owners["gradients"]
     owners["weights"] += (4 * trained + rest) * share - whole
-    owners["gradients"] = 4 * trained * share if phase in ("backward", "update") else 0
+    if phase in ("backward", "update"):
+        owners["gradients"] = 4 * share * (trained if one.accumulates else trained * so_far / max(size, 1))
     owners["optimizer"] = 8 * trained * share if owners["optimizer"] else 0
+    if phase == "rollout":
+        owners["gathered weights"] = 2 * max(one.largest, one.layer)
+    elif phase == "forward":
+        owners["gathered weights"] = 2 * max(one.largest, one.layer) + 2 * owners["ref_model"]
+    elif phase == "backward":
+        owners["gathered weights"] = one.largest + one.layer
     for name in ("ref_model", "teacher_model"):
         owners[name] *= share
-    if phase != "load":
-        owners["gathered weights"] = one.gathered
 
 
 def gib(size, digits=1):

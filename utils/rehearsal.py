@@ -164,8 +164,9 @@ class Rehearsal:
     frozen: tuple
     weights: float
     numbers: float
-    gathered: float  # bytes of the parameters of two layers, the embeddings and the head
+    layer: int  # bytes of a decoder layer's parameters
     largest: int  # bytes of the largest parameter
+    asked: int  # how many times a pass asks the policy, before what is learnt from is taken back through it
     accumulates: bool  # several passes a step
 
 
@@ -185,7 +186,7 @@ def extend(two, three, layers):
     }
     pairs = [tuple(map(grow, getattr(two, name), getattr(three, name))) for name in ("trained", "frozen")]
     sums = grow(two.weights, three.weights), grow(two.numbers, three.numbers)
-    return Rehearsal(peaks, *pairs, *sums, two.gathered, two.largest, two.accumulates)
+    return Rehearsal(peaks, *pairs, *sums, two.layer, two.largest, two.asked, two.accumulates)
 
 
 # ── models ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -318,12 +319,12 @@ def rehearse(
             if getattr(config, "lmbda", 1) > 0:
                 answer(trainer, judge, ledger, *lengths)
             inputs = trainer.rehearsed(*lengths)
-        learn(trainer, optimizer, ledger, inputs, config.gradient_accumulation_steps)
+        asked = learn(trainer, optimizer, ledger, inputs, config.gradient_accumulation_steps)
     counts = [count_stored(trainer.model, trained) for trained in (True, False)]
-    gathered = counts[0][1] + counts[1][1]
-    largest = max(parameter.numel() * parameter.element_size() for parameter in trainer.model.parameters())
+    layer = sum(map(size_of, find_layers(trainer.model)[0].parameters()))
+    largest = max(map(size_of, trainer.model.parameters()))
     accumulates = config.gradient_accumulation_steps > 1
-    return Rehearsal(ledger.peaks, *counts, weights, count_numbers(trainer.model), gathered, largest, accumulates)
+    return Rehearsal(ledger.peaks, *counts, weights, count_numbers(trainer.model), layer, largest, asked, accumulates)
 
 
 def reset_accelerate():
@@ -377,7 +378,11 @@ def as_if_computed(kind):
 def count_stored(model, trained):
     """(numbers, bytes) of the parameters that are trained, or of those that are not."""
     chosen = [parameter for parameter in model.parameters() if parameter.requires_grad == trained]
-    return sum(p.numel() for p in chosen), sum(p.numel() * p.element_size() for p in chosen)
+    return sum(p.numel() for p in chosen), sum(map(size_of, chosen))
+
+
+def size_of(parameter):
+    return parameter.numel() * parameter.element_size()
 
 
 def count_numbers(model):
@@ -406,7 +411,11 @@ def trained_of(trainer):
 
 
 def learn(trainer, optimizer, ledger, inputs, passes):
-    """A pass and an optimizer step, beside the gradients of an earlier pass if there is one."""
+    """A pass and an optimizer step, beside the gradients of an earlier pass if there is one.
+
+    Returns how many times it asked the policy.
+    """
+    asked = []
     compute_loss, backward = trainer.compute_loss, trainer.accelerator.backward
 
     def forward_phase(*args, **kwargs):
@@ -421,7 +430,7 @@ def learn(trainer, optimizer, ledger, inputs, passes):
     trainer._prepare_inputs = lambda given: given
     if passes > 1:
         make_gradients(trainer, ledger)
-    follow_layers(trainer, ledger)
+    follow_layers(trainer, ledger, asked)
     if getattr(trainer.args, "precompute_ref_log_probs", False):
         names = "ref_chosen_logps", "ref_rejected_logps", "ref_logps", "ref_KL_logps"
         inputs = {**inputs, **{name: torch.zeros(trainer.args.per_device_train_batch_size) for name in names}}
@@ -429,15 +438,20 @@ def learn(trainer, optimizer, ledger, inputs, passes):
     trainer.training_step(trainer.model_wrapped, as_fake, 1)
     ledger.enter("update", "optimizer")
     optimizer.step()
+    return asked.count("forward")
 
 
-def follow_layers(trainer, ledger):
-    """Marks the moments at which the first and the last layer begin and the head does, going up and going down."""
+def follow_layers(trainer, ledger, asked):
+    """Marks the moments at which the first and the last layer begin and the head does, going up and going down.
+
+    `asked` gets the phase of each time that the first one begins.
+    """
     layers = find_layers(trainer.model)
     for number, layer in enumerate(layers):
         name = {0: "first layer", len(layers) - 1: "last layer"}.get(number, "layers between")
         layer.register_forward_pre_hook(lambda *_, name=name: ledger.reach(name))
         layer.register_forward_hook(lambda module, _, out, name=name: mark_backward(out, ledger, name))
+    layers[0].register_forward_pre_hook(lambda *_: asked.append(ledger.phase))
     layers[-1].register_forward_hook(lambda *_: ledger.reach("head", "logits and loss"))
 
 
