@@ -161,6 +161,16 @@ def test_a_reference_that_the_run_would_not_hold_is_not_planned(tiny_model):
     assert found["ref_model"] == pytest.approx(found["weights"], rel=0.01)
 
 
+def test_a_teacher_that_answers_first_is_whole_on_every_gpu(deep, tiny_model):
+    words = ["--model_name_or_path", tiny_model, "--teacher_model_name_or_path", str(deep), "--max_length", "64"]
+    planner = Planner([*words, "--seq_kd", "True", "--plan", "zero3", "--num_processes", "4"], "GKD")
+    phases = planner.estimate(planner.asked).phases
+    assert phases["answers"]["teacher_model"] == pytest.approx(4 * phases["forward"]["teacher_model"], rel=0.01)
+    assert phases["answers"]["KV cache"] > 0
+    given = Planner([*words, "--plan"], "GKD")
+    assert "answers" not in given.estimate(given.asked).phases
+
+
 def test_a_copy_of_what_has_no_data_frees_nothing_twice():
     """PEFT copies the head of a model that scores."""
     import torch

@@ -24,7 +24,7 @@ ENGINES = ("single_gpu", "multi_gpu", "zero1", "zero2", "zero2_offload", "zero3"
 SHARES = ("zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "fsdp2")
 PROMPTED = 512  # tokens of a prompt that is made up
 ANSWERED = ("max_completion_length", "lmbda", "seq_kd", "packing")  # beside the limits, what decides how long rows are
-PHASES = ("load", "rollout", "forward", "backward", "update")
+PHASES = ("answers", "load", "rollout", "forward", "backward", "update")
 FROZEN = ("ref_model", "teacher_model", "reward_model")
 SHOWN = {
     "ref_model": "reference",
@@ -117,7 +117,11 @@ class Planner:
         key = case.words, sharded
         if key not in self.made:
             self.made[key] = self.rehearse(case.words, sharded)
-        return shared_out(self.made[key], case)
+        found = shared_out(self.made[key], case)
+        common, config = self.parse(case.words)
+        if getattr(config, "seq_kd", False):
+            found.phases["answers"] = self.rehearse_answers(common, config)
+        return found
 
     def rehearse(self, words, sharded):
         """The Rehearsal of one process alone, extended from few layers to all of them."""
@@ -154,6 +158,19 @@ class Planner:
             find=lambda path: cut(find_config(path), count),
             on_gpu=self.on_gpu,
         )
+
+    def rehearse_answers(self, common, config):
+        """{owner: bytes} of the teacher that answers before there is a student, whole on each GPU."""
+        from utils import rehearsal
+
+        path, count = config.teacher_model_name_or_path, config.answers_batch_size
+        held = {"dtype": common.dtype, "four_bit": teacher.in_4bit(common, config)}
+        lengths = self.find_longest(common, config).lengths
+        key = path, count, lengths, *held.values()
+        if key not in self.made:
+            shape = find_config(path, config.teacher_model_revision, config.trust_remote_code)
+            self.made[key] = rehearsal.rehearse_answers(shape, count, lengths, **held)
+        return self.made[key]
 
     def lora(self, common):
         if common.train_mode == "full":
@@ -360,9 +377,10 @@ def find_config(path, revision=None, trust_remote_code=False):
 
 
 def cut(shape, layers):
-    """A copy of a config with so many layers."""
+    """A copy of a config with so many layers, or as many as it has."""
     shape = copy.deepcopy(shape)
     text = shape.get_text_config()
+    layers = min(layers, text.num_hidden_layers)
     for name, value in list(vars(text).items()):
         if isinstance(value, list) and len(value) == text.num_hidden_layers:  # the kind of each layer
             setattr(text, name, value[:layers])

@@ -468,29 +468,43 @@ def mark_backward(out, ledger, name):
 
 
 def answer(trainer, judge, ledger, prompt, completion):
-    """A rollout: all prompts at once, one more token with the keys and values of whole answers; their scores."""
+    """A rollout: all prompts are answered at once; the answers' scores."""
     ledger.enter("rollout", "KV cache")
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
     batch = args.per_device_train_batch_size
     count = batch * (getattr(args, "steps_per_generation", None) or args.gradient_accumulation_steps)
-    ids = torch.ones(count, prompt, dtype=torch.int64)
-    mask = torch.ones(count, prompt + completion, dtype=torch.int64)
     model.eval()
     with torch.no_grad():
-        out = model(input_ids=ids, attention_mask=mask[:, :prompt], use_cache=True, logits_to_keep=1)
-        cache = out.past_key_values
-        for layer in cache.layers:
-            rows, heads, _, size = layer.keys.shape
-            for name in ("keys", "values"):
-                setattr(layer, name, torch.empty(rows, heads, prompt + completion - 1, size, dtype=layer.keys.dtype))
-        out = model(input_ids=ids[:, :1], attention_mask=mask, past_key_values=cache, use_cache=True)
-        out.logits[:, -1].float().softmax(-1)
-        del out, cache, layer
+        sample(model, count, prompt, completion)
         ledger.reach("judged")
-        whole = torch.ones_like(mask)
+        whole = mask = torch.ones(count, prompt + completion, dtype=torch.int64)
         if judge is not None:
             judge(input_ids=whole[: max(8, batch)], attention_mask=mask[: max(8, batch)])
         if hasattr(trainer, "_get_per_token_logps_and_entropies"):  # TRL's online trainers score answers once more
             for scored in filter(None, (trainer.model, trainer.ref_model)):
                 trainer._get_per_token_logps_and_entropies(scored, whole, mask, completion, batch)
     model.train()
+
+
+def sample(model, count, prompt, completion):
+    """The prompts, and one more token with the keys and values of whole answers."""
+    ids = torch.ones(count, prompt, dtype=torch.int64)
+    mask = torch.ones(count, prompt + completion, dtype=torch.int64)
+    cache = model(input_ids=ids, attention_mask=mask[:, :prompt], use_cache=True, logits_to_keep=1).past_key_values
+    for layer in cache.layers:
+        rows, heads, _, size = layer.keys.shape
+        for name in ("keys", "values"):
+            setattr(layer, name, torch.empty(rows, heads, prompt + completion - 1, size, dtype=layer.keys.dtype))
+    out = model(input_ids=ids[:, :1], attention_mask=mask, past_key_values=cache, use_cache=True)
+    out.logits[:, -1].float().softmax(-1)
+
+
+def rehearse_answers(shape, count, lengths, *, dtype, four_bit):
+    """{owner: bytes} of a teacher alone that answers so many prompts at once; `lengths` as rehearse() has them."""
+    ledger = Ledger()
+    with quietly(), without_data(ledger), torch.no_grad():
+        ledger.owner = "teacher_model"
+        model = make_model(shape, "CAUSAL_LM", getattr(torch, dtype), None, four_bit).eval()
+        ledger.enter("answers", "KV cache")
+        sample(model, count, *lengths)
+    return ledger.peaks["answers", ""]
