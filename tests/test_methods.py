@@ -27,6 +27,8 @@ MODES = {
     "qlora": ["--train_mode", "qlora"],
 }
 CELLS = [(name, mode) for name, method in METHODS.items() for mode in MODES if MODES[mode][1] in method.train_modes]
+# the others with -m slow: DPO, Reward and PPO train all there is, a whole model, a head that scores, and two models
+FAST = [cell for cell in CELLS if cell[1] in ("full", "lora") or cell[0] in ("DPO", "Reward", "PPO")]
 STEPS = [
     "--max_samples",
     "16",
@@ -94,7 +96,9 @@ def reload():
     process.wait(timeout=60)
 
 
-@pytest.mark.parametrize(("name", "mode"), CELLS)
+@pytest.mark.parametrize(
+    ("name", "mode"), [pytest.param(*cell, marks=[pytest.mark.slow] * (cell not in FAST)) for cell in CELLS]
+)
 def test_trains_and_reloads_in_a_new_process(name, mode, tiny_model, tmp_path, reload):
     method, out = METHODS[name], tmp_path / "out"
     assert train(name, mode, tiny_model, out, "--eval_fraction", "0.25") == 0
@@ -123,11 +127,7 @@ def test_trains_and_reloads_in_a_new_process(name, mode, tiny_model, tmp_path, r
 
 @pytest.mark.parametrize(
     ("name", "mode"),  # tests/matrix has qlora
-    [
-        pytest.param(*cell, marks=[pytest.mark.slow] if cell[1] == "dora" else [])
-        for cell in CELLS
-        if cell[1] != "qlora"
-    ],
+    [pytest.param(*cell, marks=[pytest.mark.slow] * (cell[1] != "full")) for cell in CELLS if cell[1] != "qlora"],
 )
 def test_trains_in_bfloat16(name, mode, tiny_model, tmp_path):
     """Mixed precision as on a GPU: what is float32 and what is bfloat16 must meet nowhere without a cast."""

@@ -123,7 +123,7 @@ def test_a_run_that_fits_and_one_that_does_not(tiny_model, capsys):
     ],
 )
 def test_a_plan_that_cannot_be_made_is_refused_in_one_line(flags, says, monkeypatch, capsys):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert train_rlhf.main(["--model_name_or_path", "0.5b", *flags.split()]) == 2
     said = capsys.readouterr()
     assert says in said.err and said.err.count("\n") == 1 and not said.out

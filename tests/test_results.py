@@ -220,7 +220,11 @@ def test_a_reward_model_does_not_chat(mode, tiny_model, tmp_path, capsys):
 
 # ── every loss that the trainers offer ───────────────────────────────────────────────────────────────────────────────
 
-LOSSES = [(name, loss) for name, method in METHODS.items() for loss in method.losses]
+LOSSES = [
+    pytest.param(name, loss, marks=[pytest.mark.slow] * (place > 1))
+    for name, method in METHODS.items()
+    for place, loss in enumerate(method.losses)
+]
 
 
 @pytest.mark.parametrize(("method", "loss"), LOSSES)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -71,11 +72,15 @@ def test_a_reward_that_is_always_1_is_named_in_one_line(method, answers, run):
     assert any(line.startswith("warning   step 3: ") for line in lines)  # of the third rollout
 
 
-SLOW = [pytest.param(mode, marks=pytest.mark.slow) for mode in ("full", "qlora")]
+SOUND = [
+    pytest.param(
+        *cell, marks=[pytest.mark.slow] * (cell not in (("DPO", "lora"), ("Reward", "lora"), ("PPO", "lora")))
+    )
+    for cell in product(METHODS, ("lora", "full", "qlora"))
+]
 
 
-@pytest.mark.parametrize("mode", ["lora", *SLOW])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "mode"), SOUND)
 def test_a_sound_run_is_warned_of_nothing(method, mode, run):
     rate = "1e-4" if mode != "full" else "1e-5"
     lines, kept = run(method, mode, rate, "--max_steps 8 --eval_fraction 0.1")
@@ -83,7 +88,7 @@ def test_a_sound_run_is_warned_of_nothing(method, mode, run):
     assert [warning for warning in kept if "no answer ends" not in warning["text"]] == []
 
 
-@pytest.mark.parametrize("mode", ["lora", *SLOW])
+@pytest.mark.parametrize("mode", ["lora", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("full", "qlora"))])
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.begins])
 def test_an_adapter_that_goes_on_begins_as_its_own_reference(method, mode, run, tmp_path):
     run("SFT", "lora", "1e-2", "--max_steps 3", out="adapter")
