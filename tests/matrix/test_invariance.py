@@ -73,9 +73,14 @@ def assert_same(found, wanted, layout):
     assert apart[worst] < WEIGHT_TOLERANCE, f"{layout}: {worst} is {apart[worst]:g} apart"
 
 
+CELLS = [(name, mode) for name in (*METHODS, "KD") for mode in ("full", "lora")]
+SLOW = [(name, "lora") for name in METHODS] + [(name, "full") for name in ("DPO", "Reward", "PPO", "KD")]
+
+
 @pytest.mark.matrix
-@pytest.mark.parametrize("mode", ["full", "lora"])
-@pytest.mark.parametrize("name", [*METHODS, "KD"])
+@pytest.mark.parametrize(
+    ("name", "mode"), [pytest.param(*cell, marks=[pytest.mark.slow] * (cell in SLOW)) for cell in CELLS]
+)
 def test_the_layout_does_not_change_the_training(name, mode, train):
     flags = WITHOUT_KL.get(name, [])
     wanted = train(name, mode, WHOLE, *flags)

@@ -1,5 +1,7 @@
 """Every method in every train mode under every launch: `pytest -m matrix`, which writes docs/matrix.md.
 
+Each method under each launch, in one of the modes in turn, is part of `pytest -m slow`.
+
 A method that joins the table of methods joins this one by itself.
 """
 
@@ -12,8 +14,15 @@ from tests.matrix.cells import CELLS, JOBS, LAUNCHES, MODES, Outcome, expected, 
 from tests.matrix.page import write_page
 
 
+def in_turn(name, mode, launch):
+    """Whether it is this mode's turn. Over the table each mode meets each method and each launch."""
+    return (list(JOBS).index(name) + list(LAUNCHES).index(launch)) % len(MODES) == MODES.index(mode)
+
+
 @pytest.mark.matrix
-@pytest.mark.parametrize(("name", "mode", "launch"), CELLS)
+@pytest.mark.parametrize(
+    ("name", "mode", "launch"), [pytest.param(*cell, marks=[pytest.mark.slow] * in_turn(*cell)) for cell in CELLS]
+)
 def test_cell(name, mode, launch, warm, model_for, tmp_path, record_property):
     outcome = judge(warm, model_for(mode, launch), tmp_path / "out", name, mode, launch)
     record_property("cell", [name, mode, launch, outcome.state, outcome.reason])  # for tests/conftest.py
