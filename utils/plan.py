@@ -534,9 +534,9 @@ def deepspeed(owners, one, case, phase, moment):
 
 
 def gathered(whole, one, width, phase):
-    """What ZeRO-3 holds of the policy: all that will be asked again soon, and what is fetched next. Where a step asks
-    it twice DeepSpeed does not know what comes next, and gives everything back at once."""
-    if one.asked == 1:
+    """What ZeRO-3 holds of the policy: all that will be asked again soon, and what is fetched next. Where DeepSpeed
+    cannot know that, as the policy is asked in another order each time, it gives everything back at once."""
+    if one.foreseen:
         return min(whole, width * LIVE + max(one.largest, width * FETCHED))
     return min(whole, one.largest + (width * FETCHED if phase == "forward" else 0))
 

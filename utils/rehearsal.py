@@ -166,7 +166,7 @@ class Rehearsal:
     numbers: float
     layer: int  # bytes of a decoder layer's parameters
     largest: int  # bytes of the largest parameter
-    asked: int  # how many times a pass asks the policy, before what is learnt from is taken back through it
+    foreseen: bool  # each pass asks the policy once and in the same order, and nothing else does
     accumulates: bool  # several passes a step
 
 
@@ -186,7 +186,7 @@ def extend(two, three, layers):
     }
     pairs = [tuple(map(grow, getattr(two, name), getattr(three, name))) for name in ("trained", "frozen")]
     sums = grow(two.weights, three.weights), grow(two.numbers, three.numbers)
-    return Rehearsal(peaks, *pairs, *sums, two.layer, two.largest, two.asked, two.accumulates)
+    return Rehearsal(peaks, *pairs, *sums, two.layer, two.largest, two.foreseen, two.accumulates)
 
 
 # ── models ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -323,8 +323,11 @@ def rehearse(
     counts = [count_stored(trainer.model, trained) for trained in (True, False)]
     layer = sum(map(size_of, find_layers(trainer.model)[0].parameters()))
     largest = max(map(size_of, trainer.model.parameters()))
+    foreseen = asked == 1 and not any(phase == "rollout" for phase, _ in ledger.peaks)
     accumulates = config.gradient_accumulation_steps > 1
-    return Rehearsal(ledger.peaks, *counts, weights, count_numbers(trainer.model), layer, largest, asked, accumulates)
+    return Rehearsal(
+        ledger.peaks, *counts, weights, count_numbers(trainer.model), layer, largest, foreseen, accumulates
+    )
 
 
 def reset_accelerate():
