@@ -527,18 +527,19 @@ def deepspeed(owners, one, case, phase, moment):
     elif phase == "rollout":
         owners["gathered weights"] = sum(min(weights, width * LIVE) for weights in (whole, *frozen.values()))
     elif phase in ("forward", "backward"):
-        owners["gathered weights"] = gathered(whole, one, width, phase)
+        owners["gathered weights"] = gathered(whole, one, width, phase, moment)
     if phase == "forward":
         held = frozen["ref_model"] + frozen["teacher_model"]
         owners["gathered weights"] += min(held, width * FETCHED)
 
 
-def gathered(whole, one, width, phase):
+def gathered(whole, one, width, phase, moment):
     """What ZeRO-3 holds of the policy: all that will be asked again soon, and what is fetched next. Where DeepSpeed
     cannot know that, as the policy is asked in another order each time, it gives everything back at once."""
-    if one.foreseen:
-        return min(whole, width * LIVE + max(one.largest, width * FETCHED))
-    return min(whole, one.largest + (width * FETCHED if phase == "forward" else 0))
+    fetches = phase == "forward" and moment != "head"  # at the head there is nothing left to fetch
+    fetched = min(whole, width * FETCHED)
+    held = width * LIVE + max(one.largest, fetched) if one.foreseen else one.largest + fetched * fetches
+    return min(whole, held) + fetched * fetches  # a piece that comes is there twice
 
 
 def fully_sharded(owners, one, processes, phase):
