@@ -56,8 +56,8 @@ def test_a_method_added_by_one_row_and_one_file_is_covered_by_the_tests(tmp_path
         (copy / name).write_text(text, encoding="utf-8")
 
     done = python(
-        copy, "pytest", "tests/test_methods.py", "tests/test_docs.py", "-n0", "-vk", "IPO or readme or table"
+        copy, "pytest", "tests/test_methods.py", "tests/test_docs.py", "-n0", "-m", "", "-vk", "IPO or readme or table"
     )
     assert done.returncode == 0, done.stdout[-3000:]
-    for cell in ("new_process[IPO-full]", "new_process[IPO-lora]", "trl_called_directly[IPO-lora]"):
+    for cell in ("new_process[IPO-full]", "new_process[IPO-qlora]", "trl_called_directly[IPO-lora]"):
         assert re.search(rf"{re.escape(cell)} PASSED", done.stdout), cell

@@ -117,22 +117,23 @@ class Planner:
         key = case.words, sharded
         if key not in self.made:
             self.made[key] = self.rehearse(case.words, sharded)
-        found = shared_out(self.made[key], case)
-        common, config = self.parse(case.words)
-        if getattr(config, "seq_kd", False):
-            found.phases["answers"] = self.rehearse_answers(common, config)
-        return found
+        return shared_out(self.made[key], case)
 
     def rehearse(self, words, sharded):
         """The Rehearsal of one process alone, extended from few layers to all of them."""
-        layers = {"": self.shape.get_text_config().num_hidden_layers}
-        for name, shape, _ in self.others(*self.parse(words)):
-            layers[name] = shape.get_text_config().num_hidden_layers
-        if min(layers.values()) <= 3:
-            return self.rehearse_layers(words, sharded, max(layers.values()))
         from utils import rehearsal
 
-        return rehearsal.extend(*(self.rehearse_layers(words, sharded, count) for count in (2, 3)), layers)
+        common, config = self.parse(words)
+        layers = {"": self.shape.get_text_config().num_hidden_layers}
+        for name, shape, _ in self.others(common, config):
+            layers[name] = shape.get_text_config().num_hidden_layers
+        if min(layers.values()) <= 3:
+            one = self.rehearse_layers(words, sharded, max(layers.values()))
+        else:
+            one = rehearsal.extend(*(self.rehearse_layers(words, sharded, count) for count in (2, 3)), layers)
+        if getattr(config, "seq_kd", False):
+            one.peaks["answers", ""] = self.rehearse_answers(common, config)
+        return one
 
     def rehearse_layers(self, words, sharded, count):
         """The same of a model of so many layers, and of others of as many."""
@@ -480,7 +481,9 @@ def shared_out(one, case):
     trained, host, phases = one.trained[0], 0, {}
     for (phase, moment), owners in one.peaks.items():
         owners = Counter(owners)
-        if case.engine.startswith("zero"):
+        if phase == "answers":
+            pass  # nothing is shared out yet
+        elif case.engine.startswith("zero"):
             deepspeed(owners, one, case, phase, moment)
         elif case.engine == "fsdp2":
             fully_sharded(owners, one, case.processes, phase)
@@ -555,12 +558,9 @@ def fully_sharded(owners, one, processes, phase):
     if phase in ("backward", "update"):
         owners["gradients"] = 4 * share * (trained if one.accumulates else trained * so_far / max(size, 1))
     owners["optimizer"] = 8 * trained * share if owners["optimizer"] else 0
-    if phase == "rollout":
-        owners["gathered weights"] = 2 * max(one.largest, one.layer)
-    elif phase == "forward":
-        owners["gathered weights"] = 2 * max(one.largest, one.layer) + 2 * owners["ref_model"]
-    elif phase == "backward":
-        owners["gathered weights"] = one.largest + one.layer
+    copied = 2 * max(one.largest, one.layer)
+    taken = {"rollout": copied, "forward": copied + 2 * owners["ref_model"], "backward": one.largest + one.layer}
+    owners["gathered weights"] = taken.get(phase, 0)
     for name in ("ref_model", "teacher_model"):
         owners[name] *= share
 
