@@ -134,6 +134,11 @@ def command(*words, env=None, timeout=900):
     )
 
 
+def slow_but(fast, cells):
+    """The cells as parameters of a test, those that are not among `fast` in the slow part."""
+    return [pytest.param(*cell, marks=[pytest.mark.slow] * (cell not in fast)) for cell in cells]
+
+
 def write_rows(path, rows):
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return str(path)

@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification
 
 import train_rlhf
 from rlhf_args.methods import METHODS, load
-from tests.conftest import ROOT, read_rows
+from tests.conftest import ROOT, read_rows, slow_but
 from tests.matrix.answers import spread
 from tests.matrix.cells import rollout_flags
 from utils import data, models, text
@@ -96,9 +96,7 @@ def reload():
     process.wait(timeout=60)
 
 
-@pytest.mark.parametrize(
-    ("name", "mode"), [pytest.param(*cell, marks=[pytest.mark.slow] * (cell not in FAST)) for cell in CELLS]
-)
+@pytest.mark.parametrize(("name", "mode"), slow_but(FAST, CELLS))
 def test_trains_and_reloads_in_a_new_process(name, mode, tiny_model, tmp_path, reload):
     method, out = METHODS[name], tmp_path / "out"
     assert train(name, mode, tiny_model, out, "--eval_fraction", "0.25") == 0
@@ -127,7 +125,7 @@ def test_trains_and_reloads_in_a_new_process(name, mode, tiny_model, tmp_path, r
 
 @pytest.mark.parametrize(
     ("name", "mode"),  # tests/matrix has qlora
-    [pytest.param(*cell, marks=[pytest.mark.slow] * (cell[1] != "full")) for cell in CELLS if cell[1] != "qlora"],
+    slow_but([(name, "full") for name in METHODS], [cell for cell in CELLS if cell[1] != "qlora"]),
 )
 def test_trains_in_bfloat16(name, mode, tiny_model, tmp_path):
     """Mixed precision as on a GPU: what is float32 and what is bfloat16 must meet nowhere without a cast."""

@@ -20,7 +20,7 @@ from torch.utils.data import BatchSampler
 
 import train_rlhf
 from rlhf_args.methods import DIALOGUE, METHODS, PROMPT, UNPAIRED, load
-from tests.conftest import make_model, read_rows, write_rows
+from tests.conftest import make_model, read_rows, slow_but, write_rows
 from tests.matrix.cells import run_cell
 from utils import arguments, checkpoints, data, environment, models, pace, report, rewards, text, training
 from utils.checks import Refused
@@ -145,12 +145,10 @@ def assert_near(one, other):
 # ── --plain is TRL, and the faster defaults are --plain but for rounding ─────────────────────────────────────────────
 
 FAST = [("DPO", "lora"), ("Reward", "lora"), ("SFT", "full")]
-REST = [(name, mode) for name in ("DPO", "KTO", "Reward", "SFT", "CPO", "RLOO") for mode in ("full", "lora")]
+CELLS = [(name, mode) for name in ("DPO", "KTO", "Reward", "SFT", "CPO", "RLOO") for mode in ("full", "lora")]
 
 
-@pytest.mark.parametrize(
-    ("name", "mode"), [*FAST, *(pytest.param(*cell, marks=pytest.mark.slow) for cell in REST if cell not in FAST)]
-)
+@pytest.mark.parametrize(("name", "mode"), slow_but(FAST, CELLS))
 def test_plain_is_trl_to_the_last_digit(name, mode, run, place, tmp_path):
     steps, card = run(name, mode, "--plain")
     assert steps.equal(run_trl(name, mode, place, tmp_path))

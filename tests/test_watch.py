@@ -10,7 +10,7 @@ import torch
 
 import train_rlhf
 from rlhf_args.methods import DPO_LOSSES, METHODS
-from tests.conftest import read_rows
+from tests.conftest import read_rows, slow_but
 from tests.test_losses import POLICY, ROWS, losses
 from utils import report, watch
 from utils.watch import Watch
@@ -72,15 +72,10 @@ def test_a_reward_that_is_always_1_is_named_in_one_line(method, answers, run):
     assert any(line.startswith("warning   step 3: ") for line in lines)  # of the third rollout
 
 
-SOUND = [
-    pytest.param(
-        *cell, marks=[pytest.mark.slow] * (cell not in (("DPO", "lora"), ("Reward", "lora"), ("PPO", "lora")))
-    )
-    for cell in product(METHODS, ("lora", "full", "qlora"))
-]
+FAST = [("DPO", "lora"), ("Reward", "lora"), ("PPO", "lora")]
 
 
-@pytest.mark.parametrize(("method", "mode"), SOUND)
+@pytest.mark.parametrize(("method", "mode"), slow_but(FAST, product(METHODS, ("lora", "full", "qlora"))))
 def test_a_sound_run_is_warned_of_nothing(method, mode, run):
     rate = "1e-4" if mode != "full" else "1e-5"
     lines, kept = run(method, mode, rate, "--max_steps 8 --eval_fraction 0.1")
