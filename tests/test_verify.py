@@ -6,6 +6,7 @@ import math
 import shutil
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -256,6 +257,17 @@ def test_how_near_is_near_enough_depends_on_the_rounding(exact_to, off, status):
     near = off / 2 < (1e-3 if exact_to == "float32" else 0.05) / 4  # TOLERANCE of float32, else SAME_DEVICE
     with contextlib.nullcontext() if near else pytest.raises(Failed, match=f"Rounding to {exact_to} allows"):
         verify.compare("out", probe | {"device": here}, found)
+
+
+@pytest.mark.parametrize(("mode", "same"), [("lora", False), ("qlora", True)])
+def test_fsdp2_rounds_an_adapter_that_is_held_in_float32(tiny_model, mode, same, monkeypatch, tmp_path):
+    model, tokenizer = make_trained(tiny_model, "CAUSAL_LM", mode, dtype="bfloat16")
+    precision = types.SimpleNamespace(mixed_precision_policy=types.SimpleNamespace(param_dtype=torch.bfloat16))
+    state = types.SimpleNamespace(fsdp_plugin=precision)
+    accelerator = types.SimpleNamespace(state=state, is_main_process=True, autocast=contextlib.nullcontext)
+    monkeypatch.setattr(verify, "unwrapped", lambda model, accelerator: contextlib.nullcontext(model))
+    verify.record(model, tokenizer, tmp_path, task="CAUSAL_LM", four_bit=mode == "qlora", accelerator=accelerator)
+    assert bool(verify.read_probe(tmp_path)["device"]) == same
 
 
 def test_another_likeliest_token_is_a_tie_or_another_model():

@@ -66,7 +66,7 @@ def merge(adapter, output, dtype="auto"):
         kept = 1 - float((found - trained).abs().mean()) / effect
         name = str(target).removeprefix("torch.")
         if kept >= ENOUGH or dtype != "auto" or target == torch.float32:
-            verify.write(output, trained, tokenizer, task=task, dtype="float32", rounded_to=name)
+            verify.write(output, trained, tokenizer, task=task, dtype="float32", exact_to=name, same=name == "float32")
             return name, kept, notes
         notes.append(f"in {name} the merge keeps {max(kept, 0):.0%} of what the adapter does")
 

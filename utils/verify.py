@@ -57,14 +57,17 @@ def record(model, tokenizer, folder, *, task, four_bit=False, accelerator=None):
         with accelerator.autocast() if mixed else contextlib.nullcontext():
             values = ask(inner, tokenizer(TEXT)["input_ids"], task)
         held_in = inner.get_input_embeddings().weight.dtype
+        kinds = {p.dtype for p in inner.parameters() if p.is_floating_point()}
     model.train(was_training)
-    # FSDP2 alone computes in another precision than it holds
+    # FSDP2 alone computes in another precision than it holds, an adapter's float32 beside a bfloat16 base too
     plugin = getattr(accelerator.state, "fsdp_plugin", None) if accelerator else None
-    computed_in = getattr(getattr(plugin, "mixed_precision_policy", None), "param_dtype", None) or held_in
-    dtype, rounded_to = (str(one).removeprefix("torch.") for one in (held_in, computed_in))
-    rounded_to = "bfloat16" if mixed else rounded_to
+    computed_in = getattr(getattr(plugin, "mixed_precision_policy", None), "param_dtype", None)
+    rounds = computed_in is not None and kinds != {computed_in}
+    dtype, exact_to = (str(one).removeprefix("torch.") for one in (held_in, computed_in or held_in))
+    exact_to = "bfloat16" if mixed else exact_to
     if accelerator is None or accelerator.is_main_process:
-        write(folder, values, tokenizer, task=task, dtype=dtype, four_bit=four_bit, rounded_to=rounded_to)
+        known = {"task": task, "dtype": dtype, "four_bit": four_bit, "exact_to": exact_to}
+        write(folder, values, tokenizer, **known, same=exact_to == dtype and not rounds)
 
 
 def is_mixed(model):
@@ -115,8 +118,10 @@ def ask(model, ids, task):
     return heard[0][0].float() if hook else out.logits[0].float().log_softmax(-1)
 
 
-def write(folder, values, tokenizer, *, task, dtype, rounded_to, four_bit=False):
-    """probe.json of what `ask` returned. `rounded_to`: what stands between it and what is read, or `dtype` again."""
+def write(folder, values, tokenizer, *, task, dtype, exact_to, same, four_bit=False):
+    """probe.json of what `ask` returned. `exact_to`: the coarsest precision between it and what is read; `same`:
+    whether what is read computes just as it did.
+    """
     import torch
 
     kept = values if task == "SEQ_CLS" else values.topk(min(LIKELIEST, values.shape[1])).values
@@ -126,8 +131,8 @@ def write(folder, values, tokenizer, *, task, dtype, rounded_to, four_bit=False)
         "task": task,
         "dtype": dtype,
         "four_bit": four_bit,
-        "exact_to": "nf4" if four_bit else rounded_to,
-        "device": name_device(values.device) if rounded_to == dtype else None,  # the sums are not the same anywhere
+        "exact_to": "nf4" if four_bit else exact_to,
+        "device": name_device(values.device) if same else None,  # the sums are not the same anywhere
         "chat_template": hash_template(tokenizer),
         "input_ids": tokenizer(TEXT)["input_ids"],
         "tokens": None if task == "SEQ_CLS" else values.topk(kept.shape[1]).indices.tolist(),
