@@ -4,15 +4,16 @@ from itertools import cycle, islice
 
 import torch
 import trl
-from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from trl.kernels.chunked_divergence import VOCAB_CHUNK_SIZE, _compute_dtype, _project
-from trl.models import prepare_deepspeed
+from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.distillation_trainer import _chunked_divergence_loss
 from trl.trainer.utils import RepeatSampler, maybe_gather_lm_head_ctx
 
 from trainers.online_trainer import SamplesAnswers
+from utils.models import shard_layers
 from utils.sampling import nameless_tokens
 
 HELD_OUT = ("forward_kl", "reverse_kl", "token_agreement", "student_loss", "teacher_loss")
@@ -45,12 +46,9 @@ class GKDTrainer(SamplesAnswers, trl.DistillationTrainer):
             )
         if self.is_deepspeed_enabled:
             return prepare_deepspeed(model, self.accelerator)
-        if self.is_fsdp_enabled:  # layer by layer, where TRL's is one piece
-            plugin = self.accelerator.state.fsdp_plugin
-            policy = plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap
-            model = fsdp2_prepare_model(self.accelerator, model)
-            plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = policy  # the student's layers are others
-            return model
+        if self.is_fsdp_enabled:
+            shard_layers(model, self.accelerator.state.fsdp_plugin.mixed_precision_policy or MixedPrecisionPolicy())
+            return prepare_fsdp(model, self.accelerator)
         return self.accelerator.prepare_model(model, evaluation_mode=True)
 
     # ── which answers ────────────────────────────────────────────────────────────────────────────────────────────────

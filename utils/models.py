@@ -4,7 +4,7 @@ import contextlib
 import json
 from pathlib import Path
 
-from utils import shapes
+from utils import environment, shapes
 from utils.checks import Refused
 
 
@@ -73,9 +73,27 @@ def load_other_models(names, path, *, train_mode, dtype, deepspeed, **source):
     """
     if train_mode != "full":
         return {}
-    dtype = held_in(dtype, deepspeed)
-    loaded = {name: load_model(path, dtype=dtype, adapter="merge", **source) for name in names}
-    return {name: model.eval().requires_grad_(False) for name, model in loaded.items()}
+    held = held_in(dtype, deepspeed)
+    loaded = {name: load_model(path, dtype=held, adapter="merge", **source) for name in names}
+    loaded = {name: model.eval().requires_grad_(False) for name, model in loaded.items()}
+    if environment.engine() == "fsdp2":
+        for model in loaded.values():
+            shard_layers(model, environment.fsdp_precision(dtype)["mixed_precision_policy"])
+    return loaded
+
+
+def shard_layers(model, precision):
+    """Makes each layer of a frozen model a piece under FSDP2: TRL makes all of it one, which is fetched as a whole.
+
+    What is left is TRL's piece: the final norm and the head, and the embedding where it is the head too.
+    Source: trl 1.16.0, models/utils.py, prepare_fsdp.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    pieces = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
+    for piece in pieces + ([embedding] if embedding.weight is not head.weight else []):
+        fully_shard(piece, mp_policy=precision)
 
 
 def needs_reference(config, method):

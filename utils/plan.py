@@ -92,9 +92,10 @@ class Planner:
         self.memory, visible = read_memory(shared.gpu_memory)
         self.room = visible - CONTEXT
         common, config = self.parse(words)
-        checks.refuse_if(list(check_flags(common, config, self.method)))
+        checks.refuse_if([*checks.check_mode(common, self.name, self.method), *check_models(common, config)])
         self.path = common.model_name_or_path
         self.shape = find_config(self.path, common.model_revision, config.trust_remote_code)
+        checks.refuse_if(list(self.check_critic(getattr(config, "value_model_path", None))))
         self.found = {}
         self.longest = self.find_longest(common, config)
 
@@ -104,6 +105,14 @@ class Planner:
         if config.max_steps < 1 and common.model_name_or_path and not common.plain:
             pace.compute_reference_once(pace.Job(common, config, self.method, None, None))
         return common, config
+
+    def check_critic(self, path):
+        """A critic that begins as another model is extended with the policy, layer by layer."""
+        if not path:
+            return
+        here, there = (one.get_text_config().num_hidden_layers for one in (self.shape, find_config(path)))
+        if here != there:
+            yield f"--value_model_path {path}: {there} layers, and the policy has {here}. A plan takes as many in both"
 
     def find_longest(self, common, config):
         limits = tuple(getattr(config, name, None) for name in ("max_length", "max_prompt_length", *ANSWERED))
@@ -348,11 +357,7 @@ def read_memory(said):
     return float(found[1]) * GIB, float(found[1]) * GIB * VISIBLE
 
 
-def check_flags(common, config, method):
-    if common.train_mode not in method.train_modes:
-        yield f"--train_mode {common.train_mode}: takes {', '.join(method.train_modes)}"
-    if common.use_dora and common.train_mode == "full":
-        yield "--use_dora with --train_mode full: DoRA is a kind of adapter. Type --train_mode lora"
+def check_models(common, config):
     if not common.model_name_or_path:
         yield f"--model_name_or_path: missing. A model folder, a Hub id, or one of {', '.join(shapes.SHAPES)}"
     if hasattr(config, "teacher_model_name_or_path") and not config.teacher_model_name_or_path:
@@ -548,9 +553,8 @@ def gathered(whole, one, width, phase, moment):
 def fully_sharded(owners, one, processes, phase):
     """FSDP2: float32 parameters, their gradients and the optimizer's state in shares.
 
-    The largest piece is gathered and copied. TRL's reference is one piece.
-
-    Source: torch 2.13, distributed/fsdp/_fully_shard/_fsdp_collectives.py; trl 1.16.0, models/utils.py.
+    The largest piece is gathered and copied. A teacher's head is whole from its answer until the backward pass.
+    Source: torch 2.13, distributed/fsdp/_fully_shard/_fsdp_collectives.py; trainers/gkd_trainer.py, Head.
     """
     (trained, size), (_, rest) = one.trained, one.frozen
     share, whole, so_far = 1 / processes, size + rest, owners["gradients"]
@@ -558,8 +562,8 @@ def fully_sharded(owners, one, processes, phase):
     if phase in ("backward", "update"):
         owners["gradients"] = 4 * share * (trained if one.accumulates else trained * so_far / max(size, 1))
     owners["optimizer"] = 8 * trained * share if owners["optimizer"] else 0
-    copied = 2 * max(one.largest, one.layer)
-    taken = {"rollout": copied, "forward": copied + 2 * owners["ref_model"], "backward": one.largest + one.layer}
+    copied, head = 2 * max(one.largest, one.layer), one.largest if owners["teacher_model"] else 0
+    taken = {"rollout": copied, "forward": copied + 2 * head, "backward": one.largest + one.layer + head}
     owners["gathered weights"] = taken.get(phase, 0)
     for name in ("ref_model", "teacher_model"):
         owners[name] *= share

@@ -165,7 +165,7 @@ class Rehearsal:
     weights: float
     numbers: float
     layer: int  # bytes of a decoder layer's parameters
-    largest: int  # bytes of the largest parameter
+    largest: int  # bytes of the largest parameter, frozen models' included
     foreseen: bool  # each pass asks the policy once and in the same order, and nothing else does
     accumulates: bool  # several passes a step
 
@@ -304,6 +304,9 @@ def rehearse(
             trainer.model.gradient_checkpointing_enable(config.gradient_checkpointing_kwargs)
         if sharded:
             trainer.model.to(held)
+        largest = max(
+            size_of(parameter) for one in (trainer.model, *frozen.values()) for parameter in one.parameters()
+        )
         del model, frozen
         gc.collect()
         weights = ledger.held["weights"]
@@ -322,7 +325,6 @@ def rehearse(
         asked = learn(trainer, optimizer, ledger, inputs, config.gradient_accumulation_steps)
     counts = [count_stored(trainer.model, trained) for trained in (True, False)]
     layer = sum(map(size_of, find_layers(trainer.model)[0].parameters()))
-    largest = max(map(size_of, trainer.model.parameters()))
     foreseen = asked == 1 and not any(phase == "rollout" for phase, _ in ledger.peaks)
     accumulates = config.gradient_accumulation_steps > 1
     return Rehearsal(
