@@ -527,7 +527,8 @@ start-up is what passes from the command until the first step.
 Set by hand, so that all do the same work: batch, steps, the order of the rows, AdamW at a constant learning rate of
 {learning_rate} without decay, LoRA on all linear layers (rank {lora_rank}, alpha {lora_alpha}, no dropout), SimPO
 without a likelihood term. The text is rendered once, so that all train on the same tokens. Everything else, such as
-whether activations are computed again, is each side's default.
+whether activations are computed again, is each side's default. Ours looks at weights and rows and answers two
+questions before its first step, to show them beside the answers after the last.
 """
 
 

@@ -120,6 +120,7 @@ def test_a_run_that_fits_and_one_that_does_not(tiny_model, capsys):
         ("--plan --train_mode half", "half"),
         ("--plan --model_name_or_path no/such", "no/such: its config.json cannot be read"),
         ("--plan --use_dora True --train_mode full", "--use_dora with --train_mode full"),
+        ("--plan --rlhf_type PPO --train_mode full --value_model_path 1.5b", "1.5b: 28 layers, and the policy has 24"),
     ],
 )
 def test_a_plan_that_cannot_be_made_is_refused_in_one_line(flags, says, monkeypatch, capsys):

@@ -94,11 +94,7 @@ def check_versions():
 
 def check_common(common, name, method):
     """Problems of the shared flags and the model folder. Needs no library: answers at once."""
-    problems = list(check_versions())
-    if common.train_mode not in method.train_modes:
-        problems.append(f"--train_mode {common.train_mode}: {name} takes {', '.join(method.train_modes)}")
-    if common.use_dora and common.train_mode == "full":
-        problems.append("--use_dora with --train_mode full: DoRA is a kind of adapter. Type --train_mode lora")
+    problems = [*check_versions(), *check_mode(common, name, method)]
     for flag in ("num_processes", "gpu_memory"):
         if getattr(common, flag) is not None:
             problems.append(f"--{flag} {getattr(common, flag)}: of what --plan plans for. Add --plan, or leave it out")
@@ -127,6 +123,13 @@ def check_common(common, name, method):
         )
         return problems
     return problems + check_model(common.model_name_or_path, name, method)
+
+
+def check_mode(common, name, method):
+    if common.train_mode not in method.train_modes:
+        yield f"--train_mode {common.train_mode}: {name} takes {', '.join(method.train_modes)}"
+    if common.use_dora and common.train_mode == "full":
+        yield "--use_dora with --train_mode full: DoRA is a kind of adapter. Type --train_mode lora"
 
 
 def check_model(path, name, method):
