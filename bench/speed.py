@@ -228,12 +228,23 @@ def llamafactory(job):
     kind = {"DPO": {"stage": "dpo"}, "KTO": {"stage": "kto"}, "Reward": {"stage": "rm"}}
     beta, gamma = SIMPO.values()
     kind["SimPO"] = {"stage": "dpo", "pref_loss": "simpo", "pref_beta": beta, "simpo_gamma": gamma}
-    flags = {"do_train": True, "model_name_or_path": job.model, "finetuning_type": job.mode, "template": "empty"}
+    flags = {"do_train": True, "model_name_or_path": in_dtype(job), "finetuning_type": job.mode, "template": "empty"}
     flags |= {"dataset_dir": job.folder, "dataset": job.method, "disable_shuffling": True, "report_to": "none"}
-    # unsaid, an adapter's base and DPO's reference are held in the checkpoint's bfloat16
-    flags |= job.flags("cutoff_len") | {"lora_target": "all", **LORA}
-    flags |= {"bf16": True} if job.gpu else {"infer_dtype": job.dtype}
+    flags |= job.flags("cutoff_len") | {"lora_target": "all", **LORA} | ({"bf16": True} if job.gpu else {})
     return [job.program("llamafactory", "llamafactory-cli"), "train", *as_flags(kind[job.method] | flags)]
+
+
+def in_dtype(job):
+    """The model's folder with the run's dtype in its config.json: LLaMA-Factory holds what is frozen in that one."""
+    folder, source = Path(job.folder, f"model-{job.dtype}"), Path(job.model).resolve()
+    if not folder.exists():
+        folder.mkdir()
+        for file in source.iterdir():
+            (folder / file.name).symlink_to(file)
+        config = json.loads((source / "config.json").read_text())
+        (folder / "config.json").unlink()
+        (folder / "config.json").write_text(json.dumps(config | {"dtype": job.dtype}))
+    return str(folder)
 
 
 SIDES = {
@@ -490,8 +501,8 @@ REASONS = {
         "ms-swift",
         ("DPO", "KTO"),
         ("lora", "full"),
-    ): "TRL 1.16 projects prompts on the vocabulary too where there is no Triton, and all of it once more in the backward "
-    "pass; ms-swift has TRL 0.29. With the answers alone DPO lora took 0.82 of the time, once, on a CPU with AVX-512",
+    ): "TRL 1.16 projects prompts on the vocabulary too where there is no Triton, and all of it once more in the "
+    "backward pass; ms-swift has TRL 0.29. With the answers alone DPO lora took 0.82 of the time, once, on a CPU",
 }
 # (side, method): what it does that the others do not
 DIFFERENT = {
