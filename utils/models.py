@@ -85,14 +85,17 @@ def load_other_models(names, path, *, train_mode, dtype, deepspeed, **source):
 def shard_layers(model, precision):
     """Makes each layer of a frozen model a piece under FSDP2: TRL makes all of it one, which is fetched as a whole.
 
-    What is left is TRL's piece: the final norm and the head, and the embedding where it is the head too.
-    Source: trl 1.16.0, models/utils.py, prepare_fsdp.
+    The pieces are the policy's, and hand out what `precision` says: with other roundings it would be another model.
+    TRL's is then what is left: the head, and the embedding where that is the head too.
+    Source: trl 1.16.0, models/utils.py, prepare_fsdp; accelerate 1.15.0, utils/fsdp_utils.py, fsdp2_prepare_model.
     """
     from torch.distributed.fsdp import fully_shard
+    from torch.nn import Embedding
 
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    pieces = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
-    for piece in pieces + ([embedding] if embedding.weight is not head.weight else []):
+    layers = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
+    ends = [one for one in model.base_model.children() if isinstance(one, Embedding) or "Norm" in type(one).__name__]
+    head = model.get_output_embeddings().weight
+    for piece in layers + [end for end in ends if end.weight is not head]:
         fully_shard(piece, mp_policy=precision)
 
 
