@@ -239,11 +239,11 @@ def in_dtype(job):
     folder, source = Path(job.folder, f"model-{job.dtype}"), Path(job.model).resolve()
     if not folder.exists():
         folder.mkdir()
-        for file in source.iterdir():
-            (folder / file.name).symlink_to(file)
         config = json.loads((source / "config.json").read_text())
-        (folder / "config.json").unlink()
         (folder / "config.json").write_text(json.dumps(config | {"dtype": job.dtype}))
+        for file in source.iterdir():
+            if file.name != "config.json":
+                (folder / file.name).symlink_to(file)
     return str(folder)
 
 

@@ -92,10 +92,10 @@ def shard_layers(model, precision):
     from torch.distributed.fsdp import fully_shard
     from torch.nn import Embedding
 
+    decoder, head = model.get_decoder(), model.get_output_embeddings().weight
     layers = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
-    ends = [one for one in model.base_model.children() if isinstance(one, Embedding) or "Norm" in type(one).__name__]
-    head = model.get_output_embeddings().weight
-    for piece in layers + [end for end in ends if end.weight is not head]:
+    ends = [one for one in decoder.children() if isinstance(one, Embedding) or "Norm" in type(one).__name__]
+    for piece in layers + [end for end in ends if getattr(end, "weight", None) is not head]:
         fully_shard(piece, mp_policy=precision)
 
 

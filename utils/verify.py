@@ -62,12 +62,11 @@ def record(model, tokenizer, folder, *, task, four_bit=False, accelerator=None):
     # FSDP2 alone computes in another precision than it holds, an adapter's float32 beside a bfloat16 base too
     plugin = getattr(accelerator.state, "fsdp_plugin", None) if accelerator else None
     computed_in = getattr(getattr(plugin, "mixed_precision_policy", None), "param_dtype", None)
-    rounds = computed_in is not None and kinds != {computed_in}
     dtype, exact_to = (str(one).removeprefix("torch.") for one in (held_in, computed_in or held_in))
     exact_to = "bfloat16" if mixed else exact_to
+    same = exact_to == dtype and (computed_in is None or kinds == {computed_in})
     if accelerator is None or accelerator.is_main_process:
-        known = {"task": task, "dtype": dtype, "four_bit": four_bit, "exact_to": exact_to}
-        write(folder, values, tokenizer, **known, same=exact_to == dtype and not rounds)
+        write(folder, values, tokenizer, task=task, dtype=dtype, exact_to=exact_to, same=same, four_bit=four_bit)
 
 
 def is_mixed(model):
