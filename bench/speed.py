@@ -238,8 +238,8 @@ def in_dtype(job):
     """The model's folder with the run's dtype in its config.json: LLaMA-Factory holds what is frozen in that one."""
     folder, source = Path(job.folder, f"model-{job.dtype}"), Path(job.model).resolve()
     if not folder.exists():
-        folder.mkdir()
         config = json.loads((source / "config.json").read_text())
+        folder.mkdir()
         (folder / "config.json").write_text(json.dumps(config | {"dtype": job.dtype}))
         for file in source.iterdir():
             if file.name != "config.json":

@@ -85,7 +85,7 @@ def load_other_models(names, path, *, train_mode, dtype, deepspeed, **source):
 def shard_layers(model, precision):
     """Makes each layer of a frozen model a piece under FSDP2: TRL makes all of it one, which is fetched as a whole.
 
-    The pieces are the policy's, and hand out what `precision` says: with other roundings it would be another model.
+    The pieces are as the policy's, and hand out what `precision` says: with other roundings it would be another model.
     TRL's is then what is left: the head, and the embedding where that is the head too.
     Source: trl 1.16.0, models/utils.py, prepare_fsdp; accelerate 1.15.0, utils/fsdp_utils.py, fsdp2_prepare_model.
     """
@@ -93,7 +93,7 @@ def shard_layers(model, precision):
     from torch.nn import Embedding
 
     decoder, head = model.get_decoder(), model.get_output_embeddings().weight
-    layers = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
+    layers = [module for module in reversed([*model.modules()]) if type(module).__name__ in model._no_split_modules]
     ends = [one for one in decoder.children() if isinstance(one, Embedding) or "Norm" in type(one).__name__]
     for piece in layers + [end for end in ends if getattr(end, "weight", None) is not head]:
         fully_shard(piece, mp_policy=precision)

@@ -95,7 +95,7 @@ class Planner:
         checks.refuse_if([*checks.check_mode(common, self.name, self.method), *check_models(common, config)])
         self.path = common.model_name_or_path
         self.shape = find_config(self.path, common.model_revision, config.trust_remote_code)
-        checks.refuse_if(list(self.check_critic(getattr(config, "value_model_path", None))))
+        checks.refuse_if(list(self.check_critic(config)))
         self.found = {}
         self.longest = self.find_longest(common, config)
 
@@ -106,13 +106,18 @@ class Planner:
             pace.compute_reference_once(pace.Job(common, config, self.method, None, None))
         return common, config
 
-    def check_critic(self, path):
+    def check_critic(self, config):
         """A critic that begins as another model is extended with the policy, layer by layer."""
+        path = getattr(config, "value_model_path", None)
         if not path:
             return
-        here, there = (one.get_text_config().num_hidden_layers for one in (self.shape, find_config(path)))
+        critic = find_config(path, trust_remote_code=config.trust_remote_code)
+        here, there = (one.get_text_config().num_hidden_layers for one in (self.shape, critic))
         if here != there:
-            yield f"--value_model_path {path}: {there} layers, and the policy has {here}. A plan takes as many in both"
+            yield (
+                f"--value_model_path {path}: {there} layers, and the policy has {here}: a plan takes as many in both. "
+                "Leave it out"
+            )
 
     def find_longest(self, common, config):
         limits = tuple(getattr(config, name, None) for name in ("max_length", "max_prompt_length", *ANSWERED))
@@ -553,7 +558,8 @@ def gathered(whole, one, width, phase, moment):
 def fully_sharded(owners, one, processes, phase):
     """FSDP2: float32 parameters, their gradients and the optimizer's state in shares.
 
-    The largest piece is gathered and copied. A teacher's head is whole from its answer until the backward pass.
+    The largest piece is gathered and copied. A reference is held in float32, as the parameters are; a teacher's head
+    is whole from its answer until the backward pass.
     Source: torch 2.13, distributed/fsdp/_fully_shard/_fsdp_collectives.py; trainers/gkd_trainer.py, Head.
     """
     (trained, size), (_, rest) = one.trained, one.frozen
@@ -562,11 +568,12 @@ def fully_sharded(owners, one, processes, phase):
     if phase in ("backward", "update"):
         owners["gradients"] = 4 * share * (trained if one.accumulates else trained * so_far / max(size, 1))
     owners["optimizer"] = 8 * trained * share if owners["optimizer"] else 0
-    copied, head = 2 * max(one.largest, one.layer), one.largest if owners["teacher_model"] else 0
+    head = one.teacher_largest if owners["teacher_model"] else 0
+    copied = 2 * max(one.largest, one.layer, head)
     taken = {"rollout": copied, "forward": copied + 2 * head, "backward": one.largest + one.layer + head}
     owners["gathered weights"] = taken.get(phase, 0)
-    for name in ("ref_model", "teacher_model"):
-        owners[name] *= share
+    owners["ref_model"] *= share * 4 * trained / size if trained else share
+    owners["teacher_model"] *= share
 
 
 def gib(size, digits=1):

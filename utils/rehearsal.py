@@ -164,8 +164,9 @@ class Rehearsal:
     frozen: tuple
     weights: float
     numbers: float
-    layer: int  # bytes of a decoder layer's parameters
-    largest: int  # bytes of the largest parameter, frozen models' included
+    layer: int  # bytes of a decoder layer's parameters, the teacher's where that is larger
+    largest: int  # bytes of the policy's largest parameter
+    teacher_largest: int  # the same of a teacher, 0 without one
     foreseen: bool  # each pass asks the policy once and in the same order, and nothing else does
     accumulates: bool  # several passes a step
 
@@ -186,7 +187,8 @@ def extend(two, three, layers):
     }
     pairs = [tuple(map(grow, getattr(two, name), getattr(three, name))) for name in ("trained", "frozen")]
     sums = grow(two.weights, three.weights), grow(two.numbers, three.numbers)
-    return Rehearsal(peaks, *pairs, *sums, two.layer, two.largest, two.foreseen, two.accumulates)
+    sizes = two.layer, two.largest, two.teacher_largest
+    return Rehearsal(peaks, *pairs, *sums, *sizes, two.foreseen, two.accumulates)
 
 
 # ── models ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -304,10 +306,10 @@ def rehearse(
             trainer.model.gradient_checkpointing_enable(config.gradient_checkpointing_kwargs)
         if sharded:
             trainer.model.to(held)
-        largest = max(
-            size_of(parameter) for one in (trainer.model, *frozen.values()) for parameter in one.parameters()
-        )
-        del model, frozen
+        taught = frozen.get("teacher_model")
+        teacher_largest = max(map(size_of, taught.parameters())) if taught else 0
+        layer = max(sum(map(size_of, find_layers(one)[0].parameters())) for one in (trainer.model, taught) if one)
+        del model, frozen, taught
         gc.collect()
         weights = ledger.held["weights"]
         ledger.peaks = {}
@@ -324,12 +326,11 @@ def rehearse(
             inputs = trainer.rehearsed(*lengths)
         asked = learn(trainer, optimizer, ledger, inputs, config.gradient_accumulation_steps)
     counts = [count_stored(trainer.model, trained) for trained in (True, False)]
-    layer = sum(map(size_of, find_layers(trainer.model)[0].parameters()))
+    largest = max(map(size_of, trainer.model.parameters()))
     foreseen = asked == 1 and not any(phase == "rollout" for phase, _ in ledger.peaks)
     accumulates = config.gradient_accumulation_steps > 1
-    return Rehearsal(
-        ledger.peaks, *counts, weights, count_numbers(trainer.model), layer, largest, foreseen, accumulates
-    )
+    sizes = layer, largest, teacher_largest
+    return Rehearsal(ledger.peaks, *counts, weights, count_numbers(trainer.model), *sizes, foreseen, accumulates)
 
 
 def reset_accelerate():

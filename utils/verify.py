@@ -118,8 +118,9 @@ def ask(model, ids, task):
 
 
 def write(folder, values, tokenizer, *, task, dtype, exact_to, same, four_bit=False):
-    """probe.json of what `ask` returned. `exact_to`: the coarsest precision between it and what is read; `same`:
-    whether what is read computes just as it did.
+    """Writes probe.json of what `ask` returned.
+
+    `exact_to`: the coarsest precision between it and what is read. `same`: whether what is read computes as it did.
     """
     import torch
 
