@@ -8,11 +8,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from trl.kernels.chunked_divergence import VOCAB_CHUNK_SIZE, _compute_dtype, _project
-from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.distillation_trainer import _chunked_divergence_loss
 from trl.trainer.utils import RepeatSampler, maybe_gather_lm_head_ctx
 
-from trainers.online_trainer import SamplesAnswers
+from trainers.online_trainer import SamplesAnswers, share_out
 from utils.models import shard_layers
 from utils.sampling import nameless_tokens
 
@@ -44,12 +43,9 @@ class GKDTrainer(SamplesAnswers, trl.DistillationTrainer):
             raise ValueError(
                 "the teacher's adapter changes its head, which 4-bit weights cannot be merged with. Merge it"
             )
-        if self.is_deepspeed_enabled:
-            return prepare_deepspeed(model, self.accelerator)
         if self.is_fsdp_enabled:
             shard_layers(model, self.accelerator.state.fsdp_plugin.mixed_precision_policy or MixedPrecisionPolicy())
-            return prepare_fsdp(model, self.accelerator)
-        return self.accelerator.prepare_model(model, evaluation_mode=True)
+        return share_out(self, model)
 
     # ── which answers ────────────────────────────────────────────────────────────────────────────────────────────────
 

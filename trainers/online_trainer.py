@@ -90,11 +90,7 @@ class Online(SamplesAnswers):
             temperature=self.temperature,
             cast_lm_head_to_fp32=getattr(self.args, "cast_lm_head_to_fp32", False),
         )
-        if self.is_deepspeed_enabled:
-            return prepare_deepspeed(model, self.accelerator)
-        if self.is_fsdp_enabled:
-            return prepare_fsdp(model, self.accelerator)
-        return self.accelerator.prepare_model(model, evaluation_mode=True)
+        return share_out(self, model)
 
     def _get_train_sampler(self, dataset=None):
         return FromEpoch(super()._get_train_sampler(dataset), lambda: int(self.state.epoch or 0))
@@ -171,3 +167,12 @@ class RLOOTrainer(Online, trl.RLOOTrainer):
 
 class GRPOTrainer(Online, trl.GRPOTrainer):
     pass
+
+
+def share_out(trainer, model):
+    """A frozen model as the trainer's engine holds it. Source: trl 1.16.0, trainer/grpo_trainer.py, __init__."""
+    if trainer.is_deepspeed_enabled:
+        return prepare_deepspeed(model, trainer.accelerator)
+    if trainer.is_fsdp_enabled:
+        return prepare_fsdp(model, trainer.accelerator)
+    return trainer.accelerator.prepare_model(model, evaluation_mode=True)

@@ -75,9 +75,9 @@ def load_other_models(names, path, *, train_mode, dtype, deepspeed, **source):
         return {}
     held = held_in(dtype, deepspeed)
     loaded = {name: load_model(path, dtype=held, adapter="merge", **source) for name in names}
-    loaded = {name: model.eval().requires_grad_(False) for name, model in loaded.items()}
-    if environment.engine() == "fsdp2":
-        for model in loaded.values():
+    for model in loaded.values():
+        model.eval().requires_grad_(False)
+        if environment.engine() == "fsdp2":
             shard_layers(model, environment.fsdp_precision(dtype)["mixed_precision_policy"])
     return loaded
 
