@@ -9,6 +9,7 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -22,8 +23,22 @@ def letter(prompt):
 
 
 def share(prompts, completions, completion_ids, **columns):
-    """The reward: tokens that are the letter, of all that were sampled."""
+    """The reward of the first task: tokens that are the letter, of all that were sampled."""
     return [c.count(letter(p)) / len(ids) for p, c, ids in zip(prompts, completions, completion_ids, strict=True)]
+
+
+def share_and_five(**columns):
+    """The same with an offset, which must change nothing."""
+    return [reward + 5 for reward in share(**columns)]
+
+
+def zigzag(completions, **columns):
+    """The reward of the second task: 0.12 for each change between vowel and consonant; a longer answer has more."""
+    return [0.12 * sum(vowel(a) != vowel(b) for a, b in zip(c, c[1:], strict=False)) for c in completions]
+
+
+def vowel(letter):
+    return letter in "aeiou"
 
 
 def make_prompts(numbers):
@@ -87,13 +102,13 @@ def teach_letters(model, tokenizer, steps=150):
 ROLLOUT, MICRO, PASSES, MINI_BATCHES, BETA, RATE = 128, 32, 4, 4, 0.003, 1e-3
 
 
-def run_ours(method, toy, out, rollouts, seed, *flags, rate=RATE):
+def run_ours(method, toy, out, rollouts, seed, *flags, rate=RATE, reward="share", beta=BETA):
     """Trains through train_rlhf.py: {"rewards": one a rollout, "episodes_per_second", "reward_minus_kl"}."""
     answers = [] if method == "PPO" else ["--num_generations", "8"]
     words = ["--rlhf_type", method, "--train_mode", "full", "--model_name_or_path", toy / "policy"]
-    words += ["--train_data_path", toy / "prompts.jsonl", "--reward_funcs", f"{ROOT}/bench/toy.py:share"]
+    words += ["--train_data_path", toy / "prompts.jsonl", "--reward_funcs", f"{ROOT}/bench/toy.py:{reward}"]
     words += ["--output_dir", out, "--overwrite_output_dir", "--logging_steps", 1, "--save_strategy", "no"]
-    words += ["--max_completion_length", TOKENS, "--beta", BETA, "--learning_rate", rate]
+    words += ["--max_completion_length", TOKENS, "--beta", beta, "--learning_rate", rate]
     words += ["--eval_data_path", toy / "held_out.jsonl", "--num_generations_eval", 8]
     words += ["--per_device_eval_batch_size", 128]
     words += ["--per_device_train_batch_size", MICRO, "--num_mini_batches", MINI_BATCHES, "--num_iterations", PASSES]
@@ -109,7 +124,7 @@ def run_ours(method, toy, out, rollouts, seed, *flags, rate=RATE):
     card = json.loads((Path(out) / "run_card.json").read_text())
     last = sampled[-3:]
     held = card["held_out"]
-    per_answer = [line["reward"] - BETA * line["kl"] * line["completions/mean_length"] for line in last]
+    per_answer = [line["reward"] - beta * line["kl"] * line["completions/mean_length"] for line in last]
     return {
         "rewards": [line["reward"] for line in sampled],
         "reward": sum(line["reward"] for line in last) / len(last),
@@ -119,8 +134,10 @@ def run_ours(method, toy, out, rollouts, seed, *flags, rate=RATE):
     }
 
 
-if __name__ == "__main__":  # python -m bench.toy PPO 10 0 [FLAGS]: one run, to try a setting
-    method, rollouts, seed, *flags = sys.argv[1:]
+if __name__ == "__main__":  # python -m bench.toy PPO zigzag 0.05 32 0 [FLAGS]: one run, to try a setting
+    method, task, beta, rollouts, seed, *flags = sys.argv[1:]
     begun = time.time()
-    found = run_ours(method, make_toy("/tmp/toy"), Path("/tmp/toy-out"), int(rollouts), int(seed), *flags)
+    with tempfile.TemporaryDirectory() as folder:
+        toy, out = make_toy(Path(folder) / "toy"), Path(folder) / "out"
+        found = run_ours(method, toy, out, int(rollouts), int(seed), *flags, reward=task, beta=float(beta))
     print(" ".join(f"{reward:.2f}" for reward in found.pop("rewards")), found, f"{time.time() - begun:.0f} s")

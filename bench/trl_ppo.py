@@ -1,7 +1,7 @@
 """One run of TRL 1.12's PPOTrainer on the toy, for bench/ppo.py, which starts it with that TRL in front of its path.
 
-python bench/trl_ppo.py TOY OUT ROLLOUTS SEED [save]: prints one JSON line. The reward is bench/toy.py's, as the score
-model that TRL 1.12 asks for; policy and critic are two whole models there, and the critic starts from the policy.
+python bench/trl_ppo.py TOY OUT ROLLOUTS SEED REWARD BETA [save]: prints one JSON line. REWARD is a function of
+bench/toy.py, made into the score model that TRL 1.12 asks for; policy and critic are two whole models there, and the critic starts from the policy.
 """
 
 import json
@@ -25,25 +25,30 @@ from transformers import (
 )
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-from bench.toy import BETA, LETTERS, MINI_BATCHES, PASSES, RATE, ROLLOUT, TOKENS
+from bench import toy as tasks
+from bench.toy import MINI_BATCHES, PASSES, RATE, ROLLOUT, TOKENS
+
+PROMPT = len("c17:")
 
 
-class Share(nn.Module):
-    """bench/toy.py's share as a reward model of TRL 1.12: "hidden states" with the reward so far, an identity head."""
+class Rule(nn.Module):
+    """A reward function of bench/toy.py as a reward model of TRL 1.12: it reads tokens, and its head is an identity."""
 
     base_model_prefix = "trunk"
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer, reward):
         super().__init__()
-        self.pad, self.letters = tokenizer.pad_token_id, tokenizer.convert_tokens_to_ids(list(LETTERS))
-        self.length = len("c17:")
+        self.tokenizer, self.reward = tokenizer, reward
         self.trunk, self.score = self.read, nn.Identity()
 
     def read(self, input_ids, attention_mask, **kwargs):
-        letter, answers = input_ids[:, :1], input_ids[:, self.length :]
-        counted = (answers == letter).cumsum(1) / attention_mask[:, self.length :].cumsum(1).clamp(min=1)
-        states = torch.cat([torch.zeros_like(input_ids[:, : self.length], dtype=counted.dtype), counted], 1)
-        return SimpleNamespace(hidden_states=[states[:, :, None]])
+        """The reward as each row's "hidden state" at every token; the answer ends before the first pad behind it."""
+        rows = [row[row != self.tokenizer.pad_token_id] for row in input_ids]
+        prompts = [self.tokenizer.decode(row[:PROMPT]) for row in rows]
+        answers = [self.tokenizer.decode(row[PROMPT:], skip_special_tokens=True) for row in rows]
+        rewards = self.reward(prompts=prompts, completions=answers, completion_ids=[row[PROMPT:] for row in rows])
+        states = torch.tensor(rewards, device=input_ids.device)[:, None, None].expand(*input_ids.shape, 1)
+        return SimpleNamespace(hidden_states=[states])
 
 
 class Clock(TrainerCallback):
@@ -57,7 +62,7 @@ class Clock(TrainerCallback):
         self.times.append(time.perf_counter())
 
 
-def main(toy, out, rollouts, seed, *flags):
+def main(toy, out, rollouts, seed, reward, beta, *flags):
     assert trl.__version__.startswith("1.12."), trl.__version__
     path, rollouts = Path(toy) / "policy", int(rollouts)
     tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
@@ -78,7 +83,7 @@ def main(toy, out, rollouts, seed, *flags):
         response_length=TOKENS,
         stop_token="eos",
         temperature=1.0,
-        kl_coef=BETA,
+        kl_coef=float(beta),
         learning_rate=RATE,
         lr_scheduler_type="linear",
         num_sample_generations=0,
@@ -96,7 +101,7 @@ def main(toy, out, rollouts, seed, *flags):
         processing_class=tokenizer,
         model=AutoModelForCausalLM.from_pretrained(path, **load),
         ref_model=AutoModelForCausalLM.from_pretrained(path, **load),
-        reward_model=Share(tokenizer),
+        reward_model=Rule(tokenizer, getattr(tasks, reward)),
         value_model=value,
         train_dataset=rows,
         eval_dataset=rows.select(range(8)),

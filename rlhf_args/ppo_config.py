@@ -33,7 +33,11 @@ class PPOConfig(OnlineConfig, trl.GRPOConfig):
     )
     # As far as the policy's ratio may (TRL 1.12).
     cliprange_value: float = field(
-        default=0.2, metadata={"help": "How far a value may move from that of the rollout before it is clipped."}
+        default=0.2,
+        metadata={
+            "help": "How far a value may move from the rollout's before it is clipped, in spreads of the returns (with "
+            "--normalize_values False in units of the reward)."
+        },
     )
     # Under Adam it weighs in the clipping of gradients alone, where a head's must not drown the policy's (TRL 1.12).
     vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss, 0 or more."})
@@ -41,27 +45,63 @@ class PPOConfig(OnlineConfig, trl.GRPOConfig):
     whiten_rewards: bool = field(
         default=False, metadata={"help": "Scale the token rewards of a rollout to variance 1; their mean is kept."}
     )
+    critic: str | None = field(
+        default=None,
+        metadata={
+            "help": "What values the tokens. head: a linear layer on the policy's last hidden states; mlp: a small "
+            "network on those of --critic_layer; neither sends a gradient into the policy. lora: an adapter of its own "
+            "on the policy's frozen base, with lora and qlora. model: a model of its own; with lora and qlora it has "
+            "an adapter of its own and needs --value_model_path. Unset: model with full, lora with lora and qlora.",
+            "choices": ["head", "mlp", "lora", "model"],
+        },
+    )
+    critic_layer: int | None = field(
+        default=None,
+        metadata={
+            "help": "With --critic head or mlp: the decoder layer whose states the critic reads, from 0; -1 is the "
+            "last one before the final norm. Unset: the states behind the final norm."
+        },
+    )
     value_model_path: str | None = field(
         default=None,
         metadata={
-            "help": "With train_mode full: the model that the critic starts from, a reward model or the policy's own "
-            "path, with the policy's tokenizer. Unset: the critic is a head on the policy's last hidden state."
+            "help": "Where the weights of --critic model or lora come from: a reward model with the policy's "
+            "tokenizer, or for lora a reward model's adapter on the policy's base. Unset: the policy itself."
         },
+    )
+    critic_path: str | None = field(
+        default=None,
+        metadata={"help": "A critic.safetensors that an earlier run with the same --critic saved, to start from."},
     )
     critic_learning_rate: float | None = field(
         default=None,
         metadata={
-            "help": "The critic's own; unset: 10 times learning_rate with value_model_path, else 1 / hidden size."
+            "help": "The critic's own. Unset: a critic's trunk has learning_rate, with full at least 1e-5; the layers "
+            "on top of it, and on the policy's states, have 1 / hidden size."
+        },
+    )
+    critic_warmup_steps: int = field(
+        default=0, metadata={"help": "Optimizer steps at the start in which the critic learns alone, 0 or more."}
+    )
+    critic_lam: float | None = field(
+        default=None, metadata={"help": "GAE's lambda for the returns that the critic learns, 0 to 1; unset: lam."}
+    )
+    # Without it a constant in the reward is what the critic learns first, and its errors what the policy learns from.
+    normalize_values: bool = field(
+        default=True,
+        metadata={
+            "help": "The critic predicts returns less their running mean, by their running spread, so neither an "
+            "offset nor a scale of the rewards matters. False: returns as they are, as in TRL 1.12."
         },
     )
     # The result is the policy; checkpoints hold the critic whatever this says.
     save_critic: bool = field(default=False, metadata={"help": "Save the critic too, as OUTPUT/critic.safetensors."})
 
     def __post_init__(self):
-        for flag in ("gamma", "lam"):
-            if not 0 <= getattr(self, flag) <= 1:
+        for flag in ("gamma", "lam", "critic_lam"):
+            if getattr(self, flag) is not None and not 0 <= getattr(self, flag) <= 1:
                 raise ValueError(f"--{flag} {getattr(self, flag):g}: from 0 to 1")
-        for flag in ("cliprange_value", "vf_coef", "beta"):
+        for flag in ("cliprange_value", "vf_coef", "beta", "critic_warmup_steps"):
             if getattr(self, flag) < 0:
                 raise ValueError(f"--{flag} {getattr(self, flag):g}: 0 or more")
         if self.scale_rewards not in ("group", True) or self.multi_objective_aggregation != "sum_then_normalize":
@@ -81,6 +121,19 @@ class PPOConfig(OnlineConfig, trl.GRPOConfig):
         except ValueError as error:  # TRL's last check but those of vLLM's clipping
             if self.num_generations != 1 or "at least 2 generations" not in str(error):
                 raise
+
+    def critic_kind(self, train_mode):
+        """The critic that is meant: --critic, or the default of the train mode."""
+        return self.critic or ("model" if train_mode == "full" else "lora")
+
+    def critic_rates(self, kind, hidden_size):
+        """The learning rates of the critic's parts: {"trunk": rate, "head": rate}.
+
+        Adam moves each weight of the head by its rate, and so a value by at most about one.
+        """
+        typed = self.critic_learning_rate
+        trunk = max(self.learning_rate, 1e-5) if kind == "model" else self.learning_rate
+        return {"trunk": typed or trunk, "head": typed or 1 / hidden_size}
 
     @property
     def least_generations(self):

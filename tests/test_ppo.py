@@ -316,8 +316,9 @@ def make_trainer(folder, **flags):
     from datasets import Dataset
 
     method, tokenizer = METHODS["PPO"], make_tokenizer("</s>")
+    defaults = {"per_device_train_batch_size": 2, "critic": "head", "normalize_values": False}
     config = load(method.config)(
-        output_dir=str(folder), **{"per_device_train_batch_size": 2} | flags, max_completion_length=3, use_cpu=True,
+        output_dir=str(folder), **defaults | flags, max_completion_length=3, use_cpu=True,
         bf16=False, gradient_checkpointing=False, report_to="none", disable_tqdm=True,
     )  # fmt: skip
     trainer = load(method.trainer)(
@@ -329,7 +330,7 @@ def make_trainer(folder, **flags):
         ref_model=make_bigram(REFERENCE),
     )
     with torch.no_grad():  # the states are one-hot times the root of their size, see make_config
-        trainer.model.critic.score.weight.copy_(tensor([[VALUES[word] for word in WORDS]]) / math.sqrt(len(WORDS)))
+        trainer.model.critic.score[-1].weight.copy_(tensor([[VALUES[word] for word in WORDS]]) / math.sqrt(len(WORDS)))
     trainer.current_gradient_accumulation_steps = config.gradient_accumulation_steps  # transformers, as a step begins
     return trainer
 

@@ -1,27 +1,30 @@
 """PPO on the rollouts of TRL's GRPO trainer: a critic, a KL penalty a token, GAE, clipped policy and value losses.
 
-TRL's own PPO ended with 1.12. What samples, scores, batches, clips the policy's ratio and logs is GRPO's here; this
-file adds what makes it PPO. Sources: Schulman et al. 2017 (arXiv 1707.06347, the clipped losses), Schulman et al. 2015
+TRL's own PPO ended with 1.12. GRPO's trainer samples, scores, batches, clips the policy's ratio and logs; this file
+adds what makes it PPO, and trainers/critics.py the critics. Sources: Schulman et al. 2017 (arXiv 1707.06347, the clipped losses), Schulman et al. 2015
 (arXiv 1506.02438, GAE), Ziegler et al. 2019 (arXiv 1909.08593, the KL penalty within the reward), Huang et al. 2024
 (arXiv 2403.17031, the details). (B, T): answers x tokens of the longest; `mask` is 1 on an answer's tokens, its end
 included.
 """
 
-import types
+import math
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import wraps
 from pathlib import Path
 
 import torch
-from torch import nn
-from transformers import AutoModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import FusedCausalLMOutput, use_adapter
+from trl.trainer.utils import (
+    FusedCausalLMOutput,
+    disable_dropout_in_model,
+    shuffle_sequence_dict,
+    split_tensor_dict,
+    use_adapter,
+)
 
+from trainers.critics import OWN_TRUNK, SCALE, FixedScale, add_critic, clip_apart, make_critic
 from trainers.online_trainer import GRPOTrainer
-from utils.checks import Refused
 
 # ── the arithmetic ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -80,78 +83,11 @@ def value_losses(values, old_values, returns, cliprange):
     return 0.5 * torch.max(free, near), near > free
 
 
-# ── the critic ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class Critic(nn.Module):
-    """Values a token (B, L) from the policy's last hidden states, or from those of a `backbone` of its own.
-
-    Upon the policy's states it is a linear head that begins at zero and sends no gradient into them: what the policy
-    learns is decided by the policy's loss alone. It learns and computes in float32.
-    """
-
-    def __init__(self, hidden_size, backbone=None, score=None):
-        super().__init__()
-        self.backbone = backbone
-        self.score = nn.Linear(hidden_size, 1)
-        nn.init.zeros_(self.score.weight)
-        nn.init.zeros_(self.score.bias)
-        if score is not None:
-            self.score.weight.data.copy_(score)
-
-    def forward(self, hidden, input_ids, attention_mask):
-        if self.backbone is not None:
-            hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-            hidden = hidden.last_hidden_state
-        else:
-            hidden = hidden.detach()
-        with torch.autocast(hidden.device.type, enabled=False):
-            return self.score(hidden.to(self.score.weight.dtype)).squeeze(-1).float()
-
-
 @dataclass
 class PolicyOutput(FusedCausalLMOutput):
-    """TRL's fused output and `token_values` (B, L - 1): what the critic expects before each token but the first."""
+    """TRL's fused output and `token_values` (B, L - 1): normalised values before each token but the first."""
 
     token_values: torch.Tensor | None = None
-
-
-def add_critic(model, critic):
-    """Makes the critic a part of `model`, so that one wrapped module trains both; its fused forward gives values too.
-
-    Only after PEFT has wrapped the model: before, it would freeze the critic and put LoRA into it.
-    """
-    model.critic = critic
-    policy_forward = model.forward
-
-    @wraps(type(model).forward)
-    def forward(self, *args, fused_lm_head=False, **kwargs):
-        if not fused_lm_head:
-            return policy_forward(*args, **kwargs)
-        states = []
-        hook = self.base_model.register_forward_hook(lambda *call: states.append(call[-1].last_hidden_state))
-        try:
-            outputs = policy_forward(*args, fused_lm_head=True, **kwargs)
-        finally:
-            hook.remove()
-        values = self.critic(states[0], kwargs["input_ids"], kwargs["attention_mask"])
-        return PolicyOutput(**outputs, token_values=values[:, :-1])
-
-    model.forward = types.MethodType(forward, model)
-
-
-def load_critic(path, model):
-    """The critic that `path` starts: its trunk, and its score head where it is a reward model's."""
-    from safetensors import safe_open
-
-    backbone = AutoModel.from_pretrained(path, dtype=model.dtype, use_safetensors=True, trust_remote_code=False)
-    score = None
-    for file in Path(path).glob("model*.safetensors"):
-        with safe_open(file, "pt") as tensors:
-            score = tensors.get_tensor("score.weight") if "score.weight" in tensors.keys() else score
-    if score is not None and len(score) != 1:
-        raise Refused([f"--value_model_path {path}: scores {len(score)} labels. A value model has one"])
-    return Critic(backbone.config.get_text_config().hidden_size, backbone, score)
 
 
 # ── the trainer ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -166,31 +102,71 @@ class PPOTrainer(GRPOTrainer):
     def __init__(self, model, reward_funcs, args, **kwargs):
         super().__init__(model=model, reward_funcs=reward_funcs, args=args, **kwargs)
         self.beta = 0.0  # GRPO would add the KL to the loss; PPO has it in the reward
-        base = self.policy()
+        base, lora = self.policy(), getattr(self.model, "peft_config", {}).get("default")
         trained = next(p for p in self.model.parameters() if p.requires_grad)
-        if args.value_model_path:
-            critic = load_critic(args.value_model_path, base)
-        else:
-            critic = Critic(base.config.get_text_config().hidden_size)
-        # engines that share parameters out want one dtype; elsewhere the head learns in float32
+        self.critic_kind = args.critic_kind("lora" if lora else "full")
+        critic = make_critic(self.critic_kind, base, args.value_model_path, args.critic_layer, lora)
+        if args.disable_dropout:
+            disable_dropout_in_model(critic)
+        if lora and critic.backbone is not None and args.gradient_checkpointing:
+            critic.backbone.enable_input_require_grads()
+        if not args.normalize_values:
+            critic.scale = FixedScale()
+        self.scale = critic.scale
+        # engines that share parameters out want one dtype; elsewhere a head on the policy's states learns in float32
         shared_out = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        add_critic(base, critic.to(trained.device, trained.dtype if shared_out else torch.float32))
+        for parameter in critic.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(trained.dtype if shared_out else torch.float32)
+        add_critic(base, critic.to(trained.device), PolicyOutput)
+        if args.critic_path:
+            self.load_critic(args.critic_path)
 
     def create_optimizer(self, *args, **kwargs):
-        """TRL's, with the critic in groups of its own learning rate."""
+        """TRL's, with the critic's trunk and head in groups of their own learning rates."""
         optimizer = super().create_optimizer(*args, **kwargs)
-        rate = self.args.critic_learning_rate
-        if rate is None and self.args.value_model_path:
-            rate = 10 * self.args.learning_rate
-        elif rate is None:  # Adam moves each weight by the rate, and so a value by at most about one
-            rate = 1 / self.policy().config.get_text_config().hidden_size
-        critic = {parameter for name, parameter in self.model.named_parameters() if "critic." in name}
+        rates = self.args.critic_rates(self.critic_kind, self.policy().config.get_text_config().hidden_size)
+        self.critic_groups, named = set(), {p: name for name, p in self.model.named_parameters() if "critic." in name}
         for group in list(optimizer.param_groups):
-            theirs = [parameter for parameter in group["params"] if parameter in critic]
-            group["params"] = [parameter for parameter in group["params"] if parameter not in critic]
-            if theirs:
-                optimizer.add_param_group({**group, "params": theirs, "lr": rate})
+            taken = [parameter for parameter in group["params"] if parameter in named]
+            group["params"] = [parameter for parameter in group["params"] if parameter not in named]
+            for part, rate in rates.items():
+                theirs = [parameter for parameter in taken if ("critic.score." in named[parameter]) is (part == "head")]
+                if theirs:
+                    self.critic_groups.add(len(optimizer.param_groups))
+                    optimizer.add_param_group({**group, "params": theirs, "lr": rate})
         return optimizer
+
+    # ── gradients ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def training_step(self, model, *args, **kwargs):
+        zero = getattr(model, "optimizer", None) if self.is_deepspeed_enabled else None
+        if zero is not None and not hasattr(zero, "norms_apart"):
+            clip_apart(zero, self.critic_groups.__contains__)
+        return super().training_step(model, *args, **kwargs)
+
+    def _clip_grad_norm(self, model):
+        """Clips the critic's gradient and the policy's apart. Returns the policy's norm before clipping."""
+        if self.is_deepspeed_enabled:
+            norms = [model.optimizer.norms_apart[side] for side in (False, True)]
+        else:
+            parts = [[], []]
+            for name, parameter in model.named_parameters():
+                parts["critic." in name].append(parameter)
+            norms = [self.accelerator.clip_grad_norm_(part, self.args.max_grad_norm) for part in parts]
+        policy, critic = (float(norm) for norm in norms)
+        self._metrics["train"]["critic_grad_norm"].append(critic)
+        return policy if math.isfinite(critic) else critic  # Safe looks at it before the step
+
+    def _prepare_inputs(self, inputs):
+        """TRL's, which shuffles a rollout once; as in TRL 1.12, each pass draws its mini-batches anew."""
+        steps = self.args.steps_per_generation
+        begins, several = self._step % steps == 0, steps > self.args.gradient_accumulation_steps
+        if self.model.training and begins and several and self._step % (steps * self.num_iterations):
+            if self._buffered_inputs is not None:
+                whole = {name: join([part[name] for part in self._buffered_inputs]) for name in self._buffered_inputs[0]}
+                self._buffered_inputs = split_tensor_dict(shuffle_sequence_dict(whole), steps)
+        return super()._prepare_inputs(inputs)
 
     # ── a rollout ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -204,15 +180,18 @@ class PPOTrainer(GRPOTrainer):
 
     def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
         """TRL's; the values of the same forward stay in `_values` (B, T)."""
-        values = []
+        values, guesses, critic = [], [], self.policy().critic
 
         def with_values(**inputs):
             outputs = model(**inputs)
             values.append(outputs.get("token_values"))
+            guesses.append(critic.guesses)
             return outputs
 
         found = super()._get_per_token_logps_and_entropies(with_values, *args, **kwargs)
-        self._values = None if values[0] is None else torch.cat(values)[:, -found[0].shape[1] :]
+        width = found[0].shape[1]
+        self._values = None if values[0] is None else torch.cat(values)[:, -width:]
+        self._guesses = None if guesses[0] is None else torch.cat(guesses)[:, -width - 1 : -1]
         return found
 
     def rehearsed(self, prompt, completion):
@@ -221,7 +200,10 @@ class PPOTrainer(GRPOTrainer):
         return given | {"advantages": values, "old_values": values, "returns": values}
 
     def _generate_and_score_completions(self, inputs):
-        """TRL's rollout with advantages (B, T), and what the value loss compares with: values and returns (B, T)."""
+        """TRL's rollout with advantages (B, T), and what the value loss compares with: values and returns (B, T).
+
+        Both of these are in the critic's normalised units.
+        """
         self._values = None
         output = super()._generate_and_score_completions(inputs)
         mask, logps, values = output["completion_mask"], output.get("old_per_token_logps"), self._values
@@ -229,19 +211,36 @@ class PPOTrainer(GRPOTrainer):
             if logps is None:
                 logps = self.score_tokens(self.model, output)
                 values = self._values
+            guesses = self._guesses
             ref_logps = logps
             if self.args.beta:
                 with self.reference() as reference:
                     ref_logps = self.score_tokens(reference, output)
-        values = values * mask
         kl = token_kl(logps, ref_logps, self.args.kl_estimator) * mask
         rewards = token_rewards(self._scores, kl, mask, self.args.beta)
         if self.args.whiten_rewards:
             rewards = whiten(rewards, mask, shift_mean=False, reduce=self.sum_over_processes)
+        values = self.to_rewards_units(values, guesses, rewards, mask)
         advantages, returns = estimate_advantages(rewards, values, mask, self.args.gamma, self.args.lam)
+        if self.args.critic_lam is not None:
+            _, returns = estimate_advantages(rewards, values, mask, self.args.gamma, self.args.critic_lam)
         self.log_rollout(kl, values, returns, mask)
+        old_values = self.scale.normalise(values) * mask
+        if self.model.training:
+            self.scale.update(returns, mask, self.sum_over_processes)
         output["advantages"] = whiten(advantages, mask, reduce=self.sum_over_processes)
-        return output | {"old_per_token_logps": logps, "old_values": values, "returns": returns}
+        returns = self.scale.normalise(returns) * mask
+        return output | {"old_per_token_logps": logps, "old_values": old_values, "returns": returns}
+
+    def to_rewards_units(self, values, guesses, rewards, mask):
+        """The critic's values (B, T) in units of the reward. The first rollout sets the scale, from returns alone."""
+        if not self.scale.begun:
+            _, returns = estimate_advantages(rewards, torch.zeros_like(rewards), mask, self.args.gamma, 1.0)
+            self.scale.update(returns, mask, self.sum_over_processes)
+            if guesses is not None:
+                self.scale.fit_guess(guesses, returns, mask, self.sum_over_processes)
+                values = values + self.scale.gain * guesses + self.scale.shift
+        return self.scale.values(values) * mask
 
     def _generate_single_turn(self, *args, **kwargs):
         """TRL's; vLLM, which is given every weight of the model by its name, knows no critic."""
@@ -265,10 +264,14 @@ class PPOTrainer(GRPOTrainer):
     @contextmanager
     def reference(self):
         """The frozen start: a model of its own, or the policy with its adapter off, or with that adapter's twin."""
-        model = self.accelerator.unwrap_model(self.model)
+        model, critic = self.accelerator.unwrap_model(self.model), self.policy().critic
         frozen = "ref" if "ref" in getattr(model, "peft_config", ()) else None
-        with nullcontext() if self.ref_model is not None else use_adapter(model, adapter_name=frozen):
-            yield self.model if self.ref_model is None else self.ref_model
+        critic.off = True
+        try:
+            with nullcontext() if self.ref_model is not None else use_adapter(model, adapter_name=frozen):
+                yield self.model if self.ref_model is None else self.ref_model
+        finally:
+            critic.off = False
 
     def sum_over_processes(self, sums):
         return self.accelerator.reduce(sums, reduction="sum")
@@ -291,9 +294,12 @@ class PPOTrainer(GRPOTrainer):
     def _compute_loss(self, model, inputs):
         """GRPO's clipped policy loss, with advantages a token, plus vf_coef times the clipped value loss.
 
-        Both are means over the tokens of a step, counted over processes and accumulation alike.
+        Both are sums over the tokens of a step, divided by the tokens of the rollout and times its number of steps.
+        While the critic warms up, the policy's loss counts for nothing.
         """
         policy_loss = super()._compute_loss(model, inputs)
+        if self.state.global_step < self.args.critic_warmup_steps:
+            policy_loss = policy_loss * 0.0
         mask, mode = inputs["completion_mask"], "train" if self.model.training else "eval"
         losses, clipped = value_losses(
             self._values, inputs["old_values"], inputs["returns"], self.args.cliprange_value
@@ -316,22 +322,38 @@ class PPOTrainer(GRPOTrainer):
         if not self.args.should_save:
             return super()._save(output_dir, state_dict)
         whole = self.model.state_dict() if state_dict is None else state_dict
+        frozen = {name for name, parameter in self.policy().critic.named_parameters() if not parameter.requires_grad}
         critic = {name.split("critic.")[-1]: tensor for name, tensor in whole.items() if "critic." in name}
         policy = {name: tensor for name, tensor in whole.items() if "critic." not in name}
         super()._save(output_dir, state_dict=policy)
         folder = Path(output_dir or self.args.output_dir)
         if self.args.save_critic or folder.name.startswith(PREFIX_CHECKPOINT_DIR):
-            whole = {name: tensor.contiguous().cpu() for name, tensor in critic.items()}
-            save_file(whole, folder / "critic.safetensors")
+            # the frozen weights of a critic with an adapter are the policy's
+            kept = {name: tensor.contiguous().cpu() for name, tensor in critic.items() if name not in frozen}
+            save_file(kept | {SCALE: self.scale.state()}, folder / "critic.safetensors")
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """TRL's, and the critic, which a checkpoint of the policy alone would leave as new."""
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.load_critic(Path(resume_from_checkpoint) / "critic.safetensors")
+
+    def load_critic(self, file):
+        """Loads the critic and the scale of its values. Raises FileNotFoundError without the file."""
         from safetensors.torch import load_file
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        file = Path(resume_from_checkpoint) / "critic.safetensors"
-        if not file.exists():
+        if not Path(file).exists():
             raise FileNotFoundError(f"{file}: not there, so the critic would start anew")
+        held = load_file(file)
+        self.scale.load(held.pop(SCALE))
         # FSDP2 holds it in pieces by then
-        set_model_state_dict(self.policy().critic, load_file(file), options=StateDictOptions(full_state_dict=True))
+        set_model_state_dict(
+            self.policy().critic, held, options=StateDictOptions(full_state_dict=True, strict=False)
+        )
+
+
+def join(parts):
+    """Parts of a batch as one again; a number that all parts share stays."""
+    if not isinstance(parts[0], torch.Tensor):
+        return parts[0] if parts[0] is None else [one for part in parts for one in part]
+    return torch.cat(parts) if parts[0].ndim else parts[0]
