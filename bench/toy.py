@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+PYTHON = sys.executable
 LETTERS, TOKENS = "abcd", 16
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789:?"
 
@@ -115,7 +116,7 @@ def run_ours(method, toy, out, rollouts, seed, *flags, rate=RATE, reward="share"
     words += ["--total_episodes", rollouts * ROLLOUT, "--seed", seed, "--dtype", "float32", *answers, *flags]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [sys.executable, "train_rlhf.py", *map(str, words)], cwd=ROOT, env=env, text=True, capture_output=True
+        [PYTHON, "train_rlhf.py", *map(str, words)], cwd=ROOT, env=env, text=True, capture_output=True
     )
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
