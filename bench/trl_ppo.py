@@ -1,7 +1,8 @@
 """One run of TRL 1.12's PPOTrainer on the toy, for bench/ppo.py, which starts it with that TRL in front of its path.
 
 python bench/trl_ppo.py TOY OUT ROLLOUTS SEED REWARD BETA [save]: prints one JSON line. REWARD is a function of
-bench/toy.py, made into the score model that TRL 1.12 asks for; policy and critic are two whole models there, and the critic starts from the policy.
+bench/toy.py, made into the score model that TRL 1.12 asks for; policy and critic are two whole models there, and the
+critic starts from the policy.
 """
 
 import json
@@ -32,7 +33,7 @@ PROMPT = len("c17:")
 
 
 class Rule(nn.Module):
-    """A reward function of bench/toy.py as a reward model of TRL 1.12: it reads tokens, and its head is an identity."""
+    """A reward function of bench/toy.py as a reward model of TRL 1.12, whose head is an identity."""
 
     base_model_prefix = "trunk"
 

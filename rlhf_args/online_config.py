@@ -157,6 +157,14 @@ class OnlineConfig:
             f"prompts. Type {' or '.join(ways)}"
         )
 
+    def check_critic(self, common):
+        """Problems of the critic; there is none but in PPO."""
+        return ()
+
+    def describe_critic(self, train_mode):
+        """One line about the critic; None without one."""
+        return None
+
     @property
     def least_generations(self):
         return 2  # an advantage is the difference to the other answers

@@ -1,4 +1,5 @@
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import trl
 
@@ -35,8 +36,8 @@ class PPOConfig(OnlineConfig, trl.GRPOConfig):
     cliprange_value: float = field(
         default=0.2,
         metadata={
-            "help": "How far a value may move from the rollout's before it is clipped, in spreads of the returns (with "
-            "--normalize_values False in units of the reward)."
+            "help": "How far a value may move from the rollout's before it is clipped, in spreads of the returns "
+            "(with --normalize_values False in units of the reward)."
         },
     )
     # Under Adam it weighs in the clipping of gradients alone, where a head's must not drown the policy's (TRL 1.12).
@@ -48,9 +49,9 @@ class PPOConfig(OnlineConfig, trl.GRPOConfig):
     critic: str | None = field(
         default=None,
         metadata={
-            "help": "What values the tokens. head: a linear layer on the policy's last hidden states; mlp: a small "
-            "network on those of --critic_layer; neither sends a gradient into the policy. lora: an adapter of its own "
-            "on the policy's frozen base, with lora and qlora. model: a model of its own; with lora and qlora it has "
+            "help": "What values the tokens. head: a linear layer on the policy's last hidden states; mlp: a "
+            "small network on those of --critic_layer; neither sends a gradient into the policy. lora: an adapter of "
+            "its own on the policy's frozen base, with lora and qlora. model: a model of its own; with lora and qlora it has "
             "an adapter of its own and needs --value_model_path. Unset: model with full, lora with lora and qlora.",
             "choices": ["head", "mlp", "lora", "model"],
         },
@@ -58,8 +59,8 @@ class PPOConfig(OnlineConfig, trl.GRPOConfig):
     critic_layer: int | None = field(
         default=None,
         metadata={
-            "help": "With --critic head or mlp: the decoder layer whose states the critic reads, from 0; -1 is the "
-            "last one before the final norm. Unset: the states behind the final norm."
+            "help": "With --critic head or mlp: the decoder layer whose states the critic reads, from 0. Unset: the "
+            "last one, behind the final norm."
         },
     )
     value_model_path: str | None = field(
@@ -104,6 +105,11 @@ class PPOConfig(OnlineConfig, trl.GRPOConfig):
         for flag in ("cliprange_value", "vf_coef", "beta", "critic_warmup_steps"):
             if getattr(self, flag) < 0:
                 raise ValueError(f"--{flag} {getattr(self, flag):g}: 0 or more")
+        if self.critic_warmup_steps and self.weight_decay:
+            raise ValueError(
+                "--critic_warmup_steps with --weight_decay: the decay would move the policy while the critic learns "
+                "alone. Type --weight_decay 0"
+            )
         if self.scale_rewards not in ("group", True) or self.multi_objective_aggregation != "sum_then_normalize":
             raise ValueError(
                 "--scale_rewards and --multi_objective_aggregation: not PPO's, which whitens advantages over the "
@@ -123,8 +129,26 @@ class PPOConfig(OnlineConfig, trl.GRPOConfig):
                 raise
 
     def critic_kind(self, train_mode):
-        """The critic that is meant: --critic, or the default of the train mode."""
-        return self.critic or ("model" if train_mode == "full" else "lora")
+        """The critic that is meant: --critic, else by the train mode and by what --value_model_path is."""
+        whole = self.value_model_path and not (Path(self.value_model_path) / "adapter_config.json").exists()
+        return self.critic or ("model" if train_mode == "full" or whole else "lora")
+
+    def check_critic(self, common):
+        from utils.checks import check_critic
+
+        return check_critic(common, self, self.critic_kind(common.train_mode))
+
+    def describe_critic(self, train_mode):
+        kind, start = self.critic_kind(train_mode), self.value_model_path or "the policy"
+        layer = self.critic_layer
+        states = "the policy's last hidden states" if layer is None else f"the states of the policy's layer {layer}"
+        said = {
+            "head": f"a linear layer on {states}",
+            "mlp": f"a small network on {states}",
+            "lora": f"an adapter of its own on the policy's base, from {start}",
+            "model": f"a model of its own, from {start}",
+        }[kind]
+        return f"--critic {kind}: {said}" + (f"; loaded from {self.critic_path}" if self.critic_path else "")
 
     def critic_rates(self, kind, hidden_size):
         """The learning rates of the critic's parts: {"trunk": rate, "head": rate}.

@@ -97,8 +97,8 @@ class Critic(nn.Module):
     """A value for each token (B, L), in normalised units.
 
     Without `backbone` it reads the policy's hidden states (B, L, H) and sends no gradient into them. `layer`: the
-    decoder layer they come from; None: the last one, behind the final norm. `guess` (1, H): the head of a reward model,
-    kept as it was; the head that is trained starts at zero and corrects it.
+    decoder layer they come from; None: the last one, behind the final norm. `guess` (1, H): a reward model's head, as
+    it was; the head that is trained starts at zero and corrects it.
     """
 
     def __init__(self, hidden_size, backbone=None, mlp=False, layer=None, guess=None):
@@ -159,7 +159,7 @@ def make_critic(kind, policy, path=None, layer=None, lora=None):
 
 
 def share_frozen(trunk):
-    """A copy of the trunk with the very same frozen parameters and buffers; what is trained, its adapter, is copied."""
+    """A copy of the trunk that shares its frozen parameters and buffers; the adapter, which is trained, is copied."""
     held = {id(one): one for one in (*trunk.parameters(), *trunk.buffers()) if not one.requires_grad}
     return copy.deepcopy(trunk, held)
 
@@ -198,8 +198,7 @@ def load_adapter(backbone, path, prefix):
         name = name.removeprefix("base_model.model.").removeprefix(f"{prefix}.")
         if name.endswith("score.weight"):
             continue
-        stem, _, kind = name.rpartition(".") if "lora_magnitude" not in name else (name, "", "")
-        held = own.get(f"{stem}.default.{kind}" if kind else f"{stem}.default.weight")
+        held = own.get(f"{name.removesuffix('.weight')}.default.weight")
         if held is None or held.shape != tensor.shape:
             shape = "no such layer" if held is None else f"{tuple(held.shape)}"
             raise Refused([
@@ -213,9 +212,9 @@ def load_adapter(backbone, path, prefix):
 
 
 def add_critic(model, critic, output_class):
-    """Makes the critic a part of `model`, so that one wrapped module trains both; its fused forward gives values too.
+    """Makes the critic a part of `model`, so that one wrapped module trains both; the fused forward gives values too.
 
-    `output_class`: TRL's fused output with a field token_values (B, L - 1), the values before each token but the first.
+    `output_class`: TRL's fused output with a field token_values (B, L - 1), the values before all tokens but the first.
     Only after PEFT has wrapped the model: before, it would freeze the critic and put LoRA into it.
     """
     model.critic = critic
@@ -248,22 +247,23 @@ def find_layers(trunk):
 # ── gradients clipped apart ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def clip_apart(zero, is_critic):
+def clip_apart(zero):
     """Makes DeepSpeed's ZeRO optimizer clip the critic's gradient and the policy's by their own norms.
 
-    `is_critic`: a function of the number of a parameter group. DeepSpeed computes a norm for each group (ZeRO-3: for
-    each part of one) and hands the norm of all to `unscale_and_clip_grads`. Source: deepspeed 0.19.8,
+    The critic's parameter groups have "critic": True. DeepSpeed computes a norm for each group (ZeRO-3: for each part
+    of one) and hands the norm of all to `unscale_and_clip_grads`. Source: deepspeed 0.19.8,
     runtime/zero/stage_1_and_2.py and stage3.py, step.
     """
     module = sys.modules[type(zero).__module__]
     combine, unscale = module.combine_grad_norm_groups, zero.unscale_and_clip_grads
 
-    def group_of(part):
-        return zero.sub_group_to_group_id[part] if hasattr(zero, "sub_group_to_group_id") else part
+    def is_critics(part):
+        group = zero.sub_group_to_group_id[part] if hasattr(zero, "sub_group_to_group_id") else part
+        return zero.optimizer.param_groups[group].get("critic", False)
 
     def combine_and_keep(norms, *args, **kwargs):
         norms = list(norms)
-        sides = [is_critic(group_of(part)) for part in range(len(norms))]
+        sides = [is_critics(part) for part in range(len(norms))]
         zero.norms_apart = {
             side: combine([norm for norm, here in zip(norms, sides, strict=True) if here is side]) / zero.loss_scale
             for side in set(sides)
@@ -273,9 +273,9 @@ def clip_apart(zero, is_critic):
     def unscale_apart(part, total):
         if isinstance(part, list):  # ZeRO-1 and 2 hand over the gradient itself
             held = zero.single_partition_of_fp32_groups
-            group = next(number for number, one in enumerate(held) if one.grad is part[0])
+            number = next(number for number, one in enumerate(held) if one.grad is part[0])
         else:
-            group = group_of(part)
-        return unscale(part, zero.norms_apart[is_critic(group)] * zero.loss_scale)
+            number = part
+        return unscale(part, zero.norms_apart[is_critics(number)] * zero.loss_scale)
 
     module.combine_grad_norm_groups, zero.unscale_and_clip_grads = combine_and_keep, unscale_apart

@@ -1,10 +1,10 @@
 """PPO on the rollouts of TRL's GRPO trainer: a critic, a KL penalty a token, GAE, clipped policy and value losses.
 
 TRL's own PPO ended with 1.12. GRPO's trainer samples, scores, batches, clips the policy's ratio and logs; this file
-adds what makes it PPO, and trainers/critics.py the critics. Sources: Schulman et al. 2017 (arXiv 1707.06347, the clipped losses), Schulman et al. 2015
-(arXiv 1506.02438, GAE), Ziegler et al. 2019 (arXiv 1909.08593, the KL penalty within the reward), Huang et al. 2024
-(arXiv 2403.17031, the details). (B, T): answers x tokens of the longest; `mask` is 1 on an answer's tokens, its end
-included.
+adds what makes it PPO, and trainers/critics.py the critics. Sources: Schulman et al. 2017 (arXiv 1707.06347, the
+clipped losses), Schulman et al. 2015 (arXiv 1506.02438, GAE), Ziegler et al. 2019 (arXiv 1909.08593, the KL penalty
+within the reward), Huang et al. 2024 (arXiv 2403.17031, the details). (B, T): answers x tokens of the longest; `mask` is 1 on an
+answer's tokens, its end included.
 """
 
 import math
@@ -23,7 +23,7 @@ from trl.trainer.utils import (
     use_adapter,
 )
 
-from trainers.critics import OWN_TRUNK, SCALE, FixedScale, add_critic, clip_apart, make_critic
+from trainers.critics import SCALE, FixedScale, add_critic, clip_apart, make_critic
 from trainers.online_trainer import GRPOTrainer
 
 # ── the arithmetic ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -126,15 +126,14 @@ class PPOTrainer(GRPOTrainer):
         """TRL's, with the critic's trunk and head in groups of their own learning rates."""
         optimizer = super().create_optimizer(*args, **kwargs)
         rates = self.args.critic_rates(self.critic_kind, self.policy().config.get_text_config().hidden_size)
-        self.critic_groups, named = set(), {p: name for name, p in self.model.named_parameters() if "critic." in name}
+        named = {parameter: name for name, parameter in self.model.named_parameters() if "critic." in name}
         for group in list(optimizer.param_groups):
             taken = [parameter for parameter in group["params"] if parameter in named]
             group["params"] = [parameter for parameter in group["params"] if parameter not in named]
             for part, rate in rates.items():
-                theirs = [parameter for parameter in taken if ("critic.score." in named[parameter]) is (part == "head")]
+                theirs = [one for one in taken if ("critic.score." in named[one]) is (part == "head")]
                 if theirs:
-                    self.critic_groups.add(len(optimizer.param_groups))
-                    optimizer.add_param_group({**group, "params": theirs, "lr": rate})
+                    optimizer.add_param_group({**group, "params": theirs, "lr": rate, "critic": True})
         return optimizer
 
     # ── gradients ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -142,7 +141,7 @@ class PPOTrainer(GRPOTrainer):
     def training_step(self, model, *args, **kwargs):
         zero = getattr(model, "optimizer", None) if self.is_deepspeed_enabled else None
         if zero is not None and not hasattr(zero, "norms_apart"):
-            clip_apart(zero, self.critic_groups.__contains__)
+            clip_apart(zero)
         return super().training_step(model, *args, **kwargs)
 
     def _clip_grad_norm(self, model):
@@ -164,7 +163,8 @@ class PPOTrainer(GRPOTrainer):
         begins, several = self._step % steps == 0, steps > self.args.gradient_accumulation_steps
         if self.model.training and begins and several and self._step % (steps * self.num_iterations):
             if self._buffered_inputs is not None:
-                whole = {name: join([part[name] for part in self._buffered_inputs]) for name in self._buffered_inputs[0]}
+                parts = self._buffered_inputs
+                whole = {name: join([part[name] for part in parts]) for name in parts[0]}
                 self._buffered_inputs = split_tensor_dict(shuffle_sequence_dict(whole), steps)
         return super()._prepare_inputs(inputs)
 
@@ -347,9 +347,7 @@ class PPOTrainer(GRPOTrainer):
         held = load_file(file)
         self.scale.load(held.pop(SCALE))
         # FSDP2 holds it in pieces by then
-        set_model_state_dict(
-            self.policy().critic, held, options=StateDictOptions(full_state_dict=True, strict=False)
-        )
+        set_model_state_dict(self.policy().critic, held, options=StateDictOptions(full_state_dict=True, strict=False))
 
 
 def join(parts):

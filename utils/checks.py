@@ -345,8 +345,7 @@ def check_rollouts(common, config):
             f"--num_generations_eval {answers}: an evaluation batch has {batch * config.world_size} answers, which is "
             f"no whole number of prompts. Type --per_device_eval_batch_size {answers}"
         )
-    if getattr(config, "value_model_path", None):
-        yield from check_value_model(config.value_model_path, common)
+    yield from config.check_critic(common)
 
 
 def check_sampling(common, config):
@@ -402,17 +401,52 @@ def check_vllm(flag="--use_vllm"):
         yield (f"{flag}: vLLM {found} is installed; this TRL takes {VLLM[0]} to {VLLM[1]}. See requirements-vllm.txt")
 
 
-def check_value_model(path, common):
-    """A critic of its own reads the policy's tokens, so its tokenizer is the policy's; and it is trained in full."""
+def check_critic(common, config, kind):
+    """Problems of PPO's critic; `kind`: the one that is meant."""
+    from utils.models import read_base_config
+
+    path, file, own = config.value_model_path, config.critic_path, kind in ("lora", "model")
+    adapted = common.train_mode != "full"
+    if kind == "lora" and not adapted:
+        yield "--critic lora: an adapter on a frozen base, and --train_mode full has none. Type --critic model"
+    if kind == "model" and adapted and path is None:
+        yield (
+            f"--critic model with --train_mode {common.train_mode}: the policy's base would be held twice. Type "
+            "--critic lora, an adapter of its own on that base, or name another model: --value_model_path MODEL"
+        )
+    if path is not None and not own:
+        yield f"--value_model_path {path}: --critic {kind} has no model of its own. Type --critic model, or leave it out"
+    elif path is not None:
+        yield from check_value_model(path, common, kind)
+    if config.critic_layer is not None:
+        layers = read_base_config(common.model_name_or_path, common.model_revision)
+        layers = (layers.get("text_config") or layers).get("num_hidden_layers")
+        if own:
+            yield f"--critic_layer {config.critic_layer}: --critic {kind} reads tokens. It is for --critic head or mlp"
+        elif layers and not -layers <= config.critic_layer < layers:
+            yield f"--critic_layer {config.critic_layer}: the policy has {layers} layers. Type 0 to {layers - 1}"
+    if file is not None and not Path(file).is_file():
+        yield f"--critic_path {file}: no such file. A run with --save_critic True leaves OUTPUT_DIR/critic.safetensors"
+    elif file is not None and (not is_safetensors(Path(file)) or "return_scale" not in read_header(Path(file))):
+        yield f"--critic_path {file}: not a critic that a run of PPO saved"
+
+
+def check_value_model(path, common, kind):
+    """Problems of the weights that a critic with a trunk of its own starts from. It reads the policy's tokens."""
+    from utils.reward_models import shares_base
+
     flag = f"--value_model_path {path}"
     if looks_local(path) or Path(path).exists():
         yield from check_folder(path, "--value_model_path")[0]
     else:
         yield f"{flag}: not a folder here. Download it and name its folder: its tokenizer and head are looked at first"
-    if common.train_mode != "full":
-        yield f"{flag} with --train_mode {common.train_mode}: there the critic is a head on the policy. Leave it out"
-    if (Path(path) / "adapter_config.json").exists():
+    adapter = (Path(path) / "adapter_config.json").exists()
+    if kind == "model" and adapter:
         yield f"{flag}: an adapter. Merge it first: python -m utils.merge_lora {path} MERGED"
+    if kind == "lora" and not adapter:
+        yield f"{flag}: a whole model. --critic lora takes an adapter on the policy's base. Type --critic model"
+    elif kind == "lora" and not shares_base(path, common.model_name_or_path, common.train_mode, common.model_revision):
+        yield f"{flag}: an adapter on another base than the policy's. Merge it, and type --critic model"
     different = first_difference(read_vocabulary(common.model_name_or_path), read_vocabulary(path))
     if different:
         yield f"{flag}: its tokenizer is not the policy's: {different}. A critic reads the policy's tokens"

@@ -27,6 +27,8 @@ def say_plan(common, config, name, method, tokenizer, rows, train, held_out, fur
     if method.sample_reward:
         say(f"reward    {describe_reward(common, config)}")
         say(f"rollouts  {config.describe_rollouts(len(train.rows))}")
+        if config.describe_critic(mode):
+            say(f"critic    {config.describe_critic(mode)}")
     for line in further:
         say(line)
     say(f"data      {len(train.rows)} rows to train on, {held}; refused: {refused}")
