@@ -129,17 +129,18 @@ class Critic(nn.Module):
         return values
 
 
-def make_critic(kind, policy, path=None, layer=None, lora=None):
+def make_critic(kind, policy, path=None, layer=None, lora=None, shares=True):
     """The critic of this kind for a policy, a causal language model whose adapter is there already.
 
     `path`: where its weights come from; None: from the policy as it is. `lora`: the policy's LoraConfig, or None.
+    `shares`: False where two modules cannot hold the same parameters (FSDP2): then the base is there twice.
     Raises Refused where the weights in `path` do not fit.
     """
     trunk, size = policy.base_model, policy.config.get_text_config().hidden_size
     if kind not in OWN_TRUNK:
         return Critic(size, mlp=kind == "mlp", layer=layer)
     if kind == "lora":
-        critic = Critic(size, share_frozen(trunk), guess=read_head(path))
+        critic = Critic(size, share_frozen(trunk) if shares else copy.deepcopy(trunk), guess=read_head(path))
         if path:
             load_adapter(critic.backbone, path, policy.base_model_prefix)
         return critic

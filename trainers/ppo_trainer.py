@@ -105,7 +105,8 @@ class PPOTrainer(GRPOTrainer):
         base, lora = self.policy(), getattr(self.model, "peft_config", {}).get("default")
         trained = next(p for p in self.model.parameters() if p.requires_grad)
         self.critic_kind = args.critic_kind("lora" if lora else "full")
-        critic = make_critic(self.critic_kind, base, args.value_model_path, args.critic_layer, lora)
+        shares = not self.is_fsdp_enabled
+        critic = make_critic(self.critic_kind, base, args.value_model_path, args.critic_layer, lora, shares)
         if args.disable_dropout:
             disable_dropout_in_model(critic)
         if lora and critic.backbone is not None and args.gradient_checkpointing:
