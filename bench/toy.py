@@ -126,8 +126,10 @@ def run_ours(method, toy, out, rollouts, seed, *flags, rate=RATE, reward="share"
     last = sampled[-3:]
     held = card["held_out"]
     per_answer = [line["reward"] - beta * line["kl"] * line["completions/mean_length"] for line in last]
+    explained = [line["explained_variance"] for line in sampled if "explained_variance" in line]
     return {
         "rewards": [line["reward"] for line in sampled],
+        "explained_variance": explained or None,
         "reward": sum(line["reward"] for line in last) / len(last),
         "reward_minus_kl": sum(per_answer) / len(last),
         "held_out": [held["before"]["reward"], held["after"]["reward"]],

@@ -244,15 +244,18 @@ class PPOTrainer(GRPOTrainer):
         return self.scale.values(values) * mask
 
     def _generate_single_turn(self, *args, **kwargs):
-        """TRL's; vLLM, which is given every weight of the model by its name, knows no critic."""
-        if not self.use_vllm:
-            return super()._generate_single_turn(*args, **kwargs)
-        parts = self.policy()._modules
-        critic = parts.pop("critic")
+        """TRL's, without the critic: vLLM is given every weight of the model, and ZeRO-3 gathers all its parameters."""
+        parts, engine = self.policy()._modules, self.model_wrapped
+        critic = parts.pop("critic") if self.use_vllm else None
+        if self.is_deepspeed_enabled:
+            engine.parameters = lambda: [one for name, one in engine.named_parameters() if "critic." not in name]
         try:
             return super()._generate_single_turn(*args, **kwargs)
         finally:
-            parts["critic"] = critic
+            if critic is not None:
+                parts["critic"] = critic
+            if self.is_deepspeed_enabled:
+                del engine.parameters
 
     def score_tokens(self, model, output):
         """Log-probabilities (B, T) of the answers under `model`."""

@@ -535,8 +535,8 @@ def deepspeed(owners, one, case, phase, moment):
     owners["weights"] -= whole - (0 if offload else whole * share)
     for name in frozen:
         owners[name] *= 0 if offload else share
-    if phase == "rollout" and moment != "judged":  # every token asks all of it
-        owners["gathered weights"] = whole
+    if phase == "rollout" and moment != "judged":  # every token asks all of the policy
+        owners["gathered weights"] = whole - one.critic[0]
     elif phase == "rollout":
         owners["gathered weights"] = sum(min(weights, width * LIVE) for weights in (whole, *frozen.values()))
     elif phase in ("forward", "backward"):
@@ -564,7 +564,7 @@ def fully_sharded(owners, one, processes, phase):
     """
     (trained, size), (_, rest) = one.trained, one.frozen
     share, whole, so_far = 1 / processes, size + rest, owners["gradients"]
-    owners["weights"] += (4 * trained + rest) * share - whole
+    owners["weights"] += (4 * trained + rest + one.critic[1]) * share - whole  # no two modules share a parameter here
     if phase in ("backward", "update"):
         owners["gradients"] = 4 * share * (trained if one.accumulates else trained * so_far / max(size, 1))
     owners["optimizer"] = 8 * trained * share if owners["optimizer"] else 0

@@ -169,6 +169,7 @@ class Rehearsal:
     teacher_largest: int  # the same of a teacher, 0 without one
     foreseen: bool  # each pass asks the policy once and in the same order, and nothing else does
     accumulates: bool  # several passes a step
+    critic: tuple = (0, 0)  # bytes of parameters that only the critic has, and of frozen ones that the policy has too
 
 
 def extend(two, three, layers):
@@ -185,10 +186,11 @@ def extend(two, three, layers):
         for key, few in two.peaks.items()
         if (more := three.peaks.get(key)) is not None
     }
-    pairs = [tuple(map(grow, getattr(two, name), getattr(three, name))) for name in ("trained", "frozen")]
+    pairs = {n: tuple(map(grow, getattr(two, n), getattr(three, n))) for n in ("trained", "frozen", "critic")}
     sums = grow(two.weights, three.weights), grow(two.numbers, three.numbers)
     sizes = two.layer, two.largest, two.teacher_largest
-    return Rehearsal(peaks, *pairs, *sums, *sizes, two.foreseen, two.accumulates)
+    trained, frozen, critic = pairs.values()
+    return Rehearsal(peaks, trained, frozen, *sums, *sizes, two.foreseen, two.accumulates, critic)
 
 
 # ── models ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -330,7 +332,19 @@ def rehearse(
     foreseen = asked == 1 and not any(phase == "rollout" for phase, _ in ledger.peaks)
     accumulates = config.gradient_accumulation_steps > 1
     sizes = layer, largest, teacher_largest
-    return Rehearsal(ledger.peaks, *counts, weights, count_numbers(trainer.model), *sizes, foreseen, accumulates)
+    numbers, critic = count_numbers(trainer.model), split_critic(trainer.model)
+    return Rehearsal(ledger.peaks, *counts, weights, numbers, *sizes, foreseen, accumulates, critic)
+
+
+def split_critic(model):
+    """(bytes of parameters that only a critic has, bytes of those that it shares with the policy)."""
+    named = list(model.named_parameters(remove_duplicate=False))
+    policy = {id(parameter) for name, parameter in named if "critic." not in name}
+    critic = {id(parameter): parameter for name, parameter in named if "critic." in name}
+    sizes = [0, 0]
+    for key, parameter in critic.items():
+        sizes[key in policy] += size_of(parameter)
+    return tuple(sizes)
 
 
 def reset_accelerate():
