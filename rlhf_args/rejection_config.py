@@ -51,12 +51,12 @@ class RejectionConfig(JudgeConfig):
     # ── the server of --engine openai, and of the judge unless --judge_base_url names another ────────────────────────
     api_base_url: str | None = field(
         default=None,
-        metadata={"help": "The engine's server, like http://localhost:8000/v1. Without --judge_base_url the judge's too."},
+        metadata={"help": "The engine's server, like http://localhost:8000/v1. Also the judge's, if it has none."},
     )
     api_model: str | None = field(default=None, metadata={"help": "The engine's model, by the server's name for it."})
     api_key_variable: str = field(
         default="OPENAI_API_KEY",
-        metadata={"help": "The environment variable that holds the key. Without --judge_key_variable the judge's too."},
+        metadata={"help": "The environment variable that holds the key. Also the judge's, if it has none."},
     )
 
     # ── score ────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -335,7 +335,7 @@ def check_rollouts(common, config):
     judges = len(scoring.name_scorers(common, config))
     if config.reward_weights and len(config.reward_weights) != judges:
         yield f"--reward_weights: {len(config.reward_weights)} of them for {judges} rewards. Give each its weight"
-    yield from judge.check_judge(config, config.num_generations)
+    yield from judge.check_judge(config, "num_generations", config.num_generations)
     yield from server.check_failed_fraction(config)
     held_out = common.eval_data_path or common.eval_fraction
     if held_out and judges == 1 and config.judge_model and config.judge_mode == "pick":

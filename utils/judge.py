@@ -69,7 +69,7 @@ def read_rubric(written):
         elif not line.strip():
             continue
         elif not (found and NUMBER.fullmatch(found[2])):
-            problems.append((number, 'not "criterion NAME WEIGHT: QUESTION", as "criterion brevity 0.5: Is it brief?"'))
+            problems.append((number, 'not "criterion NAME WEIGHT: QUESTION", as "criterion brevity 1: Is it brief?"'))
         elif found[1].casefold() in names:
             problems.append((number, f"the criterion {found[1]} again. Give each a name of its own"))
         else:
@@ -93,8 +93,8 @@ def name_numbers(config):
         return [config.judge_model]
 
 
-def check_judge(config, answers, unused=""):
-    """Problems of the judge's flags. `answers`: those to one prompt, which pick compares.
+def check_judge(config, flag, answers, unused=""):
+    """Problems of the judge's flags. `answers`: those to one prompt, which pick compares, by --`flag`.
 
     `unused`: how the names of flags begin that have no effect without a judge.
     """
@@ -105,10 +105,9 @@ def check_judge(config, answers, unused=""):
             if one.name.startswith(unused) and value != getattr(defaults, one.name):
                 yield f"--{one.name}: without --judge_model there is no judge. Type --judge_model NAME"
         return
-    flag, url, key = config.judge_server()
-    if not url:
+    if not config.judge_server()[1]:
         yield "--judge_model: no server. Type --judge_base_url http://localhost:8000/v1"
-    yield from check_server(config, flag, url, key)
+    yield from check_server(config, *config.judge_server())
     yield from check_template(template_of(config), config.judge_mode)
     if config.judge_max_tokens < 1:
         yield f"--judge_max_tokens {config.judge_max_tokens}: 1 or more"
@@ -118,7 +117,12 @@ def check_judge(config, answers, unused=""):
     elif config.judge_mode == "pick" and config.judge_scale != JudgeConfig().judge_scale:
         yield "--judge_scale with --judge_mode pick: a pick has no scale. Leave it out, or type --judge_mode score"
     if config.judge_mode == "pick" and not 2 <= answers <= len(LABELS):
-        yield f"--judge_mode pick: picks of 2 to {len(LABELS)} answers, and there are {answers}"
+        asked = getattr(config, flag)
+        fits = asked + min(max(answers, 2), len(LABELS)) - answers
+        yield (
+            f"--judge_mode pick: picks of 2 to {len(LABELS)} answers, and there are {answers} to a prompt (--{flag} "
+            f"{asked}). Type --{flag} {fits}, or --judge_mode score"
+        )
 
 
 # ── judging ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -122,7 +122,8 @@ def check_scorers(common, config):
         yield f"--reward_weights {' '.join(map(str, config.reward_weights))}: finite numbers"
     if config.score_batch_size < 1:
         yield f"--score_batch_size {config.score_batch_size}: 1 or more"
-    yield from judge.check_judge(config, config.num_completions + bool(config.reference_column), "judge_")
+    answers = config.num_completions + bool(config.reference_column)
+    yield from judge.check_judge(config, "num_completions", answers, unused="judge_")
 
 
 def check_selection(config):
