@@ -183,6 +183,14 @@ def test_weights_are_in_the_order_functions_then_judge(start, run, template, tmp
     assert "0.25 x data/rewards.py:brevity + 2 x j (a judge" in lines_with(out, "reward ")[0]
 
 
+def test_a_judge_is_logged_by_the_last_part_of_its_name(start, run, template, tmp_path):
+    api = start(write=rate)
+    assert run(f"--judge_template {template()} --judge_model models/7B", api=api)[0] == 0
+    assert {body["model"] for body in api.asked} == {"models/7B"}
+    assert "rewards/7B/mean" in read_rows(tmp_path / "out" / "metrics.jsonl")[0]
+    assert set(read_rows(tmp_path / "out" / "completions.jsonl")[0]["rewards"]) == {"7B"}
+
+
 def test_held_out_answers_are_judged_too(start, run, template, tmp_path):
     api = start(write=rate)
     assert run(f"--judge_template {template()} --eval_fraction 0.25 --per_device_eval_batch_size 2", api=api)[0] == 0
@@ -300,12 +308,7 @@ class Kept:
 
 @pytest.mark.parametrize("method", ["GRPO", "RLOO", "PPO"])
 def test_an_answer_without_a_verdict_gives_no_signal_and_is_counted(
-    method,
-    start,
-    run,
-    template,
-    tmp_path,
-    monkeypatch,
+    method, start, run, template, tmp_path, monkeypatch, caplog
 ):
     """Neither itself, nor in the baseline of the others; the other functions' numbers do not stand in for it."""
     api = start(write=rate_but(lambda answer: digest(answer) % 3 == 0))
@@ -313,7 +316,7 @@ def test_an_answer_without_a_verdict_gives_no_signal_and_is_counted(
     flags = f"--judge_template {template()} --max_failed_fraction 0.9 --api_retries 1 --num_generations 4 "
     flags += "--per_device_train_batch_size 16 --reward_funcs data/rewards.py:brevity --reward_weights 0 1 --beta 0 "
     status, out, _ = run(flags + "--num_iterations 1" + " --scale_rewards none" * (method == "GRPO"), method, api)
-    assert status == 0
+    assert status == 0 and "returned None" not in caplog.text
     lines = [line for rollout in rollouts(tmp_path / "out", 16) for line in rollout]
     failed = [digest(text_of(line["completion"])) % 3 == 0 for line in lines]
     assert 2 < sum(failed) < 28

@@ -83,14 +83,19 @@ def read_rubric(written):
     return weights, problems, "".join(lines[head:]).replace("{criteria}", "\n".join(asked))
 
 
+def name_judge(config):
+    """The judge's name in logs: the last part of its model's, which may be a path; None without a judge."""
+    return Path(config.judge_model).name if config.judge_model else None
+
+
 def name_numbers(config):
     """The names of the judge's numbers in logs: its criteria, or its own; [] without a judge."""
     if not config.judge_model:
         return []
     try:
-        return [*read_rubric(Path(template_of(config)).read_text(encoding="utf-8"))[0]] or [config.judge_model]
+        return [*read_rubric(Path(template_of(config)).read_text(encoding="utf-8"))[0]] or [name_judge(config)]
     except (OSError, UnicodeDecodeError):  # check_template says it
-        return [config.judge_model]
+        return [name_judge(config)]
 
 
 def check_judge(config, flag, answers, unused=""):
@@ -138,7 +143,7 @@ class Judge:
         self.mode, self.seed = config.judge_mode, config.seed
         self.least, self.most = config.judge_scale
         self.criteria, _, self.template = read_rubric(Path(template_of(config)).read_text(encoding="utf-8"))
-        self.weights = self.criteria or {config.judge_model: 1.0}
+        self.weights = self.criteria or {name_judge(config): 1.0}
         self.max_tokens = config.judge_max_tokens
         _, url, key = config.judge_server()
         self.server = Server(

@@ -157,7 +157,7 @@ def check_then(common, config):
     if name and METHODS[name].task != "CAUSAL_LM" and config.rounds > 1:
         yield f"--then {name} with --rounds: a reward model cannot answer in the next round. Type --rounds 1"
     held_out = common.eval_data_path or common.eval_fraction
-    if held_out and config.judge_mode == "pick" and scoring.name_scorers(common, config) == [config.judge_model]:
+    if held_out and config.judge_mode == "pick" and scoring.name_scorers(common, config) == [judge.name_judge(config)]:
         yield (
             "--judge_mode pick with held-out prompts: what it gives the answers to a prompt always adds up to 1 and "
             "measures no model. Type --judge_mode score, or --eval_fraction 0"

@@ -13,7 +13,7 @@ AT_ONCE = 64  # answers, or a little more: scored and kept together
 
 def name_scorers(common, config):
     """The names of what judges, in the order of --reward_weights."""
-    return name_rewards(common) + ([config.judge_model] if config.judge_model else [])
+    return name_rewards(common) + ([llm_judge.name_judge(config)] if config.judge_model else [])
 
 
 def name_rewards(common):
@@ -41,11 +41,10 @@ class Scorers:
             self.functions.append(model)
         if config.judge_model:
             self.judge = llm_judge.Judge(config)
-        scorers = name_scorers(common, config)
-        self.weights = dict(zip(scorers, config.reward_weights or [1.0] * len(scorers), strict=True))
+        weights = config.reward_weights or [1.0] * len(name_scorers(common, config))
+        self.weights = dict(zip(name_rewards(common), weights, strict=False))
         if self.judge:
-            own = self.weights.pop(config.judge_model)
-            self.weights |= {name: own * weight for name, weight in self.judge.weights.items()}
+            self.weights |= {name: weights[-1] * weight for name, weight in self.judge.weights.items()}
 
     def score(self, prompts, groups):
         """Score lines for groups of completion lines; `prompts`: their lines of prompts.jsonl."""
