@@ -346,6 +346,14 @@ def test_an_answer_without_a_verdict_gives_no_signal_and_is_counted(
                 assert advantage == pytest.approx(expected, abs=1e-5)
 
 
+def test_a_judge_alone_may_fail_on_a_few_answers(start, run, template, tmp_path):
+    api = start(write=rate_but(lambda answer: digest(answer) % 3 == 0))
+    flags = f"--judge_template {template()} --max_failed_fraction 0.9 --api_retries 0 --num_generations 4 "
+    assert run(flags + "--per_device_train_batch_size 16 --max_steps 1", api=api)[0] == 0
+    given = [line["rewards"]["j"] for line in read_rows(tmp_path / "out" / "completions.jsonl")]
+    assert 0 < given.count(None) < len(given) == 16
+
+
 def test_a_judge_that_fails_too_often_ends_the_run_in_one_line(start, run, template, tmp_path):
     api = start(write=rate_but(lambda answer: digest(answer) % 2))
     flags = f"--judge_template {template()} --api_retries 1 --max_failed_fraction 0.25 "
