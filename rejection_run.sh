@@ -26,7 +26,8 @@ for ((i = 1; i < $#; i++)); do               # flags that decide what the variab
   case ${!i} in
     --model_name_or_path) MODEL=${!value} ;;
     --train_data_path) TRAIN_DATA=${!value} ;;
-    --reward_funcs | --reward_model_path | --judge_model) REWARD= GIVEN_REWARD=1 ;;
+    --reward_funcs | --reward_model_path) REWARD= GIVEN_REWARD=1 ;;
+    --judge_model) GIVEN_REWARD=1 ;;         # beside REWARD where that is given
     --then) THEN=${!value} ;;
     --eval_data_path) EVAL_FRACTION=0 ;;
     --select) SELECT=${!value} ;;

@@ -33,6 +33,7 @@ for ((i = 1; i < $#; i++)); do               # flags that decide what the variab
     --train_data_path) TRAIN_DATA=${!value} ;;
     --eval_data_path) EVAL_FRACTION=0 ;;
     --reward_funcs | --reward_model_path) REWARD= GIVEN_REWARD=1 ;;
+    --judge_model) GIVEN_REWARD=1 ;;         # beside REWARD where that is given
     --config) echo "refused: --config: a recipe has values of its own. Type: python -m utils.launch train_rlhf.py $*" >&2; exit 2 ;;
   esac
 done

@@ -10,6 +10,7 @@ Exit status: 0 done, 2 refused before a model was loaded (one line a problem, no
 
 import sys
 
+from rlhf_args.judge_config import JudgeConfig
 from rlhf_args.methods import METHODS, load
 from utils import arguments, checks, data, training
 
@@ -26,7 +27,7 @@ def run(argv):
     common, config, name, rows, problems = parse_and_check(argv)
     method = METHODS[name]
 
-    from utils import models, probe, reward_models, rewards, summary
+    from utils import judge_reward, models, probe, reward_models, rewards, summary
 
     # ── the text that is trained on ──────────────────────────────────────────────────────────────────────────────────
     with checks.collecting(problems):
@@ -38,6 +39,8 @@ def run(argv):
         summary.say_findings(rows)
     with checks.collecting(problems):
         judges = rewards.load_functions(common.reward_funcs, rows.train, tokenizer)
+    with checks.collecting(problems):
+        judge = judge_reward.load(config, rows.train) if method.sample_reward and not problems else None
     if common.probe and not problems:
         whole, train, held_out = probe.shorten(config, method, train)
     with checks.collecting(problems):
@@ -65,6 +68,9 @@ def run(argv):
                     trust_remote_code=config.trust_remote_code,
                 )
             )
+        if judge:
+            config.reward_weights = judge.spread_weights(config.reward_weights, len(judges))
+            judges += judge.rewards()
     source = training.model_source(common, config, method, tokenizer)
     policy = models.load_policy(**source | {"path": start.policy_path(common)})
     if models.needs_reference(config, method):
@@ -77,6 +83,8 @@ def run(argv):
         return probe.run(trainer, whole, common, method)
     shown = common, method, tokenizer, rows, train, held_out
     follow = training.train_and_report(trainer, start, *shown)
+    if judge:
+        judge.say_failures()
     training.save_and_verify(trainer, follow, argv, name, *shown, again={"RLHF_TYPE": name})
     return 0
 
@@ -92,7 +100,8 @@ def parse_and_check(argv):
     method, problems, config = METHODS[name], [] if common.check else None, None
     words = arguments.translate(words, dict(method.renamed))
     if not arguments.asks_help(words):
-        found = checks.check_common(common, name, method) + checks.check_rewards(common, name, method)
+        judged, _ = arguments.peek(words, JudgeConfig)
+        found = checks.check_common(common, name, method) + checks.check_rewards(common, name, method, judged)
         paths = common.train_data_path, common.eval_data_path
         rows = data.load_rows(*paths, method.columns, name, common.max_samples, found, problems)
     with checks.collecting(problems):

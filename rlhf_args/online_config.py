@@ -4,6 +4,7 @@ import math
 import os
 from dataclasses import dataclass, field
 
+from rlhf_args.judge_config import JudgeConfig
 from utils import environment
 
 COUNTS = (
@@ -19,7 +20,7 @@ COUNTS = (
 
 
 @dataclass
-class OnlineConfig:
+class OnlineConfig(JudgeConfig):
     """Mixin before TRL's config. `notes`: what was translated, for the plan that a run prints."""
 
     # TRL's None asks num_generations answers to each held-out prompt, and an evaluation batch that divides by them.

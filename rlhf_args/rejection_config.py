@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass, field
 
+from rlhf_args.judge_config import JudgeConfig
+
 
 @dataclass
-class RejectionConfig:
+class RejectionConfig(JudgeConfig):
     output_dir: str | None = field(
         default=None,
         metadata={"help": "Where all is kept. The same command again goes on where it was stopped. Required."},
@@ -46,52 +48,22 @@ class RejectionConfig:
         default=False, metadata={"help": "Take the prompts that --eval_fraction holds out in place of the others."}
     )
 
-    # ── servers that speak OpenAI's API: the engine openai, and the judge ────────────────────────────────────────────
+    # ── the server of --engine openai, and of the judge unless --judge_base_url names another ────────────────────────
     api_base_url: str | None = field(
-        default=None, metadata={"help": "The engine's server, like http://localhost:8000/v1."}
+        default=None,
+        metadata={"help": "The engine's server, like http://localhost:8000/v1. Also the judge's, if it has none."},
     )
     api_model: str | None = field(default=None, metadata={"help": "The engine's model, by the server's name for it."})
     api_key_variable: str = field(
-        default="OPENAI_API_KEY", metadata={"help": "The environment variable that holds the key."}
+        default="OPENAI_API_KEY",
+        metadata={"help": "The environment variable that holds the key. Also the judge's, if it has none."},
     )
-    api_concurrency: int = field(default=8, metadata={"help": "Requests under way at once, in each process."})
-    api_timeout: float = field(default=120.0, metadata={"help": "Seconds to wait for one reply."})
-    api_retries: int = field(default=4, metadata={"help": "Further attempts, waiting 1, 2, 4, ... seconds before."})
 
     # ── score ────────────────────────────────────────────────────────────────────────────────────────────────────────
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "Of each of --reward_funcs, then of --reward_model_path, then of the judge."}
     )
     score_batch_size: int = field(default=16, metadata={"help": "Answers scored at once by the reward model."})
-    judge_model: str | None = field(
-        default=None, metadata={"help": "A language model as judge, by its server's name for it."}
-    )
-    judge_base_url: str | None = field(default=None, metadata={"help": "Its server; unset: --api_base_url."})
-    judge_key_variable: str | None = field(default=None, metadata={"help": "Unset: --api_key_variable."})
-    judge_mode: str = field(
-        default="score",
-        metadata={
-            "help": "score: a number for each answer. pick: the best of a prompt's answers, shown in random order and "
-            "once more in reverse; an answer scores the share of the two passes that it won.",
-            "choices": ["score", "pick"],
-        },
-    )
-    judge_template: str | None = field(
-        default=None,
-        metadata={
-            "help": "A text file with {prompt} and {completion} (score) or {completions} (pick) in it; unset: "
-            "data/judge_score.txt or data/judge_pick.txt. The judge ends with its verdict in double brackets: "
-            "[[7]], [[B]]."
-        },
-    )
-    judge_scale: list[float] = field(
-        default_factory=lambda: [1.0, 10.0],
-        metadata={"help": "The least and the highest number of --judge_mode score; another one is no verdict."},
-    )
-    judge_max_tokens: int = field(default=512, metadata={"help": "Longest reply of the judge, in tokens."})
-    max_failed_fraction: float = field(
-        default=0.1, metadata={"help": "Exit status 1 where a larger share of answers or scores failed, 0 to 1."}
-    )
 
     # ── select ───────────────────────────────────────────────────────────────────────────────────────────────────────
     select: str = field(
@@ -126,6 +98,10 @@ class RejectionConfig:
     rounds: int = field(
         default=1, metadata={"help": "How often to sample, score, select and train, each time from the new model."}
     )
+
+    def judge_server(self):
+        flag = "judge_base_url" if self.judge_base_url else "api_base_url"
+        return flag, getattr(self, flag), self.judge_key_variable or self.api_key_variable
 
     def __post_init__(self):
         self.stages = split_commas(self.stages)

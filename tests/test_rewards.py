@@ -584,8 +584,8 @@ DATA_SAYS = "DPO learns from the answers in the data, not from a reward. RLOO, G
 @pytest.mark.parametrize("method", ["RLOO", "GRPO", "PPO"])
 def test_no_reward_at_all_is_refused(method, refused):
     assert refused("", method) == (
-        f"no reward: {method} needs one. Type --reward_funcs data/rewards.py:brevity to try, or "
-        "--reward_model_path FOLDER"
+        f"no reward: {method} needs one. Type --reward_funcs data/rewards.py:brevity to try, "
+        "--reward_model_path FOLDER or --judge_model NAME"
     )
 
 

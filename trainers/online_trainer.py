@@ -11,6 +11,7 @@ from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
+from utils.judge_reward import JudgeReward
 from utils.rewards import RewardFailed
 from utils.text import template, tokenize
 
@@ -77,6 +78,7 @@ class Online(SamplesAnswers):
             self.ref_model = self.prepare_reference(ref_model)
             if sync:
                 self.add_callback(SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator))
+        self.judge = next((reward.judge for reward in reward_funcs if isinstance(reward, JudgeReward)), None)
         for reward in reward_funcs:
             if hasattr(reward, "attach"):
                 reward.attach(self)
@@ -96,13 +98,24 @@ class Online(SamplesAnswers):
         return FromEpoch(super()._get_train_sampler(dataset), lambda: int(self.state.epoch or 0))
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        """TRL's, which takes an answer that no function judged for one without a signal, and goes on."""
+        """TRL's (all processes' answers, functions), all nan for an answer without the judge's verdict.
+
+        TRL leaves such a row out of the baseline and gives it the advantage 0. Raises RewardFailed where all functions
+        returned None for an answer.
+        """
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        failed = torch.zeros_like(rewards[:, 0], dtype=torch.bool)
+        places = [place for place, reward in enumerate(self.reward_funcs) if isinstance(reward, JudgeReward)]
+        if places and self.judge.measures():
+            failed = rewards[:, places].isnan().any(dim=1)
+            self.judge.count(int(failed.sum()), len(failed))
+            mode = "train" if self.model.training else "eval"
+            self._metrics[mode]["judge/failed"].append(failed.float().mean().item())
         names = [name for name in self.reward_func_names if name != "missing_eos"]
-        if rewards[:, : len(names)].isnan().all(dim=1).any():
+        if (rewards[:, : len(names)].isnan().all(dim=1) & ~failed).any():
             judges = " and ".join(names)
             raise RewardFailed(f"{judges} returned None for one answer: each answer needs a number from one of them")
-        return rewards
+        return rewards.masked_fill(failed[:, None], math.nan)
 
     def missing_eos(self, completion_ids, **kwargs):
         """A reward function of its own, so that the log shows it: missing_eos_penalty for each answer that was cut."""
@@ -128,6 +141,10 @@ class Online(SamplesAnswers):
     def _generate_and_score_completions(self, inputs):
         """TRL's, and each answer with its rewards as a line of completions.jsonl."""
         output = super()._generate_and_score_completions(inputs)
+        if self.judge and not self.judge.measures():
+            for name in self.judge.judge.weights:  # a mean of no numbers
+                for kind in ("mean", "std"):
+                    self._metrics["eval"].pop(f"rewards/{name}/{kind}", None)
         if self.model.training and self.accelerator.is_main_process:
             count = len(inputs) * self.accelerator.num_processes
             newest = [list(self._logs[name])[-count:] for name in ("prompt", "completion")]

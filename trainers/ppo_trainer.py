@@ -175,8 +175,10 @@ class PPOTrainer(GRPOTrainer):
         """TRL's (all processes' answers, functions), kept to make token rewards of."""
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         scores = (rewards * self.reward_weights.to(rewards.device)).nansum(1)
+        judged = ~rewards.isnan().all(1)
+        scores = scores.where(judged, scores[judged].mean().nan_to_num())
         first = self.accelerator.process_index * len(prompts)
-        self._scores = scores[first : first + len(prompts)]
+        self._scores, self._judged = (kept[first : first + len(prompts)] for kept in (scores, judged))
         return rewards
 
     def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
@@ -207,6 +209,7 @@ class PPOTrainer(GRPOTrainer):
         """
         self._values = None
         output = super()._generate_and_score_completions(inputs)
+        output["completion_mask"] = output["completion_mask"] * self._judged[:, None]  # no signal without a verdict
         mask, logps, values = output["completion_mask"], output.get("old_per_token_logps"), self._values
         with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
             if logps is None:

@@ -36,7 +36,8 @@ LENGTH_FLAGS = ("max_steps", "num_train_epochs")
 NO_MATTER = re.compile(
     "log_|vllm_|dataset_num_proc|num_completions_to_print|answers_|steps_per_generation|num_mini_batches|"
     "total_episodes|num_generations_eval|trust_remote_code|ds3_|local_rollout|save_critic|generate_during_eval|"
-    "activation_offloading|precompute_ref_|model_init_kwargs|teacher_model_init_kwargs"
+    "activation_offloading|precompute_ref_|model_init_kwargs|teacher_model_init_kwargs|api_|judge_base_url|"
+    "judge_key_variable|max_failed_fraction"
 )
 
 

@@ -191,8 +191,11 @@ def check_folder(path, flag):
     return problems, described
 
 
-def check_rewards(common, name, method):
-    """Problems of the rewards asked for: of a method that has none, none where there should be, files that are not."""
+def check_rewards(common, name, method, judged):
+    """Problems of the rewards asked for: of a method that has none, none where there should be, files that are not.
+
+    `judged`: a JudgeConfig, which may be the method's own config.
+    """
     asked = {"--reward_model_path": common.reward_model_path, "--reward_funcs": common.reward_funcs}
     asked = [flag for flag, value in asked.items() if value]
     if not method.sample_reward:
@@ -201,17 +204,16 @@ def check_rewards(common, name, method):
             f"{flag}: {name} learns from the answers in the data, not from a reward. {takers} take it"
             for flag in asked
         ]
-    if not asked:
+    if not asked and not judged.judge_model:
         return [
-            f"no reward: {name} needs one. Type --reward_funcs {method.sample_reward} to try, or "
-            "--reward_model_path FOLDER"
+            f"no reward: {name} needs one. Type --reward_funcs {method.sample_reward} to try, "
+            "--reward_model_path FOLDER or --judge_model NAME"
         ]
-    from utils import reward_models, rewards  # they build upon this module
+    from utils import judge, reward_models, rewards, scoring  # they build upon this module
 
     problems = list(rewards.check_reward_functions(common.reward_funcs or ()))
-    names = [spec.rpartition(":")[2] for spec in common.reward_funcs or ()]
-    names += [Path(common.reward_model_path).name] if common.reward_model_path else []
-    for twice in sorted({judge for judge in names if names.count(judge) > 1}):
+    names = scoring.name_rewards(common) + judge.name_numbers(judged)
+    for twice in sorted({one for one in names if names.count(one) > 1}):
         problems.append(f"two rewards are called {twice}, which the log would add up. Rename one")
     return problems + (reward_models.check_reward_model(common.reward_model_path) if common.reward_model_path else [])
 
@@ -328,9 +330,19 @@ def check_config(common, config, name, method):
 
 def check_rollouts(common, config):
     """Problems of how answers are sampled and judged."""
-    judges = len(common.reward_funcs or ()) + bool(common.reward_model_path)
+    from utils import judge, scoring, server  # they build upon this module
+
+    judges = len(scoring.name_scorers(common, config))
     if config.reward_weights and len(config.reward_weights) != judges:
         yield f"--reward_weights: {len(config.reward_weights)} of them for {judges} rewards. Give each its weight"
+    yield from judge.check_judge(config, "num_generations", config.num_generations)
+    yield from server.check_failed_fraction(config)
+    held_out = common.eval_data_path or common.eval_fraction
+    if held_out and judges == 1 and config.judge_model and config.judge_mode == "pick":
+        yield (
+            "--judge_mode pick with held-out prompts: what it gives the answers to a prompt always adds up to 1 and "
+            "measures no model. Type --eval_fraction 0, or --judge_mode score"
+        )
     yield from check_sampling(common, config)
     if config.max_prompt_length is not None and config.max_prompt_length < 1:
         yield f"--max_prompt_length {config.max_prompt_length}: 1 or more"

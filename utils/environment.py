@@ -25,6 +25,10 @@ def calm_libraries():
         logging.getLogger(name).setLevel(logging.ERROR)
     # DeepSpeed sets its logger's level when it is imported; a filter stays
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+    # an answer without a judge's verdict is counted and said here; without a judge such an answer ends the run
+    for name in ("grpo", "rloo"):
+        logger = logging.getLogger(f"trl.trainer.{name}_trainer")
+        logger.addFilter(lambda record: "reward functions returned None" not in record.getMessage())
     noisy = (
         "transformers",
         "torch.utils.data",

@@ -2,12 +2,11 @@
 
 import hashlib
 import math
-import os
-import urllib.parse
 from pathlib import Path
 
 from rlhf_args.methods import METHODS, REJECTION, find_method
 from utils import checks, environment, files, judge, models, pool, sampling, scoring, selection
+from utils.server import check_failed_fraction, check_server
 
 STAGES = ("generate", "score", "select")
 TRAINING = (
@@ -29,8 +28,7 @@ def check_flags(common, config, words):
     unknown = [stage for stage in config.stages if stage not in STAGES]
     if unknown or not config.stages:
         problems.append(f"--stages {','.join(config.stages)}: takes {', '.join(STAGES)}, some or all")
-    if not 0 <= config.max_failed_fraction <= 1:
-        problems.append(f"--max_failed_fraction {config.max_failed_fraction:g}: a share from 0 to 1")
+    problems += check_failed_fraction(config)
     if "generate" in config.stages:
         problems += check_data(common, config)
     if environment.engine():
@@ -93,7 +91,7 @@ def check_generation(common, config):
             yield "--max_prompt_length with --engine openai: the server counts the tokens, not we. Leave it out"
         if config.top_k:
             yield "--top_k with --engine openai: its API has no such field. Leave it out; --top_p it has"
-        yield from check_server(config, config.api_key_variable, "api_base_url")
+        yield from check_server(config, "api_base_url", config.api_base_url, config.api_key_variable)
     else:
         for name in ("api_base_url", "api_model"):
             if getattr(config, name) and not (name == "api_base_url" and config.judge_model):
@@ -109,31 +107,6 @@ def check_generation(common, config):
             yield f"--engine vllm with --then and --train_mode {common.train_mode}: it takes no adapter. Type full"
 
 
-def check_server(config, variable, flag):
-    key = os.environ.get(variable)
-    if not key:
-        yield f"{variable} is not set: the server's key. Type export {variable}=...; a local server takes any word"
-    elif not (key.isascii() and key.isprintable()):
-        yield f"{variable}: holds a line break or a letter that no key has. Set it anew"
-    url = getattr(config, flag)
-    if url and not is_address(url):
-        yield f"--{flag} {url}: no address of a server. It is like http://localhost:8000/v1"
-    if config.api_concurrency < 1:
-        yield f"--api_concurrency {config.api_concurrency}: 1 or more"
-    if not config.api_timeout > 0:
-        yield f"--api_timeout {config.api_timeout:g}: seconds, above 0"
-    if config.api_retries < 0:
-        yield f"--api_retries {config.api_retries}: 0 or more"
-
-
-def is_address(url):
-    try:
-        parts = urllib.parse.urlsplit(url)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is no number
-        return False
-
-
 def check_scorers(common, config):
     names = scoring.name_scorers(common, config)
     if not names:
@@ -141,31 +114,16 @@ def check_scorers(common, config):
             f"no scorer: what is a good answer? Type --reward_funcs {REJECTION.sample_reward} to try, "
             "--reward_model_path FOLDER or --judge_model NAME"
         )
-    elif common.reward_funcs or common.reward_model_path:
-        yield from checks.check_rewards(common, "Rejection sampling", REJECTION)
-    if config.judge_model and config.judge_model in names[:-1]:
-        yield f"two rewards are called {config.judge_model}. Rename one"
+    else:
+        yield from checks.check_rewards(common, "Rejection sampling", REJECTION, config)
     if config.reward_weights and len(config.reward_weights) != len(names):
         yield f"--reward_weights: {len(config.reward_weights)} of them for {len(names)} rewards. Give each its weight"
     if not all(abs(weight) < float("inf") for weight in config.reward_weights or ()):
         yield f"--reward_weights {' '.join(map(str, config.reward_weights))}: finite numbers"
     if config.score_batch_size < 1:
         yield f"--score_batch_size {config.score_batch_size}: 1 or more"
-    if not config.judge_model:
-        for name in ("judge_template", "judge_base_url"):
-            if getattr(config, name):
-                yield f"--{name}: without --judge_model there is no judge. Type --judge_model NAME"
-        return
-    if not (config.judge_base_url or config.api_base_url):
-        yield "--judge_model: no server. Type --judge_base_url http://localhost:8000/v1"
-    flag = "judge_base_url" if config.judge_base_url else "api_base_url"
-    yield from check_server(config, config.judge_key_variable or config.api_key_variable, flag)
-    yield from judge.check_template(config.judge_template or judge.TEMPLATES[config.judge_mode], config.judge_mode)
-    if len(config.judge_scale) != 2 or not config.judge_scale[0] < config.judge_scale[1]:
-        yield f"--judge_scale {' '.join(map(str, config.judge_scale))}: the least number and the highest, like 1 10"
-    candidates = config.num_completions + bool(config.reference_column)
-    if config.judge_mode == "pick" and not 2 <= candidates <= len(judge.LABELS):
-        yield f"--judge_mode pick: picks of 2 to {len(judge.LABELS)} answers, and there are {candidates}"
+    answers = config.num_completions + bool(config.reference_column)
+    yield from judge.check_judge(config, "num_completions", answers, unused="judge_")
 
 
 def check_selection(config):
@@ -199,7 +157,7 @@ def check_then(common, config):
     if name and METHODS[name].task != "CAUSAL_LM" and config.rounds > 1:
         yield f"--then {name} with --rounds: a reward model cannot answer in the next round. Type --rounds 1"
     held_out = common.eval_data_path or common.eval_fraction
-    if held_out and config.judge_mode == "pick" and scoring.name_scorers(common, config) == [config.judge_model]:
+    if held_out and config.judge_mode == "pick" and scoring.name_scorers(common, config) == [judge.name_judge(config)]:
         yield (
             "--judge_mode pick with held-out prompts: what it gives the answers to a prompt always adds up to 1 and "
             "measures no model. Type --judge_mode score, or --eval_fraction 0"
@@ -285,9 +243,8 @@ def score_settings(common, config):
         weights = hash_short(str(weights_of(common.reward_model_path, None)))
         found |= {"reward_model_path": common.reward_model_path, "reward_model_weights": weights}
     if config.judge_model:
-        template = config.judge_template or judge.TEMPLATES[config.judge_mode]
         found |= {"judge_model": config.judge_model, "judge_mode": config.judge_mode}
-        found |= {"judge_template": hash_file(template), "judge_scale": config.judge_scale}
+        found |= {"judge_template": hash_file(judge.template_of(config)), "judge_scale": config.judge_scale}
     return found
 
 

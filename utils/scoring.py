@@ -13,9 +13,13 @@ AT_ONCE = 64  # answers, or a little more: scored and kept together
 
 def name_scorers(common, config):
     """The names of what judges, in the order of --reward_weights."""
+    return name_rewards(common) + ([llm_judge.name_judge(config)] if config.judge_model else [])
+
+
+def name_rewards(common):
+    """The names of the reward functions and of the reward model, without the judge."""
     names = [spec.rpartition(":")[2] for spec in common.reward_funcs or ()]
-    names += [Path(common.reward_model_path).name] if common.reward_model_path else []
-    return names + ([config.judge_model] if config.judge_model else [])
+    return names + ([Path(common.reward_model_path).name] if common.reward_model_path else [])
 
 
 class Scorers:
@@ -37,20 +41,27 @@ class Scorers:
             self.functions.append(model)
         if config.judge_model:
             self.judge = llm_judge.Judge(config)
-        self.names = name_scorers(common, config)
-        self.weights = config.reward_weights or [1.0] * len(self.names)
+        weights = config.reward_weights or [1.0] * len(name_scorers(common, config))
+        self.weights = dict(zip(name_rewards(common), weights, strict=False))
+        if self.judge:
+            self.weights |= {name: weights[-1] * weight for name, weight in self.judge.weights.items()}
 
     def score(self, prompts, groups):
         """Score lines for groups of completion lines; `prompts`: their lines of prompts.jsonl."""
         lines = [(row, line) for row, group in zip(prompts, groups, strict=True) for line in group]
         asked = self.columns(lines) if self.functions else {}
-        columns = [call(function, asked) for function in self.functions]
+        names = list(self.weights)[: len(self.functions)]
+        columns = [
+            [{name: score} for score in call(function, asked)]
+            for name, function in zip(names, self.functions, strict=True)
+        ]
         if self.judge:
             asked = [
                 (row["prompt"], [line["completion"] for line in group])
                 for row, group in zip(prompts, groups, strict=True)
             ]
-            columns.append([score for scores in self.judge.score(asked) for score in scores])
+            verdicts = [verdict for group in self.judge.score(asked) for verdict in group]
+            columns.append([one if isinstance(one, GivenUp) else self.judge.by_name(one) for one in verdicts])
         return [self.line(line, found) for (_, line), *found in zip(lines, *columns, strict=True)]
 
     def columns(self, lines):
@@ -70,14 +81,15 @@ class Scorers:
         }
 
     def line(self, line, found):
+        """The score line of an answer; `found`: {name: number or None} of each scorer, GivenUp where it failed."""
         key = {"prompt": line["prompt"], "sample": line["sample"]}
         failed = next((score for score in found if isinstance(score, GivenUp)), None)
         if failed is not None:
             return key | {"failed": str(failed)}
-        scores = {n: s for n, s in zip(self.names, found, strict=True) if s is not None}
+        scores = {name: score for one in found for name, score in one.items() if score is not None}
         if not scores:
             return key | {"failed": "no reward function applies to it"}
-        total = math.fsum(w * s for w, s in zip(self.weights, found, strict=True) if s is not None)
+        total = math.fsum(self.weights[name] * score for name, score in scores.items())
         return key | {"score": total, "scores": scores}
 
 

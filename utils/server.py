@@ -7,6 +7,7 @@ import os
 import random
 import threading
 import time
+import urllib.parse
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
 from utils.checks import Failed
@@ -152,3 +153,36 @@ def to_seconds(word):
 
 def one_line(what):
     return " ".join(str(what).split())[:200]
+
+
+# ── the flags ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def check_server(config, flag, url, variable):
+    """Problems of the flags of a server: `flag` gives its address `url`, the environment's `variable` its key."""
+    key = os.environ.get(variable)
+    if not key:
+        yield f"{variable} is not set: the server's key. Type export {variable}=...; a local server takes any word"
+    elif not (key.isascii() and key.isprintable()):
+        yield f"{variable}: holds a line break or a letter that no key has. Set it anew"
+    if url and not is_address(url):
+        yield f"--{flag} {url}: no address of a server. It is like http://localhost:8000/v1"
+    if config.api_concurrency < 1:
+        yield f"--api_concurrency {config.api_concurrency}: 1 or more"
+    if not config.api_timeout > 0:
+        yield f"--api_timeout {config.api_timeout:g}: seconds, above 0"
+    if config.api_retries < 0:
+        yield f"--api_retries {config.api_retries}: 0 or more"
+
+
+def check_failed_fraction(config):
+    if not 0 <= config.max_failed_fraction <= 1:
+        yield f"--max_failed_fraction {config.max_failed_fraction:g}: a share from 0 to 1"
+
+
+def is_address(url):
+    try:
+        parts = urllib.parse.urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number
+        return False

@@ -55,13 +55,15 @@ def say_checked(rows):
 
 def describe_reward(common, config):
     judges = [*(common.reward_funcs or ()), *([common.reward_model_path] if common.reward_model_path else [])]
-    weights = config.reward_weights or [1.0] * len(judges)
     if common.reward_model_path and reward_models.shares_base(
         common.reward_model_path, common.model_name_or_path, common.train_mode, common.model_revision
     ):
         judges[-1] += " (an adapter on the policy's own base: no second copy)"
+    if config.judge_model:
+        judges.append(f"{config.judge_model} (a judge, --judge_mode {config.judge_mode}, at {config.judge_base_url})")
+    weights = config.reward_weights or [1.0] * len(judges)
     said = " + ".join(
-        f"{weight:g} x {judge}" if weight != 1 else judge for weight, judge in zip(weights, judges, strict=True)
+        f"{weight:g} x {one}" if weight != 1 else one for weight, one in zip(weights, judges, strict=True)
     )
     penalty = config.missing_eos_penalty
     return said + (f" - {penalty:g} for an answer that is cut" if penalty else "")
