@@ -337,12 +337,13 @@ def check_config(common, config, name, method):
 def check_best(config, name, method):
     """Problems of the number that the best checkpoint is chosen by."""
     asked, known = config.metric_for_best_model, ("loss", *method.evaluated)
-    if asked and not any(fnmatch(asked.removeprefix("eval_"), pattern) for pattern in known):
-        shown = [log for _, log in method.metrics if any(fnmatch(log, pattern) for pattern in known)]
-        names = [f"eval_{log}" for log in dict.fromkeys(["loss", *shown, *(p for p in known if "*" not in p)])]
-        near = difflib.get_close_matches(f"eval_{asked.removeprefix('eval_')}", names, 1)
-        guess = f". Did you mean {near[0]}?" if near else ""
-        yield f"--metric_for_best_model {asked}: no evaluation of {name} has it. There are {', '.join(names)}{guess}"
+    if not asked or any(fnmatch(asked.removeprefix("eval_"), pattern) for pattern in known):
+        return
+    names = [f"eval_{log}" for log in known]
+    near = dict(method.metrics).get(asked.removeprefix("eval_"), asked.removeprefix("eval_"))
+    near = difflib.get_close_matches(f"eval_{near}", names, 1)
+    guess = f". Did you mean {near[0]}?" if near else ""
+    yield f"--metric_for_best_model {asked}: no evaluation of {name} has it. There are {', '.join(names)}{guess}"
 
 
 def check_rollouts(common, config):

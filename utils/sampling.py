@@ -55,8 +55,9 @@ def check_settings(config):
     if not isinstance(given, dict):
         yield f'--generation_kwargs {given}: not a JSON object. Type it as \'{{"stop_strings": ["###"]}}\''
         return
-    if not config.use_vllm:  # whose SamplingParams refuses what it does not know
-        yield from check_generation_kwargs(given)
+    if given and not config.use_vllm:  # whose SamplingParams refuses what it does not know
+        problems = [*check_generation_kwargs(given)]
+        yield from problems or try_generation_kwargs(given)
 
 
 def check_generation_kwargs(given):
@@ -76,10 +77,21 @@ def check_generation_kwargs(given):
     strings = [strings] if isinstance(strings, str) else strings
     if not isinstance(strings, list) or not strings or not all(isinstance(one, str) and one for one in strings):
         yield f"--generation_kwargs: stop_strings {json.dumps(given['stop_strings'])}: a list of strings, none empty"
-    try:
-        GenerationConfig(**given)
-    except (ValueError, TypeError, AttributeError) as error:
-        yield f"--generation_kwargs: {' '.join(str(error).split())}"
+
+
+def try_generation_kwargs(given):
+    """Problem of values that generate() does not take, found on a model of two numbers a token."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    with torch.random.fork_rng(devices=[]):
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=2**18, n_positions=512, n_embd=2, n_layer=1, n_head=1))
+        settings = given | {"do_sample": True, "max_new_tokens": 2, "stop_strings": None, "pad_token_id": 0}
+        try:
+            model.generate(torch.ones(2, 2, dtype=torch.int64), **settings)
+        except Exception as error:
+            why = " ".join(str(error).split())
+            yield f"--generation_kwargs {json.dumps(given)}: generate() does not take it ({why})"
 
 
 def describe_settings(config, own):

@@ -38,7 +38,7 @@ def say_plan(common, config, name, method, tokenizer, rows, train, held_out, fur
     if config.load_best_model_at_end:
         which = "highest" if config.greater_is_better else "lowest"
         best = f"eval_{config.metric_for_best_model.removeprefix('eval_')}"
-        say(f"result    of the evaluated checkpoints the one with the {which} {best}")
+        say(f"best      of the evaluated checkpoints the one with the {which} {best}")
     for note in [*rows.notes, *getattr(config, "notes", ())]:
         say(f"note      {note}")
     say_findings(rows)
