@@ -5,7 +5,9 @@
 Arithmetic uses the bigram model of tests/test_losses.py; what needs layers runs the real command on a tiny model.
 """
 
+import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -124,14 +126,13 @@ def adapter(tiny_model, tmp_path_factory):
     return str(folder)
 
 
-STARTS = [("RLOO", "base", "lora"), ("GRPO", "base", "lora"), ("PPO", "base", "lora"), ("RLOO", "base", "full"),
-          ("RLOO", "adapter", "lora"), ("PPO", "adapter", "lora")]  # fmt: skip
+STARTS = [("RLOO", "tiny_model", "lora"), ("GRPO", "tiny_model", "lora"), ("PPO", "tiny_model", "lora"),
+          ("RLOO", "tiny_model", "full"), ("RLOO", "adapter", "lora"), ("PPO", "adapter", "lora")]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "start", "mode"), STARTS)
-def test_a_policy_that_moved_is_away_from_its_reference_where_it_began(name, start, mode, run, adapter, tiny_model):
-    more = "--beta 0.01 --num_iterations 1"
-    first, second = run(name, more, {"base": tiny_model, "adapter": adapter}[start], mode)
+def test_a_policy_that_moved_is_away_from_its_reference_where_it_began(name, start, mode, run, request):
+    first, second = run(name, "--beta 0.01 --num_iterations 1", request.getfixturevalue(start), mode)
     assert abs(first["kl"]) < 1e-6  # float32; batches of one shape, so mostly 0
     assert abs(second["kl"]) > 1e-4  # Adam moved each weight by 0.02
 
@@ -169,11 +170,22 @@ def log_ratios(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize(
-    ("name", "start"), [("RLOO", "base"), ("GRPO", "base"), ("PPO", "base"), ("GRPO", "adapter"), ("PPO", "adapter")]
-)
-def test_before_an_update_the_policy_says_what_it_sampled_with(name, start, run, log_ratios, adapter, tiny_model):
-    run(name, "--num_iterations 2", {"base": tiny_model, "adapter": adapter}[start])
+@pytest.fixture(scope="module")
+def dropping(tiny_model, tmp_path_factory):
+    """The tiny model with dropout in its attention layers."""
+    folder = tmp_path_factory.mktemp("dropping") / "model"
+    shutil.copytree(tiny_model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.5}))
+    return str(folder)
+
+
+BEGUN = [("RLOO", "dropping"), ("GRPO", "tiny_model"), ("PPO", "dropping"), ("GRPO", "adapter"), ("PPO", "adapter")]
+
+
+@pytest.mark.parametrize(("name", "start"), BEGUN)
+def test_before_an_update_the_policy_says_what_it_sampled_with(name, start, run, log_ratios, request):
+    run(name, "--num_iterations 2", request.getfixturevalue(start))
     before, after = log_ratios
     assert before < 1e-6  # float32 in batches of one shape
     assert after > 1e-3  # the second pass over the same rollout, after an update: what is compared can differ
@@ -186,6 +198,7 @@ def test_dropout_that_is_asked_for_shows_in_the_first_ratio(name, run, log_ratio
 
 
 def test_dropout_of_an_attention_layer_is_switched_off_too():
+    from torch import nn
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     shape = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -195,6 +208,10 @@ def test_dropout_of_an_attention_layer_is_switched_off_too():
     def differs():
         return not model(input_ids=ids).logits.equal(model(input_ids=ids).logits)
 
+    assert differs()
+    disable_dropout(model)
+    assert not differs()
+    model.model.layers[0].mlp.act_fn = nn.Sequential(nn.SiLU(), nn.Dropout(0.5))
     assert differs()
     disable_dropout(model)
     assert not differs()
@@ -211,10 +228,8 @@ def test_a_run_that_goes_on_takes_the_prompts_in_the_order_of_its_epoch(name, tm
     assert len({tuple(epoch) for epoch in epochs}) == 3
     for epoch, expected in enumerate(epochs):
         resumed = make_trainer(name, tmp_path)
-        resumed.state.epoch = epoch + 0.0
-        assert list(resumed._get_train_sampler()) == expected
-        resumed.state.epoch = epoch + 0.5  # within it, where the rows that were seen are skipped
-        assert list(resumed._get_train_sampler()) == expected
+        sampler, resumed.state.epoch = resumed._get_train_sampler(), epoch + 0.5  # the rows before are skipped
+        assert list(sampler) == list(sampler) == expected
 
 
 def test_a_distillation_that_goes_on_takes_the_rows_in_the_order_of_its_epoch(tmp_path):
