@@ -8,6 +8,7 @@ Arithmetic uses the bigram model of tests/test_losses.py; what needs layers runs
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from tests.test_losses import LN2, POLICY, REFERENCE, WORDS, make_bigram, make_t
 from trainers import online_trainer
 from trainers.online_trainer import disable_dropout
 from utils import models, text, training
+from utils.rewards import RewardFailed
 
 ONLINE = ["RLOO", "GRPO", "PPO"]
 END = WORDS.index("</s>")
@@ -76,6 +78,34 @@ def test_an_answer_without_its_end_pays_the_penalty_and_one_with_it_does_not(nam
     assert trainer.reward_func_names[-1] == "missing_eos"
     assert trainer.reward_weights.tolist() == [3.0, 1.0]
     assert "missing_eos" not in make_trainer(name, tmp_path).reward_func_names
+
+
+@pytest.mark.parametrize("name", ONLINE)
+def test_one_answer_among_others_that_no_function_judges_ends_the_run(name, tmp_path, monkeypatch):
+    trainer = make_trainer(name, tmp_path, missing_eos_penalty=2.0)
+    trainer.reward_func_names[0] = "odd"
+    given = {"judged": [[1.0, 0.0], [2.0, -2.0]], "not": [[1.0, 0.0], [math.nan, -2.0]]}
+    for trl_trainer in (trl.RLOOTrainer, trl.GRPOTrainer):
+        monkeypatch.setattr(trl_trainer, "_calculate_rewards", lambda self, which, *args: torch.tensor(given[which]))
+    assert trainer._calculate_rewards("judged", ["a q", "b q"], [], []).tolist() == given["judged"]
+    with pytest.raises(RewardFailed, match="^odd returned None for one answer"):
+        trainer._calculate_rewards("not", ["a q", "b q"], [], [])
+
+
+def test_each_answer_is_recorded_with_the_step_that_learns_from_it(run, tmp_path):
+    run("GRPO")
+    assert [line["step"] for line in read_rows(tmp_path / "out" / "completions.jsonl")] == [1] * 4 + [2] * 4
+
+
+@pytest.mark.parametrize("bos", [None, "<s>"])
+def test_a_prompt_is_asked_as_the_template_writes_it_up_to_the_answer(bos):
+    tokenizer = make_tokenizer(bos=bos)
+    trainer = SimpleNamespace(processing_class=tokenizer, chat_template_kwargs={})
+    prompts = [[{"role": "user", "content": "Hi"}], "Hi"]
+    (chat, plain), *rest = online_trainer.Online._tokenize_prompts(trainer, prompts)
+    assert rest == [None, {}]
+    written = f"{bos or ''}<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", f"{bos or ''}Hi"
+    assert tuple(tokenizer.decode(ids) for ids in (chat, plain)) == written
 
 
 # ── several processes ────────────────────────────────────────────────────────────────────────────────────────────────
