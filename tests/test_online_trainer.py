@@ -301,12 +301,11 @@ def test_held_out_numbers_of_a_distillation_are_of_all_batches(tmp_path):
     for size in (3, 1, 2):
         models_ = test_gkd.make_qwen(1), test_gkd.make_qwen(2)
         trainer = test_gkd.make_trainer(tmp_path, *models_, test_gkd.ROWS, per_device_eval_batch_size=size)
+        trainer.evaluate(trainer.train_dataset.select([0]))  # of which nothing is left in the next one
         metrics = trainer.evaluate(trainer.train_dataset)
         found.append([metrics[f"eval_{name}"] for name in test_gkd.HELD_OUT])
     assert found[0][0] > 0.01
     assert found[1] == pytest.approx(found[0], rel=1e-5) and found[2] == pytest.approx(found[0], rel=1e-5)
-    again = trainer.evaluate(trainer.train_dataset)  # and not of the evaluation before as well
-    assert [again[f"eval_{name}"] for name in test_gkd.HELD_OUT] == pytest.approx(found[2], rel=1e-6)
 
 
 # ── CPO, SimPO, ORPO ─────────────────────────────────────────────────────────────────────────────────────────────────
