@@ -294,6 +294,9 @@ def test_the_loss_of_a_distillation_is_softened_by_the_temperature(temperature, 
     expected, unsoftened = (test_gkd.written_out(*logits, 0, t).mean().item() for t in (temperature, 1.0))
     assert loss.item() == pytest.approx(expected, rel=1e-5)  # float32
     assert unsoftened != pytest.approx(expected, rel=0.1)
+    softened = (logits[0] / temperature).log_softmax(-1)
+    (entropy,) = trainer._metrics["train"]["entropy"]  # of the student, a token of the answers
+    assert entropy == pytest.approx(-(softened.exp() * softened).sum(-1).mean().item(), rel=1e-5)
 
 
 def test_held_out_numbers_of_a_distillation_are_of_all_batches(tmp_path):
