@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 import trl
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
@@ -299,6 +300,35 @@ def test_the_loss_of_a_distillation_is_softened_by_the_temperature(temperature, 
     assert entropy == pytest.approx(-(softened.exp() * softened).sum(-1).mean().item(), rel=1e-5)
 
 
+HEADS = {  # what a family does to its logits before the softmax
+    "Cohere": {"logit_scale": 4.0},
+    "Granite": {"logits_scaling": 0.25},
+    "Gemma2": {"final_logit_softcapping": 0.5, "head_dim": 8},
+}
+
+
+@pytest.mark.parametrize("family", HEADS)
+def test_a_distillation_compares_the_logits_that_the_family_computes(family, tmp_path):
+    def make(seed):
+        torch.manual_seed(seed)
+        shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        shape |= {"num_key_value_heads": 1, "vocab_size": 264, "eos_token_id": 1, "bos_token_id": None}
+        config = getattr(transformers, f"{family}Config")(**shape, pad_token_id=1, **HEADS[family])
+        model = getattr(transformers, f"{family}ForCausalLM")(config)
+        with torch.no_grad():
+            model.get_output_embeddings().weight.mul_(10)  # a distribution, where a new head has hardly any
+        return model
+
+    trainer = test_gkd.make_trainer(tmp_path, make(1), make(2), test_gkd.ROWS, beta=0.0)
+    loss = trainer.compute_loss(trainer.model, test_gkd.first_batch(trainer)).item()
+    held_out = trainer.evaluate(trainer.train_dataset)["eval_forward_kl"]
+    with torch.no_grad():
+        logits = [test_gkd.answers_logits(make(seed), test_gkd.ROWS).double() for seed in (1, 2)]
+    expected = test_gkd.written_out(*logits, 0, 1.0).mean().item()
+    assert expected > 1e-3
+    assert loss == pytest.approx(expected, rel=1e-4) and held_out == pytest.approx(expected, rel=1e-4)  # float32
+
+
 def test_held_out_numbers_of_a_distillation_are_of_all_batches(tmp_path):
     found = []
     for size in (3, 1, 2):
@@ -323,19 +353,39 @@ def test_simpos_beta_is_for_a_mean_per_token():
     assert 1 / (1 + math.exp(-0.1 * 0.5)) - 0.5 < 0.013 < 0.2 < 1 / (1 + math.exp(-2.0 * 0.5)) - 0.5
 
 
-@pytest.mark.parametrize("name", ["CPO", "SimPO", "CPOSimPO", "ORPO"])
-def test_log_probabilities_are_added_up_in_float32(name, tmp_path):
-    config = load(METHODS[name].config)(output_dir=str(tmp_path), bf16=False, use_cpu=True, report_to="none")
-    trainer = load(METHODS[name].trainer)(
-        model=make_bigram(POLICY).bfloat16(),
+LIKE_CPO = ["CPO", "SimPO", "CPOSimPO", "ORPO"]
+
+
+def make_like_cpo(name, folder, model, **flags):
+    config = load(METHODS[name].config)(output_dir=str(folder), bf16=False, use_cpu=True, report_to="none", **flags)
+    return load(METHODS[name].trainer)(
+        model=model,
         args=config,
         processing_class=make_word_tokenizer("</s>"),
         train_dataset=Dataset.from_list([{"prompt": "b q ", "chosen": "a b</s>", "rejected": "q</s>"}]),
     )
+
+
+@pytest.mark.parametrize("name", LIKE_CPO)
+def test_log_probabilities_are_added_up_in_float32(name, tmp_path):
+    trainer = make_like_cpo(name, tmp_path, make_bigram(POLICY).bfloat16())
     outputs = trainer.model(input_ids=torch.tensor([[0, 1, 2]]))
     assert trainer.model.dtype == torch.bfloat16 and outputs.logits.dtype == torch.float32
     # log P(a | q) = -1 bit
     assert outputs.logits.log_softmax(-1)[0, 0, 1].item() == pytest.approx(-LN2, abs=0.02)  # weights are in bfloat16
+
+
+@pytest.mark.parametrize("name", LIKE_CPO)
+def test_a_pair_is_cut_at_max_length_and_no_token_earlier(name, tmp_path):
+    b, q, a, end = (WORDS.index(word) for word in ("b", "q", "a", "</s>"))
+    pair = {"prompt": "b q ", "chosen": "a b </s>", "rejected": "q </s>"}  # 2 + 3 and 2 + 2 tokens
+    for limit in (5, 4):
+        row = make_like_cpo(name, tmp_path, make_bigram(POLICY), max_length=limit).tokenize_row(pair)
+        assert row["prompt_input_ids"] == [b, q]
+        assert row["chosen_input_ids"] == [b, q, a, b, end][:limit] and row["rejected_input_ids"] == [b, q, q, end]
+        assert row["chosen_labels"] == [-100, -100, a, b, end][:limit]
+        assert row["rejected_labels"] == [-100, -100, q, end]
+        assert row["chosen_attention_mask"] == [1] * limit and row["rejected_attention_mask"] == [1] * 4
 
 
 # ── the limits, to the token ─────────────────────────────────────────────────────────────────────────────────────────
