@@ -24,6 +24,7 @@ from tests.conftest import make_tokenizer, read_rows
 from tests.test_losses import LN2, POLICY, REFERENCE, WORDS, make_bigram, make_tokenizer as make_word_tokenizer
 from trainers import online_trainer
 from trainers.online_trainer import disable_dropout
+from trainers.safe_trainer import Safe
 from utils import models, text, training
 from utils.rewards import RewardFailed
 
@@ -280,6 +281,46 @@ def test_a_distillation_that_goes_on_takes_the_rows_in_the_order_of_its_epoch(tm
         assert list(resumed._get_train_sampler()) == orders[-1]
     assert orders[0] == orders[1] and orders[2] == orders[3]
     assert len({tuple(order) for order in orders}) == 3
+
+
+class Base:
+    """What Safe needs of a trainer to go on from a checkpoint, here of step 3."""
+
+    args = SimpleNamespace(gradient_accumulation_steps=4, process_index=0, device=torch.device("cpu"))
+    _step, _buffered_inputs, called = 0, None, ()
+
+    def __init__(self, max_steps):
+        self.state, self.control = SimpleNamespace(global_step=3, max_steps=max_steps), SimpleNamespace()
+
+    def _run_epoch(self):
+        self.called = "epoch"
+
+    def _load_rng_state(self, checkpoint):
+        self.called = "restored"
+
+    def _finalize_training(self):
+        pass
+
+
+class Resumed(Safe, Base):
+    pass
+
+
+@pytest.mark.parametrize(("max_steps", "called"), [(3, ()), (4, "epoch")])
+def test_a_run_that_goes_on_from_its_last_step_makes_no_further_one(max_steps, called):
+    trainer = Resumed(max_steps)
+    trainer._run_epoch()
+    assert trainer.called == called and hasattr(trainer.control, "should_training_stop") == (max_steps == 3)
+
+
+@pytest.mark.parametrize(("passes", "kept"), [(4, {"_step": 11, "_buffered_inputs": [5]}), (2, {"_step": 3 * 4})])
+def test_what_a_checkpoint_counted_comes_back_and_a_rollout_of_other_passes_does_not(passes, kept, tmp_path):
+    torch.save({"passes": passes, "_step": 11, "_buffered_inputs": [5]}, tmp_path / "progress_0.pt")
+    trainer = Resumed(3)
+    trainer.to_restore = tmp_path
+    trainer._finalize_training()  # where no step was left, nothing else has restored it
+    assert trainer.called == "restored" and trainer.to_restore is None
+    assert {"_step": trainer._step, "_buffered_inputs": trainer._buffered_inputs} == {"_buffered_inputs": None} | kept
 
 
 # ── GKD ──────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -286,7 +286,7 @@ BEST = "--load_best_model_at_end True --eval_strategy steps --eval_steps 1 --sav
 
 @pytest.mark.parametrize("name", ONLINE)
 def test_the_best_checkpoint_of_a_policy_is_the_one_with_the_highest_held_out_reward(name, run, tmp_path):
-    status, out, lines = run(name, *BEST, "--max_steps", "3")
+    status, out, lines = run(name, *BEST, "--max_steps", "3", "--save_total_limit", "2")
     assert status == 0, lines
     assert "best      of the evaluated checkpoints the one with the highest eval_reward\n" in out
     rewards = {line["step"]: line["eval_reward"] for line in read_rows(tmp_path / "out" / "eval.jsonl")[:4]}
@@ -294,6 +294,9 @@ def test_the_best_checkpoint_of_a_policy_is_the_one_with_the_highest_held_out_re
     state = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())
     best = max((1, 2, 3), key=lambda step: rewards[step])
     assert state["best_global_step"] == best and state["best_metric"] == rewards[best]
+    assert state["best_model_checkpoint"] == str(tmp_path / "out" / f"checkpoint-{best}")
+    kept = {int(folder.name.split("-")[1]) for folder in (tmp_path / "out").glob("checkpoint-*")}
+    assert kept == ({best, 3} if best < 3 else {2, 3})
 
 
 def test_the_best_checkpoint_of_a_student_has_the_lowest_divergence(run):
