@@ -7,9 +7,11 @@ Arithmetic uses the bigram model of tests/test_losses.py; what needs layers runs
 
 import json
 import math
+import random
 import shutil
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 import transformers
@@ -27,6 +29,7 @@ from trainers.online_trainer import disable_dropout
 from trainers.safe_trainer import Safe
 from utils import models, text, training
 from utils.rewards import RewardFailed
+from utils.stops import Left
 
 ONLINE = ["RLOO", "GRPO", "PPO"]
 END = WORDS.index("</s>")
@@ -301,9 +304,24 @@ class Base:
     def _finalize_training(self):
         pass
 
+    def _evaluate(self):
+        self._metrics = {"eval": {"kl": [1.0]}}
+        self.drawn = [random.random(), numpy.random.rand(), torch.rand(1).item()]
+        raise Left
+
 
 class Resumed(Safe, Base):
     pass
+
+
+def test_an_evaluation_that_is_left_is_owed_and_will_draw_the_same_numbers():
+    trainer, drawn = Resumed(4), []
+    for _ in range(2):
+        with pytest.raises(Left):
+            trainer._evaluate()
+        drawn.append(trainer.drawn)
+        assert trainer.owed and trainer._metrics == {"eval": {}}
+    assert drawn[0] == drawn[1]
 
 
 @pytest.mark.parametrize(("max_steps", "called"), [(3, ()), (4, "epoch")])
