@@ -53,6 +53,8 @@ class GKDConfig(trl.DistillationConfig):
     def __post_init__(self):
         if self.lmbda is None:
             self.lmbda = 0.0 if self.seq_kd else 0.5
+        if self.greater_is_better is None and str(self.metric_for_best_model).endswith("_kl"):
+            self.greater_is_better = False  # transformers: True for all that is not called loss
         shares = {"lmbda": self.lmbda, "beta": self.beta}
         wrong = [f"--{flag} {value:g}: from 0 to 1" for flag, value in shares.items() if not 0 <= value <= 1]
         if wrong:

@@ -36,6 +36,14 @@ DIVERGENCE = (
 CRITIC = (("value loss", "value_loss"), ("explained variance", "explained_variance"))
 CLIPPED = (("clipped", "clip_ratio/region_mean"),)
 
+# What an evaluation logs beside its loss; * stands for names that the run gives. By one the best checkpoint is chosen.
+SIDES = tuple(f"{what}/{side}" for what in ("rewards", "logps", "logits") for side in ("chosen", "rejected"))
+COUNTED = ("num_tokens", "entropy", "aux_loss")
+LIKE_CPO = (*SIDES, "rewards/accuracies", "rewards/margins", "nll_loss")
+ROLLED_OUT = (
+    "reward", "reward_std", "rewards/*", "kl", "completions/*", "clip_ratio/*", "frac_reward_zero_std", "sampling/*",
+)  # fmt: skip
+
 # What older PPO and RLOO trainers call a flag -> what TRL's current ones call it.
 OLD_NAMES = {
     "num_ppo_epochs": "num_iterations",
@@ -65,6 +73,7 @@ class Method:
     batch: tuple[int, int] = (2, 2)  # rows a device and pass, passes a step, that rlhf_run.sh takes unless told
     metrics: tuple[tuple[str, str], ...] = PAIRWISE  # (label, name in the log) of what is shown of a run, and
     curves: tuple[tuple[str, str], ...] = ()  # of what report.png alone shows beside it
+    evaluated: tuple[str, ...] = LIKE_CPO  # what an evaluation logs beside its loss
     begins: tuple[tuple[str, float | str], ...] = ()  # (name in the log, value while policy and reference are one, or
     # "module:function" of the config that knows it); none without a reference
     sample_reward: str | None = None  # a reward function that ships; None: the data say what is good, not a reward
@@ -96,6 +105,7 @@ ONLINE = {
     "sample_flags": ("--max_steps", "12", "--num_iterations", "2", "--max_completion_length", "32"),
     "metrics": ROLLOUT,
     "curves": CLIPPED,
+    "evaluated": (*ROLLED_OUT, *COUNTED),
     "begins": (("kl", 0.0),),
     "renamed": tuple(OLD_NAMES.items()),
 }
@@ -110,6 +120,7 @@ METHODS = {
         sample_data="data/preference.jsonl",
         models=("ref_model",),
         losses=DPO_LOSSES,
+        evaluated=(*SIDES, "rewards/accuracies", "rewards/margins", "mean_token_accuracy", *COUNTED),
         by_row=(("loss_type", tuple(loss for loss in DPO_LOSSES if loss not in ("aot", "aot_unpaired", "sft"))),),
         faster=("precompute_ref_log_probs", "use_liger_kernel"),
         begins=(*PAIR_BEGINS, ("loss", "utils.watch:dpo_loss")),
@@ -152,6 +163,7 @@ METHODS = {
         source="arXiv 2403.07691",
         config="rlhf_args.orpo_config:ORPOConfig",
         trainer="trainers.orpo_trainer:ORPOTrainer",
+        evaluated=(*LIKE_CPO, "log_odds_chosen", "log_odds_ratio"),
         columns=PAIR,
         sample_data="data/preference.jsonl",
         precisions=NO_FLOAT16,
@@ -169,6 +181,7 @@ METHODS = {
         faster=("precompute_ref_log_probs", "use_liger_kernel"),
         min_batch_size=2,  # its KL term pairs each prompt with another row's answer (trl#2554)
         metrics=(("margin", "rewards/margins"),),
+        evaluated=(*SIDES, "rewards/margins", "kl", *COUNTED),
         begins=(*PAIR_BEGINS, ("loss", "utils.watch:kto_loss")),
     ),
     "Reward": Method(
@@ -181,6 +194,7 @@ METHODS = {
         task="SEQ_CLS",
         by_row=(),
         metrics=(("accuracy", "accuracy"), ("margin", "margin")),
+        evaluated=("accuracy", "margin", "max_reward", "mean_reward", "min_reward", *COUNTED),
     ),
     "SFT": Method(
         title="Supervised fine-tuning on the assistant's turns",
@@ -193,6 +207,7 @@ METHODS = {
         by_row=(),  # a mean over all tokens of a step
         faster=("padding_free", "use_liger_kernel"),
         metrics=(("accuracy", "mean_token_accuracy"),),
+        evaluated=("mean_token_accuracy", *COUNTED),
     ),
     "RLOO": Method(
         title="REINFORCE Leave-One-Out, online: each answer against the others to its prompt",
@@ -217,7 +232,11 @@ METHODS = {
         config="rlhf_args.ppo_config:PPOConfig",
         trainer="trainers.ppo_trainer:PPOTrainer",
         losses=("dapo",),  # a mean over a step's tokens, the same however they are spread; the others are GRPO's
-        **{**ONLINE, "curves": (*CLIPPED, *CRITIC)},
+        **{
+            **ONLINE,
+            "curves": (*CLIPPED, *CRITIC),
+            "evaluated": (*ROLLED_OUT, *COUNTED, "rlhf_reward", "value", "value_loss", "explained_variance"),
+        },
     ),
 }
 
@@ -236,6 +255,7 @@ DISTILLATION = {
         precisions=NO_FLOAT16,
         metrics=DIVERGENCE,
         curves=(("entropy", "entropy"), ("tokens", "completions/mean_length"), ("on-policy", "on_policy")),
+        evaluated=(*(log for _, log in DIVERGENCE), "completions/*", *COUNTED),
         renamed=(("teacher_model", "teacher_model_name_or_path"), ("max_new_tokens", "max_completion_length")),
     ),
 }

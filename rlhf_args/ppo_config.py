@@ -77,8 +77,8 @@ class PPOConfig(OnlineConfig, trl.GRPOConfig):
     critic_learning_rate: float | None = field(
         default=None,
         metadata={
-            "help": "The critic's own. Unset: a critic's trunk has learning_rate, with full at least 1e-5; the layers "
-            "on top of it, and on the policy's states, have 1 / hidden size."
+            "help": "The critic's own. Unset: a critic's trunk has learning_rate, with full at least 1e-5; its head "
+            "has that or 0.1 / hidden size, the larger; layers on the policy's states have 1 / hidden size."
         },
     )
     critic_warmup_steps: int = field(
@@ -153,11 +153,13 @@ class PPOConfig(OnlineConfig, trl.GRPOConfig):
     def critic_rates(self, kind, hidden_size):
         """The learning rates of the critic's parts: {"trunk": rate, "head": rate}.
 
-        Adam moves each weight of the head by its rate, and so a value by at most about one.
+        Adam moves each weight of the head by its rate, and so a value by at most about one with 1 / hidden size. Upon a
+        trunk that learns too, that is ten times too much (docs/methods/ppo.md).
         """
         typed = self.critic_learning_rate
         trunk = max(self.learning_rate, 1e-5) if kind == "model" else self.learning_rate
-        return {"trunk": typed or trunk, "head": typed or 1 / hidden_size}
+        head = max(trunk, 0.1 / hidden_size) if kind in ("lora", "model") else 1 / hidden_size
+        return {"trunk": typed or trunk, "head": typed or head}
 
     @property
     def least_generations(self):

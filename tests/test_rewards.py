@@ -245,6 +245,7 @@ def lora_judge(tiny_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("lora") / "preferred"
     words = f"--rlhf_type Reward --model_name_or_path {tiny_model} --train_data_path data/reward.jsonl --max_steps 2 "
     words += f"--output_dir {folder} --learning_rate 2e-2 --dtype float32 --save_strategy no --lora_dropout 0.2"
+    words += " --disable_dropout False"
     assert train_rlhf.main(words.split()) == 0
     return str(folder)
 

@@ -2,11 +2,14 @@
 
 import json
 import math
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 import trl
 from torch.utils.data import Sampler
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
@@ -23,6 +26,16 @@ class SamplesAnswers:
     """
 
     generating = staticmethod(lambda tokens, limit: None)
+    stop_strings = None  # transformers' criterion for the stop strings of --generation_kwargs
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.args.disable_dropout:
+            disable_dropout(self.model)
+        strings = (self.args.generation_kwargs or {}).get("stop_strings")
+        if strings and not self.args.use_vllm:
+            self.stop_strings = StopStringCriteria(self.processing_class, strings)
+            self.generation_config.stop_strings = None  # generate() would ask for a tokenizer, which TRL does not pass
 
     def policy(self):
         """The causal language model inside whatever wraps it."""
@@ -41,19 +54,49 @@ class SamplesAnswers:
         return given | {"num_items_in_batch": torch.ones(())}
 
     def _generate_single_turn(self, *args, **kwargs):
-        """TRL's, counting the steps of the model to show how far a rollout is."""
+        """TRL's, by the run's own sampling settings alone; a forward hook reports how far the rollout is."""
         sampled = [0]
 
         def count(model, inputs, outputs):
             sampled[0] += 1
             self.generating(sampled[0], self.max_completion_length)
 
-        hook = self.policy().register_forward_hook(count)
+        policy = self.policy()
+        hook = policy.register_forward_hook(count)
         try:
-            return super()._generate_single_turn(*args, **kwargs)
+            with own_settings_unused(policy):
+                if self.stop_strings is None:
+                    return super()._generate_single_turn(*args, **kwargs)
+                with stopping_at(self.stop_strings, policy) as stops:
+                    found = super()._generate_single_turn(*args, **kwargs)
+            answers, *rest = found if isinstance(found, tuple) else (found,)  # GRPO's has log-probabilities, of vLLM
+            # generate() pads behind a stop string, and TRL takes that padding for sampled tokens
+            answers = [ids[:length] for ids, length in zip(answers, stops.lengths, strict=True)]
+            return (answers, *rest) if rest else answers
         finally:
             hook.remove()
             self.generating(self.max_completion_length, self.max_completion_length)
+
+    def _generate(self, prompts):
+        """TRL's; an answer that a stop string ended does not count as cut."""
+        found = super()._generate(prompts)
+        if self.stop_strings is not None:
+            metrics, device = self._metrics["train" if self.model.training else "eval"], self.accelerator.device
+            counted = [[len(ids), not self.has_ended(ids)] for ids in found[1]]
+            lengths, cut = self.accelerator.gather(torch.tensor(counted, device=device)).float().T
+            ended = lengths[cut == 0] if (cut == 0).any() else torch.zeros(1)
+            metrics["completions/clipped_ratio"][-1] = cut.mean().item()
+            for name, value in (("mean", ended.mean()), ("min", ended.min()), ("max", ended.max())):
+                metrics[f"completions/{name}_terminated_length"][-1] = value.item()
+        return found
+
+    def has_ended(self, ids):
+        """True if an answer (its token ids) ended by itself: with an end token, or with a stop string."""
+        if ids and ids[-1] in self.eos_token_ids:
+            return True
+        if self.stop_strings is None or not ids:
+            return False
+        return bool(self.stop_strings(torch.tensor([ids], device=self.accelerator.device), None))
 
 
 class Online(SamplesAnswers):
@@ -86,7 +129,7 @@ class Online(SamplesAnswers):
     def prepare_reference(self, model):
         """As TRL prepares its own. Source: trl 1.16.0, trainer/grpo_trainer.py, __init__."""
         if self.args.disable_dropout:
-            disable_dropout_in_model(model)
+            disable_dropout(model)
         add_fused_lm_head(
             model,
             temperature=self.temperature,
@@ -119,8 +162,7 @@ class Online(SamplesAnswers):
 
     def missing_eos(self, completion_ids, **kwargs):
         """A reward function of its own, so that the log shows it: missing_eos_penalty for each answer that was cut."""
-        ended = [ids[-1] in self.eos_token_ids for ids in completion_ids]
-        return [0.0 if end else -self.args.missing_eos_penalty for end in ended]
+        return [0.0 if self.has_ended(ids) else -self.args.missing_eos_penalty for ids in completion_ids]
 
     def _tokenize_prompts(self, prompts):
         """Prompts as all methods here tokenise them: one BOS where the tokenizer adds one, whatever the template says.
@@ -178,6 +220,23 @@ class FromEpoch(Sampler):
         return len(self.sampler)
 
 
+class Lengths(StoppingCriteria):
+    """`criterion`, keeping in `lengths` the tokens (prompt excluded) at which it first ended each answer."""
+
+    def __init__(self, criterion):
+        self.criterion, self.lengths, self.sampled = criterion, None, 0
+
+    def __call__(self, input_ids, scores, **kwargs):
+        found = self.criterion(input_ids, scores, **kwargs)
+        self.sampled += 1
+        self.lengths = self.lengths or [None] * len(found)
+        self.lengths = [
+            self.sampled if length is None and stops else length
+            for length, stops in zip(self.lengths, found.tolist(), strict=True)
+        ]
+        return found
+
+
 class RLOOTrainer(Online, trl.RLOOTrainer):
     pass
 
@@ -193,3 +252,33 @@ def share_out(trainer, model):
     if trainer.is_fsdp_enabled:
         return prepare_fsdp(model, trainer.accelerator)
     return trainer.accelerator.prepare_model(model, evaluation_mode=True)
+
+
+def disable_dropout(model):
+    """Sets every dropout to 0, also the rates that attention layers hand to a function, which TRL's helper leaves."""
+    disable_dropout_in_model(model)
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+@contextmanager
+def own_settings_unused(model):
+    """Hides the model's generation_config: generate() takes from it each setting that the run leaves unset."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+@contextmanager
+def stopping_at(criterion, model):
+    """Makes model.generate() stop at `criterion` as well; yields the Lengths of its answers."""
+    generate, stops = model.generate, Lengths(criterion)
+    model.generate = partial(generate, stopping_criteria=StoppingCriteriaList([stops]))
+    try:
+        yield stops
+    finally:
+        del model.generate

@@ -17,14 +17,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import (
     FusedCausalLMOutput,
-    disable_dropout_in_model,
     shuffle_sequence_dict,
     split_tensor_dict,
     use_adapter,
 )
 
 from trainers.critics import SCALE, FixedScale, add_critic, clip_apart, make_critic
-from trainers.online_trainer import GRPOTrainer
+from trainers.online_trainer import GRPOTrainer, disable_dropout
 
 # ── the arithmetic ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -108,7 +107,7 @@ class PPOTrainer(GRPOTrainer):
         shares = not self.is_fsdp_enabled
         critic = make_critic(self.critic_kind, base, args.value_model_path, args.critic_layer, lora, shares)
         if args.disable_dropout:
-            disable_dropout_in_model(critic)
+            disable_dropout(critic)
         if lora and critic.backbone is not None and args.gradient_checkpointing:
             critic.backbone.enable_input_require_grads()
         if not args.normalize_values:

@@ -149,7 +149,7 @@ class Safe:
         """One that is left is made again when the run goes on, from where it began."""
         before = random.getstate(), numpy.random.get_state(), torch.get_rng_state(), get_cuda_states()
         try:
-            return super()._evaluate(*args, **kwargs)
+            return self.check_best(super()._evaluate(*args, **kwargs))
         except Left:
             random.setstate(before[0]), numpy.random.set_state(before[1]), torch.set_rng_state(before[2])
             torch.cuda.set_rng_state_all(before[3])
@@ -157,6 +157,15 @@ class Safe:
                 counted.get("eval", {}).clear()
             self.owed = True
             raise
+
+    def check_best(self, metrics):
+        """The metrics of an evaluation, the number in them that the best checkpoint is chosen by. Raises Failed."""
+        asked = self.args.metric_for_best_model
+        name = asked and f"eval_{asked.removeprefix('eval_')}"
+        if name and metrics.get(name) is None:
+            there = ", ".join(sorted(key for key, value in metrics.items() if value is not None))
+            raise Failed(f"--metric_for_best_model {asked}: this evaluation has no such number. It has {there}")
+        return metrics
 
     # ── no step on a loss or a gradient that is no number ────────────────────────────────────────────────────────────
 

@@ -147,6 +147,12 @@ def parse(argv, name, planned=False):
     parser.set_defaults(bf16=dtype == "bfloat16", fp16=dtype == "float16", **defaults)
     try:
         common, config = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    except json.JSONDecodeError as error:
+        flag = argv[argv.index(error.doc) - 1] if error.doc in argv else "a flag"
+        why = f"{error.msg}, character {error.pos + 1}"
+        raise Refused(
+            [f"{flag} {error.doc}: not JSON ({why}). Type '{{\"key\": value}}', with double quotes"]
+        ) from None
     except (ValueError, TypeError, OSError, ImportError) as error:  # TRL's and transformers' own checks of their flags
         raise Refused([one_line(error)]) from None
     common.dtype, common.typed = dtype, typed

@@ -8,10 +8,11 @@ import math
 import os
 import signal
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 from rlhf_args.methods import METHODS
-from utils import environment, secrets
+from utils import environment, sampling, secrets
 
 # (package, the first version with what is used here of it, what that is)
 OLDEST = (
@@ -298,6 +299,13 @@ def check_config(common, config, name, method):
         problems.append(f"--max_length {length}: too short for a prompt and an answer. TRL's default is 1024")
     if method.sample_reward:
         problems += check_rollouts(common, config)
+    # SFT has no such flag, and its dropout is on
+    if common.lora_dropout and "lora_dropout" in common.typed and vars(config).get("disable_dropout"):
+        problems.append(
+            f"--lora_dropout {common.lora_dropout:g}: has no effect, as {name} switches dropout off. Leave it out, or "
+            "add --disable_dropout False"
+        )
+    problems += check_best(config, name, method)
     if not math.isfinite(config.learning_rate) or config.learning_rate <= 0:
         problems.append(f"--learning_rate {config.learning_rate}: a positive number, like 1e-5")
     if config.n_gpu > 1 and not common.check:
@@ -328,6 +336,18 @@ def check_config(common, config, name, method):
     return problems + check_output_dir(common, config) if writes else problems
 
 
+def check_best(config, name, method):
+    """Problems of the number that the best checkpoint is chosen by."""
+    asked, known = config.metric_for_best_model, ("loss", *method.evaluated)
+    if not asked or any(fnmatch(asked.removeprefix("eval_"), pattern) for pattern in known):
+        return
+    names = [f"eval_{log}" for log in known]
+    near = dict(method.metrics).get(asked.removeprefix("eval_"), asked.removeprefix("eval_"))
+    near = difflib.get_close_matches(f"eval_{near}", names, 1)
+    guess = f". Did you mean {near[0]}?" if near else ""
+    yield f"--metric_for_best_model {asked}: no evaluation of {name} has it. There are {', '.join(names)}{guess}"
+
+
 def check_rollouts(common, config):
     """Problems of how answers are sampled and judged."""
     from utils import judge, scoring, server  # they build upon this module
@@ -344,6 +364,10 @@ def check_rollouts(common, config):
             "measures no model. Type --eval_fraction 0, or --judge_mode score"
         )
     yield from check_sampling(common, config)
+    if "stop_strings" in (config.generation_kwargs or {}):
+        for flag in ("mask_truncated_completions", "use_transformers_continuous_batching"):
+            if getattr(config, flag):
+                yield f"--{flag} with stop_strings in --generation_kwargs: TRL knows the end token alone there"
     if config.max_prompt_length is not None and config.max_prompt_length < 1:
         yield f"--max_prompt_length {config.max_prompt_length}: 1 or more"
     if not config.beta >= 0:
@@ -372,6 +396,7 @@ def check_sampling(common, config):
         )
     if not config.temperature > 0:
         yield f"--temperature {config.temperature:g}: answers are sampled, so above 0"
+    yield from sampling.check_settings(config)
     if config.use_vllm:
         yield from check_vllm()
 

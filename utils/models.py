@@ -30,19 +30,19 @@ def read_config(path):
     return read_adapter(path) or read_json(Path(path) / "config.json") or {}
 
 
-def read_base_config(path, revision=None):
-    """The config.json of a folder or Hub id, of an adapter that of its base; {} where it cannot be had."""
+def read_base_config(path, revision=None, file="config.json"):
+    """The config.json (or `file`) of a folder or Hub id, of an adapter that of its base; {} where it cannot be had."""
     adapter = read_adapter(path)
     if adapter:
         path, revision = adapter["base_model_name_or_path"], adapter.get("revision")
     if Path(path).exists():
-        return read_json(Path(path) / "config.json") or {}
+        return read_json(Path(path) / file) or {}
     if shape := shapes.find_shape(path):
         return shape.to_dict()
     from transformers.utils import cached_file
 
     try:
-        return read_json(Path(cached_file(path, "config.json", revision=revision)))
+        return read_json(Path(cached_file(path, file, revision=revision)))
     except OSError:  # its loading will say why
         return {}
 

@@ -5,6 +5,7 @@ of each run appends whole batches to a file of its own: a kill loses one batch a
 do not meet.
 """
 
+import difflib
 import hashlib
 import json
 import os
@@ -13,6 +14,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from utils import environment
+
+# What a trainer samples by: flag -> the value that changes nothing.
+SETTINGS = {"temperature": None, "top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
+# Keys of --generation_kwargs that have a flag, by which the rest of the run goes too.
+FLAGS = dict.fromkeys(SETTINGS) | {"max_new_tokens": "max_completion_length", "max_length": "max_completion_length"}
+FLAGS |= {"cache_implementation": None}
+# Keys with which a rollout would not be one sampled answer, as token ids, to each prompt.
+OTHERWISE = (
+    "do_sample", "num_beams", "num_return_sequences", "return_dict_in_generate", "pad_token_id", "bos_token_id",
+    "eos_token_id", "penalty_alpha", "dola_layers", "num_beam_groups", "constraints", "force_words_ids",
+)  # fmt: skip
+# Entries of a generation_config.json that are no sampling settings, or kept: end, pad and begin tokens.
+NO_SETTINGS = ("do_sample", "use_cache", "max_length", "max_new_tokens", "transformers_version", "pad_token_id",
+               "bos_token_id", "eos_token_id")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -24,6 +39,76 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
+
+
+def check_settings(config):
+    """Problems of the flags that the trained model's answers are sampled by."""
+    if not 0 < config.top_p <= 1:
+        yield f"--top_p {config.top_p:g}: above 0, up to 1 (all tokens)"
+    if config.top_k < 0:
+        yield f"--top_k {config.top_k}: 0 (all tokens) or more"
+    if config.min_p is not None and not 0 <= config.min_p <= 1:
+        yield f"--min_p {config.min_p:g}: from 0 (all tokens) to 1"
+    if not config.repetition_penalty > 0:
+        yield f"--repetition_penalty {config.repetition_penalty:g}: above 0; 1 is none"
+    given = config.generation_kwargs or {}
+    if not isinstance(given, dict):
+        yield f'--generation_kwargs {given}: not a JSON object. Type it as \'{{"stop_strings": ["###"]}}\''
+        return
+    if given and not config.use_vllm:  # whose SamplingParams refuses what it does not know
+        problems = [*check_generation_kwargs(given)]
+        yield from problems or try_generation_kwargs(given)
+
+
+def check_generation_kwargs(given):
+    from transformers import GenerationConfig
+
+    known = [key for key in vars(GenerationConfig()) if not key.startswith("_") and key not in (*FLAGS, *OTHERWISE)]
+    for key in given:
+        if key in FLAGS:
+            yield f"--generation_kwargs: {key} has a flag of its own. Type --{FLAGS[key] or key} {given[key]}"
+        elif key in OTHERWISE:
+            yield f"--generation_kwargs: {key} is not for rollouts, of one sampled answer to each prompt. Leave it out"
+        elif key not in known:
+            near = difflib.get_close_matches(key, [*known, *FLAGS], 1)
+            guess = f"Did you mean {near[0]}?" if near else "GenerationConfig of transformers lists them"
+            yield f"--generation_kwargs: no setting {key}. {guess}"
+    strings = given.get("stop_strings", "-")
+    strings = [strings] if isinstance(strings, str) else strings
+    if not isinstance(strings, list) or not strings or not all(isinstance(one, str) and one for one in strings):
+        yield f"--generation_kwargs: stop_strings {json.dumps(given['stop_strings'])}: a list of strings, none empty"
+
+
+def try_generation_kwargs(given):
+    """Problem of values that generate() does not take, found on a model of two numbers a token."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    with torch.random.fork_rng(devices=[]):
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=2**18, n_positions=512, n_embd=2, n_layer=1, n_head=1))
+        settings = given | {"do_sample": True, "max_new_tokens": 2, "stop_strings": None, "pad_token_id": 0}
+        try:
+            model.generate(torch.ones(2, 2, dtype=torch.int64), **settings)
+        except Exception as error:
+            why = " ".join(str(error).split())
+            yield f"--generation_kwargs {json.dumps(given)}: generate() does not take it ({why})"
+
+
+def describe_settings(config, own):
+    """What the trained model's answers are sampled by, in one line. `own`: its generation_config.json as a dict."""
+    used = {name: getattr(config, name) for name in SETTINGS if getattr(config, name) != SETTINGS[name]}
+    used |= config.generation_kwargs or {}
+    unused = {
+        key: value
+        for key, value in own.items()
+        if not key.startswith(("_", "output_")) and key not in NO_SETTINGS and value not in (None, used.get(key))
+    }
+    return show_settings(used) + (f"; not by the model's own {show_settings(unused)}" if unused else "")
+
+
+def show_settings(settings):
+    shown = {key: f"{v:g}" if type(v) is float else json.dumps(v, ensure_ascii=False) for key, v in settings.items()}
+    return ", ".join(f"{key} {value}" for key, value in shown.items())
 
 
 def answers_folder(above, model, sampling):

@@ -4,7 +4,7 @@ import os
 import shlex
 import sys
 
-from utils import environment, models, reward_models, text
+from utils import environment, models, reward_models, sampling, text
 from utils.data import count_reasons
 
 
@@ -29,6 +29,7 @@ def say_plan(common, config, name, method, tokenizer, rows, train, held_out, fur
         say(f"rollouts  {config.describe_rollouts(len(train.rows))}")
         if config.describe_critic(mode):
             say(f"critic    {config.describe_critic(mode)}")
+        say(describe_sampling(common, config))
     for line in further:
         say(line)
     say(f"data      {len(train.rows)} rows to train on, {held}; refused: {refused}")
@@ -36,6 +37,10 @@ def say_plan(common, config, name, method, tokenizer, rows, train, held_out, fur
         say(f"          {train.cut + held_out.cut} answers are cut at --max_length {config.max_length}")
     if train.reshaped:
         say(f"          in {train.reshaped} rows the template writes the prompt differently once an answer follows")
+    if config.load_best_model_at_end:
+        which = "highest" if config.greater_is_better else "lowest"
+        best = f"eval_{config.metric_for_best_model.removeprefix('eval_')}"
+        say(f"best      of the evaluated checkpoints the one with the {which} {best}")
     for note in [*rows.notes, *getattr(config, "notes", ())]:
         say(f"note      {note}")
     say_findings(rows)
@@ -51,6 +56,11 @@ def say_checked(rows):
     warnings = sum(finding.kind == "warning" for finding in rows.findings)
     counted = f"; {warnings} warning{'s' * (warnings > 1)}" if warnings else ""
     say(f"checked   nothing stands in the way; no model was loaded, nothing was written{counted}")
+
+
+def describe_sampling(common, config):
+    own = models.read_base_config(common.model_name_or_path, common.model_revision, "generation_config.json")
+    return f"sampling  {sampling.describe_settings(config, own)}"
 
 
 def describe_reward(common, config):

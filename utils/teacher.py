@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rlhf_args.methods import DISTILLATION
 from utils import checks, environment, models, sampling
-from utils.summary import say
+from utils.summary import describe_sampling, say
 
 
 def check_distillation(common, config, rows):
@@ -21,6 +21,9 @@ def check_distillation(common, config, rows):
     if config.teacher_model_init_kwargs:
         yield "--teacher_model_init_kwargs: not used here. --dtype and --teacher_load_in_4bit say how it is held"
     yield from checks.check_sampling(common, config)
+    if config.lmbda == 0:
+        for flag in sorted(common.typed & {"min_p", "repetition_penalty", "generation_kwargs"}):
+            yield f"--{flag}: of the student's own answers, and --lmbda 0 learns from none. Leave it out"
     if config.learns_from_data():
         lacking = [where for where, values in rows.train if "completion" not in values]
         if lacking:
@@ -122,6 +125,8 @@ def describe(common, config, train, held_out):
     else:
         held = "held in 4 bits (NF4)" if in_4bit(common, config) else f"held in {common.dtype}"
     lines = [f"teacher   {path}, {held}", f"distils   {config.describe()}"]
+    if config.lmbda:
+        lines.append(describe_sampling(common, config))
     wanted = len(rows_to_answer(config, train, held_out))
     if wanted:
         lines.append(f"answers   {wanted} by the teacher, kept in {config.answers_dir}")
