@@ -162,6 +162,13 @@ class RewardArgs(SharedArgs):
             "data/rewards.py has one. Their sum is the reward, each by its --reward_weights."
         },
     )
+    reward_timeout: float | None = field(
+        default=None,
+        metadata={
+            "help": "Seconds that one call of a function of --reward_funcs may take, above 0: after that the run ends "
+            "with status 1. Each function then runs in a thread of its own. Unset: no limit."
+        },
+    )
 
 
 @dataclass

@@ -11,7 +11,7 @@ Exit status: 0 done, 2 refused before a model was loaded (one line a problem, no
 import sys
 
 from rlhf_args.methods import METHODS, load
-from utils import arguments, checks, data, training
+from utils import arguments, checks, data, environment, training
 
 
 def main(argv=None):
@@ -37,7 +37,7 @@ def run(argv):
     else:
         summary.say_findings(rows)
     with checks.collecting(problems):
-        judges = rewards.load_functions(common.reward_funcs, rows.train, tokenizer)
+        judges = rewards.load_functions(common.reward_funcs, rows.train, tokenizer, common.reward_timeout)
     if common.probe and not problems:
         whole, train, held_out = probe.shorten(config, method, train)
     with checks.collecting(problems):
@@ -111,4 +111,4 @@ def parse_and_check(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    environment.leave(main())

@@ -193,22 +193,22 @@ def check_folder(path, flag):
 
 def check_rewards(common, name, method):
     """Problems of the rewards asked for: of a method that has none, none where there should be, files that are not."""
-    asked = {"--reward_model_path": common.reward_model_path, "--reward_funcs": common.reward_funcs}
-    asked = [flag for flag, value in asked.items() if value]
+    flags = ("reward_model_path", "reward_funcs", "reward_timeout")
+    asked = [flag for flag in flags if getattr(common, flag) is not None]
     if not method.sample_reward:
         takers = ", ".join(other for other, m in METHODS.items() if m.sample_reward)
         return [
-            f"{flag}: {name} learns from the answers in the data, not from a reward. {takers} take it"
+            f"--{flag}: {name} learns from the answers in the data, not from a reward. {takers} take it"
             for flag in asked
         ]
-    if not asked:
+    if not common.reward_model_path and not common.reward_funcs:
         return [
             f"no reward: {name} needs one. Type --reward_funcs {method.sample_reward} to try, or "
             "--reward_model_path FOLDER"
         ]
     from utils import reward_models, rewards  # they build upon this module
 
-    problems = list(rewards.check_reward_functions(common.reward_funcs or ()))
+    problems = [*rewards.check_reward_functions(common.reward_funcs or ()), *rewards.check_timeout(common)]
     names = [spec.rpartition(":")[2] for spec in common.reward_funcs or ()]
     names += [Path(common.reward_model_path).name] if common.reward_model_path else []
     for twice in sorted({judge for judge in names if names.count(judge) > 1}):

@@ -7,7 +7,7 @@ import urllib.parse
 from pathlib import Path
 
 from rlhf_args.methods import METHODS, REJECTION, find_method
-from utils import checks, environment, files, judge, models, pool, sampling, scoring, selection
+from utils import checks, environment, files, judge, models, pool, rewards, sampling, scoring, selection
 
 STAGES = ("generate", "score", "select")
 TRAINING = (
@@ -143,6 +143,8 @@ def check_scorers(common, config):
         )
     elif common.reward_funcs or common.reward_model_path:
         yield from checks.check_rewards(common, "Rejection sampling", REJECTION)
+    else:
+        yield from rewards.check_timeout(common)
     if config.judge_model and config.judge_model in names[:-1]:
         yield f"two rewards are called {config.judge_model}. Rename one"
     if config.reward_weights and len(config.reward_weights) != len(names):

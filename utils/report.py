@@ -36,7 +36,7 @@ class Report(TrainerCallback):
         self.main = trainer.accelerator.is_main_process
         self.before, self.bar, self.seconds, self.steps = [], None, 0.0, 0
         self.watch = Watch(method, trainer.args)
-        trainer.generating = self.show_generating
+        trainer.generating, trainer.scoring = self.show_generating, self.show_scoring
         for callback in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(callback)
         trainer.add_callback(self)
@@ -77,6 +77,14 @@ class Report(TrainerCallback):
             said = f"training, answer token {tokens} of {limit}" if tokens < limit else "training"
             self.bar.set_description(said, refresh=False)
             self.bar.update(0)  # draws no more often than mininterval
+
+    def show_scoring(self, name, seconds):
+        """Show the reward that is computed; seconds: None when it is done. In a log file: one line a minute."""
+        if self.bar and sys.stderr.isatty():
+            said = "training" if seconds is None else f"training, {name} has been scoring for {seconds:.0f} s"
+            self.bar.set_description(said)
+        elif self.bar and seconds is not None and round(seconds) % 60 == 0:
+            self.bar.write(f"note      {name} has been scoring for {seconds:.0f} s", file=sys.stderr)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.seconds += time.perf_counter() - self.step_began

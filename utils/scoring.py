@@ -1,7 +1,5 @@
 """What judges the completions of a rejection sampling, and how much each judge weighs."""
 
-import asyncio
-import inspect
 import math
 from pathlib import Path
 
@@ -19,11 +17,18 @@ def name_scorers(common, config):
 
 
 class Scorers:
-    """Reward functions, a reward model and an LLM judge. A score is their weighted sum; without one there is none."""
+    """Reward functions, a reward model and an LLM judge. A score is their weighted sum; without one there is none.
+
+    show: called with what runs and for how long, for the progress bar.
+    """
+
+    show = staticmethod(lambda text: None)
 
     def __init__(self, common, config, rows, tokenizer, device):
         self.tokenizer, self.judge = tokenizer, None
-        self.functions = rewards.load_functions(common.reward_funcs, rows, tokenizer or no_tokens)
+        self.functions = rewards.load_functions(
+            common.reward_funcs, rows, tokenizer or no_tokens, common.reward_timeout
+        )
         if common.reward_model_path:
             model = reward_models.load_reward_model(
                 common.reward_model_path,
@@ -44,7 +49,7 @@ class Scorers:
         """Score lines for groups of completion lines; `prompts`: their lines of prompts.jsonl."""
         lines = [(row, line) for row, group in zip(prompts, groups, strict=True) for line in group]
         asked = self.columns(lines) if self.functions else {}
-        columns = [call(function, asked) for function in self.functions]
+        columns = [self.call(function, asked) for function in self.functions]
         if self.judge:
             asked = [
                 (row["prompt"], [line["completion"] for line in group])
@@ -52,6 +57,13 @@ class Scorers:
             ]
             columns.append([score for scores in self.judge.score(asked) for score in scores])
         return [self.line(line, found) for (_, line), *found in zip(lines, *columns, strict=True)]
+
+    def call(self, function, columns):
+        def tell(seconds):
+            self.show("" if seconds is None else f"{function.__name__} {seconds:.0f} s")
+
+        with rewards.ticking(tell):
+            return function(**columns)
 
     def columns(self, lines):
         """What TRL gives reward functions, by keyword."""
@@ -79,11 +91,6 @@ class Scorers:
             return key | {"failed": "no reward function applies to it"}
         total = math.fsum(w * s for w, s in zip(self.weights, found, strict=True) if s is not None)
         return key | {"score": total, "scores": scores}
-
-
-def call(function, columns):
-    found = function(**columns)
-    return asyncio.run(found) if inspect.iscoroutine(found) else found
 
 
 def no_tokens(text):
