@@ -18,8 +18,8 @@ from utils.text import template, tokenize
 class SamplesAnswers:
     """Mixin before a TRL trainer whose policy answers prompts itself.
 
-    For the progress bar: `generating` is called with the tokens sampled so far of a rollout, `scoring` once a second with
-    the reward that is computed and the seconds it took so far (None: it is done).
+    For the progress bar: `generating` is called with the tokens sampled so far of a rollout, `scoring` once a second
+    with the reward that is computed and the seconds it took so far (None: it is done).
     """
 
     generating = staticmethod(lambda tokens, limit: None)

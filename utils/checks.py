@@ -18,6 +18,7 @@ OLDEST = (
     ("transformers", "5.0", "train_sampling_strategy and warm-up as a share"),
     ("trl", "1.0", "trl.experimental as it is imported here"),
 )
+TOKENIZERS = "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spm.model", "sentencepiece.bpe.model"
 VLLM = "0.22.0", "0.31.0"  # the versions that trl 1.16.0 takes (trl/import_utils.py)
 
 
@@ -163,7 +164,7 @@ def check_folder(path, flag):
     if not adapter.exists() and not config.exists():
         return [f"{flag} {path}: no config.json (nor adapter_config.json) in it, so not a model folder"], None
     problems = []
-    if not any((folder / file).exists() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    if not any((folder / file).exists() for file in TOKENIZERS):
         problems.append(
             f"{path}: no tokenizer (tokenizer.json or tokenizer.model) in it. Copy it from the original model"
         )

@@ -246,6 +246,24 @@ class Report(TrainerCallback):
         text = json.dumps(card, indent=2, ensure_ascii=False, default=str)
         write_whole(self.folder / "run_card.json", secrets.hide(text) + "\n")
 
+    def nothing_learnt(self):
+        """Why no weight moved: the rewards of each prompt were equal in every step. None if they were not.
+
+        The reason joins the warnings of run_card.json.
+        """
+        lines = read_lines(self.folder / "metrics.jsonl")
+        if not lines or any(line.get("frac_reward_zero_std") != 1 or line.get("grad_norm") for line in lines):
+            return None
+        rewards = [line["reward"] for line in lines]
+        mean = f"{min(rewards):.3g}" + f" to {max(rewards):.3g}" * (max(rewards) > min(rewards))
+        reason = (
+            f"nothing could be learnt: in each of {lines[-1]['step']} steps all answers to a prompt got the same "
+            f"reward (mean {mean}), so every advantage was 0. The weights in {self.folder} are those of the start. "
+            "Look at completions.jsonl; a reward that differs, a higher --temperature or more --num_generations helps"
+        )
+        self.watch.warnings.append({"step": lines[-1]["step"], "text": reason})
+        return reason
+
     def say_end(self, after):
         """The two examples and the held-out numbers, before and after."""
         for number, ((question, old), (_, new)) in enumerate(zip(self.before, after, strict=True)):

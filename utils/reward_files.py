@@ -109,8 +109,8 @@ def explain_import(error: BaseException, file: Path) -> str:
         return ""
     ours = ours.removesuffix(".py")
     return (
-        f". {ours} is a name of this project too. An import statement finds your own {ours} in {file.parent} alone. Move "
-        "it there, or rename it"
+        f". {ours} is a name of this project too: a reward file finds its own {ours} in its folder ({file.parent}) "
+        "alone, by an import statement. Move yours there, or rename it"
     )
 
 

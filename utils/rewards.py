@@ -100,8 +100,8 @@ def load_reward_function(spec: str, timeout: float | None = None) -> "RewardFunc
 class RewardFunction:
     """A function of a user's file, async or not, as a plain function that returns a float or None for each completion.
 
-    Async functions run on the one event loop of the process, from the trial to the last rollout: a semaphore or an HTTP
-    client at the top level of the file stays usable. Several async functions of a run work on a batch at the same time.
+    Async functions run on the one event loop of the process, from the trial to the last rollout: a semaphore or an
+    HTTP client at the top level of the file stays usable. The async functions of a run work on a batch concurrently.
     timeout: seconds that a call may take (None: no limit). The function then runs in a thread of its own.
     """
 
