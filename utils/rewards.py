@@ -150,9 +150,9 @@ class RewardFunction:
 
     def where_now(self):
         """(" and is at FILE:LINE" or "", the stack) of the call that did not return."""
-        frames, loop = sys._current_frames(), event_loop()
-        tasks = [[(frame, frame.f_lineno) for frame in task.get_stack()] for task in asyncio.all_tasks(loop)]
-        stacks = [traceback.StackSummary.extract(stack) for stack in tasks]
+        loop = event_loop()
+        stacks = [traceback.StackSummary.extract(awaiting(task.get_coro())) for task in asyncio.all_tasks(loop)]
+        frames = sys._current_frames()
         stacks += [traceback.extract_stack(frames[thread.ident]) for thread in (loop.thread, self.thread.thread)]
         for stack in reversed(stacks):
             if lines := [frame.lineno for frame in stack if Path(frame.filename) == self.file]:
@@ -171,6 +171,13 @@ class RewardFunction:
             if error is not None:
                 return row
         return None
+
+
+def awaiting(coroutine):
+    """(frame, line) of a coroutine that waits, then of the one that it waits for, ..."""
+    while frame := getattr(coroutine, "cr_frame", None):
+        yield frame, frame.f_lineno
+        coroutine = coroutine.cr_await
 
 
 def attempt(function, columns):

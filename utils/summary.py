@@ -34,7 +34,8 @@ def say_plan(common, config, name, method, tokenizer, rows, train, held_out, fur
         say(f"          {train.cut + held_out.cut} answers are cut at --max_length {config.max_length}")
     if train.reshaped:
         say(f"          in {train.reshaped} rows the template writes the prompt differently once an answer follows")
-    for note in [*rows.notes, *getattr(config, "notes", ())]:
+    unseen = describe_cut(common, config) if method.sample_reward else ()
+    for note in [*rows.notes, *getattr(config, "notes", ()), *unseen]:
         say(f"note      {note}")
     say_findings(rows)
     say(f"first row {text.mark(train, tokenizer, sys.stdout.isatty())}")
@@ -63,6 +64,15 @@ def describe_reward(common, config):
     )
     penalty = config.missing_eos_penalty
     return said + (f" - {penalty:g} for an answer that is cut" if penalty else "")
+
+
+def describe_cut(common, config):
+    """A note where a reward model cannot see that an answer is cut."""
+    if common.reward_model_path and config.missing_eos_penalty is None:
+        yield (
+            f"an answer that is cut at --max_completion_length {config.max_completion_length} is scored by "
+            "--reward_model_path as if it had ended there. --missing_eos_penalty 1 takes 1 off its reward"
+        )
 
 
 def describe_lora(common, notes):
