@@ -152,7 +152,8 @@ class RewardArgs(SharedArgs):
         default=None,
         metadata={
             "help": "A trained reward model that scores the model's answers: a folder, a Hub id, or an adapter made "
-            "by --rlhf_type Reward. It may be of another family than the model: it reads text, in its own template."
+            "by --rlhf_type Reward. It may be of another family than the model: it reads text, in its own template; "
+            "an encoder (BERT, RoBERTa, DeBERTa) without one reads prompt and answer as a pair of texts."
         },
     )
     reward_funcs: list[str] | None = field(

@@ -211,3 +211,22 @@ def test_held_out_pairs_measure_an_encoder(encoder, tmp_path, capsys):
     assert score_reward_model.main(words) == 0
     found = json.loads(Path(tmp_path / "score" / "reward_model.json").read_text(encoding="utf-8"))
     assert (found["pairs"], found["cut_answers"]) == (3, 3)
+
+
+# ── an answer that is cut ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("method", ["RLOO", "GRPO", "PPO"])
+def test_a_run_says_that_a_reward_model_does_not_see_a_cut(method, tiny_model, tmp_path, capsys):
+    def notes(*judge):
+        rows = write_rows(tmp_path / "rows.jsonl", CHATS)
+        words = f"{FAST} --rlhf_type {method} --model_name_or_path {tiny_model} --train_data_path {rows} --check"
+        assert train_rlhf.main([*words.split(), "--output_dir", f"{tmp_path}/out", *judge]) == 0
+        said = capsys.readouterr().out.splitlines()
+        return [line for line in said if line.startswith("note ") and "--missing_eos_penalty" in line]
+
+    judge = ["--reward_model_path", make_encoder(tmp_path / "judge")]
+    (note,) = notes(*judge)
+    assert "--max_completion_length 8" in note and "--reward_model_path" in note
+    assert notes(*judge, "--missing_eos_penalty", "0") == notes(*judge, "--missing_eos_penalty", "1") == []
+    assert notes("--reward_funcs", "data/rewards.py:brevity") == []
