@@ -184,7 +184,9 @@ def test_installed_packages_stay_what_they_are(write):
 
 def test_a_file_in_the_projects_own_folder_sees_the_project(write, tmp_path, monkeypatch):
     monkeypatch.setattr(reward_files, "ROOT", tmp_path)
-    file = write({"own.py": "from utils.text import shared_length\n\ngrade = len\n\n" + JUDGE, "utils/text.py": ""})
+    file = write(
+        {"own.py": "from utils.text import shared_length as _\n\ngrade = len\n" + JUDGE, "utils/__init__.py": ""}
+    )
     assert ask(*load(file, "judge"), "four") == [4.0]
 
 
@@ -205,6 +207,13 @@ def test_a_helper_that_cannot_be_seen_is_refused_with_its_name_and_the_folder(ca
     (problem,) = refused.value.problems
     assert f"{file}{line}" in problem and ". utils is a name of this project" in problem
     assert f"({tmp_path})" in problem and "rename it" in problem
+
+
+def test_an_import_that_fails_in_the_users_own_files_is_not_explained(write, tmp_path, monkeypatch):
+    monkeypatch.setattr(reward_files, "ROOT", tmp_path)  # the reward file is in a folder of the project, as data/ is
+    write({"data/own.py": "from helper import grade\n\n" + JUDGE, "data/helper.py": "size = len\n"})
+    with pytest.raises(Refused, match=f"cannot import name 'grade' .* at {tmp_path}/data/own.py:1$"):
+        load(tmp_path / "data" / "own.py", "judge")
 
 
 # ── async ────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -176,7 +176,8 @@ class Loaded(Exception):
 def without_bars(stderr):
     """Its lines but for the bar's and what a run warns of, which tiny models give reason for."""
     lines = stderr.replace("\r", "\n").splitlines()
-    return [line for line in lines if line.strip() and "step/s" not in line and not line.startswith("warning ")]
+    bars = re.compile(r"step/s|s/step")
+    return [line for line in lines if line.strip() and not bars.search(line) and not line.startswith("warning ")]
 
 
 @pytest.fixture

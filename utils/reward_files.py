@@ -100,14 +100,13 @@ def explain_import(error: BaseException, file: Path) -> str:
     """ ". utils is a name of this project ..." where code of a user's file got our module for its own; else ""."""
     if not isinstance(error, ImportError | AttributeError):
         return ""
-    module = getattr(error, "path", None) or getattr(getattr(error, "obj", None), "__file__", None)
-    ours = Path(module).parts[len(ROOT.parts)] if module and ROOT in Path(module).parents else ""
+    module = Path(getattr(error, "path", None) or getattr(getattr(error, "obj", None), "__file__", None) or "")
     package, _, inner = (getattr(error, "name", None) or "").partition(".")
     if isinstance(error, ModuleNotFoundError) and inner and (ROOT / package).is_dir():
-        ours = package
-    if not ours or file.parent == ROOT:
+        module = ROOT / package / inner
+    if ROOT not in module.parents or "site-packages" in module.parts or {ROOT, *module.parents} & {file.parent}:
         return ""
-    ours = ours.removesuffix(".py")
+    ours = module.parts[len(ROOT.parts)].removesuffix(".py")
     return (
         f". {ours} is a name of this project too: a reward file finds its own {ours} in its folder ({file.parent}) "
         "alone, by an import statement. Move yours there, or rename it"
