@@ -120,6 +120,18 @@ def test_a_file_that_failed_is_read_again_once_it_is_mended(write):
     assert ask(function, "four") == [4.0]
 
 
+@pytest.mark.parametrize("edited", ["own.py", "utils.py"])
+def test_a_file_that_was_edited_is_read_again_with_all_of_its_folder(edited, write):
+    files = {"own.py": "from utils import grade\n\n" + JUDGE, "utils.py": "grade = len\n"}
+    (before,) = load(write(files), "judge")
+    (same,) = load(write({}), "judge")
+    new = {"own.py": "from utils import grade as size\n\ndef grade(x):\n    return 2 * size(x)\n\n" + JUDGE}
+    new |= {"utils.py": "def grade(text):\n    return 2 * len(text)\n"}
+    (after,) = load(write({edited: new[edited]}), "judge")
+    assert before.function is same.function is not after.function
+    assert [ask(function, "four") for function in (before, after)] == [[4.0], [8.0]]
+
+
 def test_a_file_without_py_is_refused(write, tmp_path):
     write({"own.txt": JUDGE})
     (problem,) = rewards.check_reward_functions([f"{tmp_path}/own.txt:judge"])

@@ -21,12 +21,25 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def import_file(file: Path) -> ModuleType:
-    """The module of a Python file, executed at the first call. Raises whatever the file raises."""
+    """The module of a Python file, executed at the first call, and again once a file of its folder has changed.
+
+    Raises whatever the file raises.
+    """
     folder = str(file.parent)
+    package = f"{__name__}.{encode(folder)}"
+    imported = {name: module for name, module in sys.modules.items() if f"{name}.".startswith(f"{package}.")}
+    if any(stamp(module.__file__) != module.__stamp__ for module in imported.values() if hasattr(module, "__stamp__")):
+        for name in imported:
+            del sys.modules[name]
     if folder not in sys.path:
         sys.path.append(folder)  # for importlib.import_module("helper"), which does not say who imports
     importlib.invalidate_caches()
-    return importlib.import_module(f"{__name__}.{encode(folder)}.{encode(file.stem)}")
+    return importlib.import_module(f"{package}.{encode(file.stem)}")
+
+
+def stamp(path):
+    """What changes with a file; None where it is gone."""
+    return (os.stat(path).st_mtime_ns, os.stat(path).st_size) if os.path.exists(path) else None
 
 
 def encode(path):
@@ -71,6 +84,7 @@ class Loader(SourceFileLoader):
         # the import statement, at the top of a file or in a function, calls __import__ of the file's own builtins
         own = functools.partial(import_beside, f"{__name__}.{encode(self.folder)}", self.folder)
         module.__dict__["__builtins__"] = {**vars(builtins), "__import__": own}
+        module.__stamp__ = stamp(self.path)
         super().exec_module(module)
 
 
