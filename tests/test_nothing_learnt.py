@@ -46,6 +46,11 @@ def test_equal_rewards_end_the_run_as_what_they_are(method, mode, run, tiny_mode
     assert status == 2 and "holds a finished run" in lines[-1] and "--overwrite_output_dir" in lines[-1]
 
 
+def test_a_rollout_that_serves_several_steps_counts_once(run):
+    status, lines = run(EQUAL, "--num_iterations", "2")
+    assert status == 1 and lines[-1].startswith("failed: nothing could be learnt: ") and " 3 steps" in lines[-1]
+
+
 def test_one_rollout_that_differs_is_a_training(run):
     status, lines = run(ONCE)
     assert status == 0 and not [line for line in lines if line.startswith("failed")]

@@ -252,9 +252,12 @@ class Report(TrainerCallback):
         The reason joins the warnings of run_card.json.
         """
         lines = read_lines(self.folder / "metrics.jsonl")
-        if not lines or any(line.get("frac_reward_zero_std") != 1 or line.get("grad_norm") for line in lines):
+        rollouts = [line for line in lines if "frac_reward_zero_std" in line]  # a rollout may serve several steps
+        if not rollouts or any(line["frac_reward_zero_std"] != 1 for line in rollouts):
             return None
-        rewards = [line["reward"] for line in lines]
+        if any(line.get("grad_norm") for line in lines):
+            return None
+        rewards = [line["reward"] for line in rollouts]
         mean = f"{min(rewards):.3g}" + f" to {max(rewards):.3g}" * (max(rewards) > min(rewards))
         reason = (
             f"nothing could be learnt: in each of {lines[-1]['step']} steps all answers to a prompt got the same "
