@@ -46,8 +46,9 @@ def test_equal_rewards_end_the_run_as_what_they_are(method, mode, run, tiny_mode
     assert status == 2 and "holds a finished run" in lines[-1] and "--overwrite_output_dir" in lines[-1]
 
 
-def test_a_rollout_that_serves_several_steps_counts_once(run):
-    status, lines = run(EQUAL, "--num_iterations", "2")
+@pytest.mark.parametrize("flags", ["--num_iterations 2", "--logging_steps 10", "--logging_steps 2"])
+def test_rollouts_of_several_steps_and_steps_without_a_line_count_too(flags, run):
+    status, lines = run(EQUAL, *flags.split())
     assert status == 1 and lines[-1].startswith("failed: nothing could be learnt: ") and " 3 steps" in lines[-1]
 
 

@@ -251,7 +251,10 @@ class Report(TrainerCallback):
 
         The reason joins the warnings of run_card.json.
         """
-        lines = read_lines(self.folder / "metrics.jsonl")
+        step, lines = (
+            self.trainer.state.global_step,
+            self.trainer.state.log_history,
+        )  # its last line has all steps left
         rollouts = [line for line in lines if "frac_reward_zero_std" in line]  # a rollout may serve several steps
         if not rollouts or any(line["frac_reward_zero_std"] != 1 for line in rollouts):
             return None
@@ -260,11 +263,11 @@ class Report(TrainerCallback):
         rewards = [line["reward"] for line in rollouts]
         mean = f"{min(rewards):.3g}" + f" to {max(rewards):.3g}" * (max(rewards) > min(rewards))
         reason = (
-            f"nothing could be learnt: in each of {lines[-1]['step']} steps all answers to a prompt got the same "
+            f"nothing could be learnt: in each of {step} steps all answers to a prompt got the same "
             f"reward (mean {mean}), so every advantage was 0. The weights in {self.folder} are those of the start. "
             "Look at completions.jsonl; a reward that differs, a higher --temperature or more --num_generations helps"
         )
-        self.watch.warnings.append({"step": lines[-1]["step"], "text": reason})
+        self.watch.warnings.append({"step": step, "text": reason})
         return reason
 
     def say_end(self, after):
