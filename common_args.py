@@ -152,7 +152,8 @@ class RewardArgs(SharedArgs):
         default=None,
         metadata={
             "help": "A trained reward model that scores the model's answers: a folder, a Hub id, or an adapter made "
-            "by --rlhf_type Reward. It may be of another family than the model: it reads text, in its own template."
+            "by --rlhf_type Reward. It may be of another family than the model: it reads text, in its own template; "
+            "an encoder (BERT, RoBERTa, DeBERTa) without one reads prompt and answer as a pair of texts."
         },
     )
     reward_funcs: list[str] | None = field(
@@ -160,6 +161,13 @@ class RewardArgs(SharedArgs):
         metadata={
             "help": "Functions that score answers, one or several, as FILE.py:FUNCTION, called as TRL calls them: "
             "data/rewards.py has one. Their sum is the reward, each by its --reward_weights."
+        },
+    )
+    reward_timeout: float | None = field(
+        default=None,
+        metadata={
+            "help": "Seconds that one call of a function of --reward_funcs may take, above 0: after that the run ends "
+            "with status 1. Each function then runs in a thread of its own. Unset: no limit."
         },
     )
 

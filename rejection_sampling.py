@@ -12,7 +12,7 @@ Exit status: as train_rlhf.py; 1 also where more than --max_failed_fraction of t
 import sys
 from pathlib import Path
 
-from utils import arguments, checks, training
+from utils import arguments, checks, environment, training
 
 
 def main(argv=None):
@@ -21,7 +21,7 @@ def main(argv=None):
 
 def run(argv):
     common, config, words = parse_and_check(argv)
-    from utils import environment, rejection, rounds
+    from utils import rejection, rounds
 
     if config.then:
         return rounds.run(common, config, words)
@@ -59,4 +59,4 @@ def parse_and_check(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    environment.leave(main())

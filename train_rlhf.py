@@ -12,7 +12,7 @@ import sys
 
 from rlhf_args.judge_config import JudgeConfig
 from rlhf_args.methods import METHODS, load
-from utils import arguments, checks, data, training
+from utils import arguments, checks, data, environment, training
 
 
 def main(argv=None):
@@ -38,7 +38,7 @@ def run(argv):
     else:
         summary.say_findings(rows)
     with checks.collecting(problems):
-        judges = rewards.load_functions(common.reward_funcs, rows.train, tokenizer)
+        judges = rewards.load_functions(common.reward_funcs, rows.train, tokenizer, common.reward_timeout)
     with checks.collecting(problems):
         judge = judge_reward.load(config, rows.train) if method.sample_reward and not problems else None
     if common.probe and not problems:
@@ -120,4 +120,4 @@ def parse_and_check(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    environment.leave(main())

@@ -51,8 +51,8 @@ class PPOConfig(OnlineConfig, trl.GRPOConfig):
         metadata={
             "help": "What values the tokens. head: a linear layer on the policy's last hidden states; mlp: a "
             "small network on those of --critic_layer; neither sends a gradient into the policy. lora: an adapter of "
-            "its own on the policy's frozen base, with lora and qlora. model: a model of its own; with lora and qlora it has "
-            "an adapter of its own and needs --value_model_path. Unset: model with full, lora with lora and qlora.",
+            "its own on the policy's frozen base, with lora and qlora. model: a model of its own; with lora and qlora "
+            "it has an adapter of its own and needs --value_model_path. Unset: model with full, else lora.",
             "choices": ["head", "mlp", "lora", "model"],
         },
     )
@@ -153,7 +153,7 @@ class PPOConfig(OnlineConfig, trl.GRPOConfig):
     def critic_rates(self, kind, hidden_size):
         """The learning rates of the critic's parts: {"trunk": rate, "head": rate}.
 
-        Adam moves each weight of the head by its rate, and so a value by at most about one with 1 / hidden size. Upon a
+        Adam moves each weight of the head by its rate: with 1 / hidden size a value moves by at most about one. On a
         trunk that learns too, that is ten times too much (docs/methods/ppo.md).
         """
         typed = self.critic_learning_rate

@@ -103,7 +103,9 @@ def by_hand(folder, prompt, answer):
         text = "<s>" + "".join(f"[{m['role']}] {m['content']}<|eot|>" for m in prompt + answer)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     with torch.no_grad():
-        states = model.model(input_ids=torch.tensor([ids[-model.config.max_position_embeddings :]])).last_hidden_state
+        cut = len(ids) - model.config.max_position_embeddings
+        ids = ids[:1] + ids[1 + cut :] if cut > 0 else ids  # the BOS stays
+        states = model.model(input_ids=torch.tensor([ids])).last_hidden_state
         last = -1 if tokenizer.pad_token else -2  # what ends the turn pads too
         return float(states[0, last] @ model.score.weight[0])
 
@@ -145,19 +147,20 @@ def test_plain_text_is_judged_without_a_template(judge):
 def test_a_rows_score_alone_is_its_score_in_a_batch_of_any_size(padded_judge):
     reward = load_judge(padded_judge)
     rows = [reward.tokens(row["prompt"], says(answer)) for row, answer in zip(CHATS, ANSWERS, strict=True)]
-    assert len({len(row) for row in rows}) > 4  # some are padded
+    assert len({len(row["input_ids"]) for row in rows}) > 4  # some are padded
     alone = [reward.score([row])[0] for row in rows]
     assert reward.score(rows) == pytest.approx(alone, rel=1e-5, abs=1e-5)
     reward.batch_size = 3
     assert reward.score(rows[::-1]) == pytest.approx(alone[::-1], rel=1e-5, abs=1e-5)
 
 
-def test_a_text_longer_than_the_judge_holds_keeps_its_end(tmp_path):
+def test_a_text_longer_than_the_judge_holds_keeps_its_bos_and_its_end(tmp_path):
     folder = make_judge(tmp_path / "judge", holds=32)
     reward = load_judge(folder)
     prompt, answer = [{"role": "user", "content": "so long " * 20}], says("The end.")
-    assert reward.tokenizer.decode(reward.tokens(prompt, answer)) == "g so long <|eot|>[assistant] The end.<|eot|>"
-    assert len(reward.tokens(prompt, answer)) == 32  # 10 + 1 + 20 + 1
+    ids = reward.tokens(prompt, answer)["input_ids"]
+    assert reward.tokenizer.decode(ids) == "<s> so long <|eot|>[assistant] The end.<|eot|>"
+    assert len(ids) == 32  # 1 + 9 + 1 + 20 + 1
     assert reward([prompt], [answer])[0] == pytest.approx(by_hand(folder, prompt, answer), rel=1e-5)
     other_begin, other_end = [{"role": "user", "content": "xy" + "so long " * 20}], says("The eng.")
     assert reward([other_begin], [answer]) == reward([prompt], [answer]) != reward([prompt], [other_end])
@@ -173,7 +176,8 @@ class Loaded(Exception):
 def without_bars(stderr):
     """Its lines but for the bar's and what a run warns of, which tiny models give reason for."""
     lines = stderr.replace("\r", "\n").splitlines()
-    return [line for line in lines if line.strip() and "step/s" not in line and not line.startswith("warning ")]
+    bars = re.compile(r"step/s|s/step")
+    return [line for line in lines if line.strip() and not bars.search(line) and not line.startswith("warning ")]
 
 
 @pytest.fixture

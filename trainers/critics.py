@@ -21,6 +21,7 @@ from utils.checks import Refused
 
 KINDS = ("head", "mlp", "lora", "model")
 OWN_TRUNK = ("lora", "model")
+EXACT = {"mps": torch.float32}  # it has no float64
 SCALE = "return_scale"  # the name of ReturnScale's numbers in critic.safetensors
 
 
@@ -83,8 +84,8 @@ class FixedScale(ReturnScale):
 
 def masked_moments(x, mask, reduce):
     """(mean, variance) as Python floats of x (B, T) where the mask is 1, over all processes."""
-    x = x.double() * mask
-    count, total = reduce(torch.stack([mask.sum().double(), x.sum()])).tolist()
+    x = x.to(EXACT.get(x.device.type, torch.float64)) * mask
+    count, total = reduce(torch.stack([mask.sum().to(x.dtype), x.sum()])).tolist()
     mean = total / max(count, 1)
     (squares,) = reduce((((x - mean) ** 2) * mask).sum()[None]).tolist()
     return mean, squares / max(count, 1)
@@ -203,7 +204,7 @@ def load_adapter(backbone, path, prefix):
         if held is None or held.shape != tensor.shape:
             shape = "no such layer" if held is None else f"{tuple(held.shape)}"
             raise Refused([
-                f"--value_model_path {path}: its {name} has shape {tuple(tensor.shape)}, the critic's adapter {shape}. "
+                f"--value_model_path {path}: {name} has shape {tuple(tensor.shape)}, in the critic's adapter {shape}. "
                 "Both need the same --lora_rank and --lora_target_modules"
             ])  # fmt: skip
         held.data.copy_(tensor)
@@ -215,7 +216,7 @@ def load_adapter(backbone, path, prefix):
 def add_critic(model, critic, output_class):
     """Makes the critic a part of `model`, so that one wrapped module trains both; the fused forward gives values too.
 
-    `output_class`: TRL's fused output with a field token_values (B, L - 1), the values before all tokens but the first.
+    `output_class`: TRL's fused output with a field token_values (B, L - 1): values before all tokens but the first.
     Only after PEFT has wrapped the model: before, it would freeze the critic and put LoRA into it.
     """
     model.critic = critic

@@ -15,17 +15,19 @@ from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
 from utils.judge_reward import JudgeReward
-from utils.rewards import RewardFailed
+from utils.rewards import RewardFailed, ticking
 from utils.text import template, tokenize
 
 
 class SamplesAnswers:
     """Mixin before a TRL trainer whose policy answers prompts itself.
 
-    `generating`: called with the tokens sampled so far of a rollout, for the progress bar.
+    For the progress bar: `generating` is called with the tokens sampled so far of a rollout, `scoring` once a second
+    with the reward that is computed and the seconds it took so far (None: it is done).
     """
 
     generating = staticmethod(lambda tokens, limit: None)
+    scoring = staticmethod(lambda name, seconds: None)
     stop_strings = None  # transformers' criterion for the stop strings of --generation_kwargs
 
     def __init__(self, *args, **kwargs):
@@ -107,7 +109,7 @@ class Online(SamplesAnswers):
     """
 
     def __init__(self, model, reward_funcs, args, ref_model=None, **kwargs):
-        reward_funcs = list(reward_funcs)
+        judges, reward_funcs = reward_funcs, [self.shown(reward) for reward in reward_funcs]
         if args.missing_eos_penalty:
             reward_funcs.append(self.missing_eos)
             if args.reward_weights:
@@ -121,10 +123,21 @@ class Online(SamplesAnswers):
             self.ref_model = self.prepare_reference(ref_model)
             if sync:
                 self.add_callback(SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator))
-        self.judge = next((reward.judge for reward in reward_funcs if isinstance(reward, JudgeReward)), None)
-        for reward in reward_funcs:
+        self.judged = [place for place, reward in enumerate(judges) if isinstance(reward, JudgeReward)]
+        self.judge = judges[self.judged[0]].judge if self.judged else None
+        for reward in judges:
             if hasattr(reward, "attach"):
                 reward.attach(self)
+
+    def shown(self, reward):
+        """The reward function, with its name and its seconds shown while it runs."""
+
+        def called(**columns):
+            with ticking(lambda seconds: self.scoring(reward.__name__, seconds)):
+                return reward(**columns)
+
+        called.__name__ = reward.__name__
+        return called
 
     def prepare_reference(self, model):
         """As TRL prepares its own. Source: trl 1.16.0, trainer/grpo_trainer.py, __init__."""
@@ -148,9 +161,8 @@ class Online(SamplesAnswers):
         """
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         failed = torch.zeros_like(rewards[:, 0], dtype=torch.bool)
-        places = [place for place, reward in enumerate(self.reward_funcs) if isinstance(reward, JudgeReward)]
-        if places and self.judge.measures():
-            failed = rewards[:, places].isnan().any(dim=1)
+        if self.judge and self.judge.measures():
+            failed = rewards[:, self.judged].isnan().any(dim=1)
             self.judge.count(int(failed.sum()), len(failed))
             mode = "train" if self.model.training else "eval"
             self._metrics[mode]["judge/failed"].append(failed.float().mean().item())

@@ -3,8 +3,9 @@
 TRL's own PPO ended with 1.12. GRPO's trainer samples, scores, batches, clips the policy's ratio and logs; this file
 adds what makes it PPO, and trainers/critics.py the critics. Sources: Schulman et al. 2017 (arXiv 1707.06347, the
 clipped losses), Schulman et al. 2015 (arXiv 1506.02438, GAE), Ziegler et al. 2019 (arXiv 1909.08593, the KL penalty
-within the reward), Huang et al. 2024 (arXiv 2403.17031, the details). (B, T): answers x tokens of the longest; `mask` is 1 on an
-answer's tokens, its end included.
+within the reward), Huang et al. 2024 (arXiv 2403.17031, the details).
+
+(B, T): answers x tokens of the longest; `mask` is 1 on an answer's tokens, its end included.
 """
 
 import math
@@ -22,7 +23,7 @@ from trl.trainer.utils import (
     use_adapter,
 )
 
-from trainers.critics import SCALE, FixedScale, add_critic, clip_apart, make_critic
+from trainers.critics import EXACT, SCALE, FixedScale, add_critic, clip_apart, make_critic, masked_moments
 from trainers.online_trainer import GRPOTrainer, disable_dropout
 
 # ── the arithmetic ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -64,7 +65,7 @@ def whiten(x, mask, shift_mean=True, reduce=lambda sums: sums):
 
     Source: TRL 1.12, masked_whiten; differs: over the rollout of all processes, not of each by itself.
     """
-    exact = torch.float32 if x.device.type == "mps" else torch.float64
+    exact = EXACT.get(x.device.type, torch.float64)
     count, total = reduce(torch.stack([mask.sum(), (x * mask).sum()]).to(exact))
     mean = total / count.clamp(min=1)
     (squares,) = reduce(((x - mean) ** 2 * mask).sum().to(exact)[None])
@@ -174,10 +175,9 @@ class PPOTrainer(GRPOTrainer):
         """TRL's (all processes' answers, functions), kept to make token rewards of."""
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         scores = (rewards * self.reward_weights.to(rewards.device)).nansum(1)
-        judged = ~rewards.isnan().all(1)
-        scores = scores.where(judged, scores[judged].mean().nan_to_num())
+        scores = scores.masked_fill(rewards.isnan().all(1), math.nan)  # without a verdict
         first = self.accelerator.process_index * len(prompts)
-        self._scores, self._judged = (kept[first : first + len(prompts)] for kept in (scores, judged))
+        self._scores = scores[first : first + len(prompts)]
         return rewards
 
     def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
@@ -208,7 +208,8 @@ class PPOTrainer(GRPOTrainer):
         """
         self._values = None
         output = super()._generate_and_score_completions(inputs)
-        output["completion_mask"] = output["completion_mask"] * self._judged[:, None]  # no signal without a verdict
+        judged, scores = ~self._scores.isnan(), self._scores.nan_to_num()
+        output["completion_mask"] = output["completion_mask"] * judged[:, None]  # no signal without a verdict
         mask, logps, values = output["completion_mask"], output.get("old_per_token_logps"), self._values
         with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
             if logps is None:
@@ -220,14 +221,14 @@ class PPOTrainer(GRPOTrainer):
                 with self.reference() as reference:
                     ref_logps = self.score_tokens(reference, output)
         kl = token_kl(logps, ref_logps, self.args.kl_estimator) * mask
-        rewards = token_rewards(self._scores, kl, mask, self.args.beta)
+        rewards = token_rewards(scores, kl, mask, self.args.beta)
         if self.args.whiten_rewards:
             rewards = whiten(rewards, mask, shift_mean=False, reduce=self.sum_over_processes)
         values = self.to_rewards_units(values, guesses, rewards, mask)
         advantages, returns = estimate_advantages(rewards, values, mask, self.args.gamma, self.args.lam)
         if self.args.critic_lam is not None:
             _, returns = estimate_advantages(rewards, values, mask, self.args.gamma, self.args.critic_lam)
-        self.log_rollout(kl, values, returns, mask)
+        self.log_rollout(scores, judged, kl, values, returns, mask)
         old_values = self.scale.normalise(values) * mask
         if self.model.training:
             self.scale.update(returns, mask, self.sum_over_processes)
@@ -246,7 +247,7 @@ class PPOTrainer(GRPOTrainer):
         return self.scale.values(values) * mask
 
     def _generate_single_turn(self, *args, **kwargs):
-        """TRL's, without the critic: vLLM is given every weight of the model, and ZeRO-3 gathers all its parameters."""
+        """TRL's, without the critic: vLLM is given all weights of the model, and ZeRO-3 gathers all its parameters."""
         parts, engine = self.policy()._modules, self.model_wrapped
         critic = parts.pop("critic") if self.use_vllm else None
         if self.is_deepspeed_enabled:
@@ -282,16 +283,17 @@ class PPOTrainer(GRPOTrainer):
     def sum_over_processes(self, sums):
         return self.accelerator.reduce(sums, reduction="sum")
 
-    def log_rollout(self, kl, values, returns, mask):
-        errors = returns - values
-        per_answer = self.accelerator.gather((self._scores - self.args.beta * kl.sum(1)).mean()).mean()
-        sums = [kl.sum(), mask.sum(), errors.sum(), (errors**2).sum(), returns.sum(), (returns**2).sum(), values.sum()]
-        kls, count, error, errors2, total, total2, value = self.sum_over_processes(torch.stack(sums)).tolist()
+    def log_rollout(self, scores, judged, kl, values, returns, mask):
+        """The metrics of a rollout, over all processes. `scores`, `judged`: (B,); the rest (B, T)."""
+        per_answer = (scores - self.args.beta * kl.sum(1)) * judged
+        sums = [kl.sum(), mask.sum(), values.sum(), per_answer.sum(), judged.sum()]
+        kls, count, value, reward, answers = self.sum_over_processes(torch.stack(sums)).tolist()
+        _, left = masked_moments(returns - values, mask, self.sum_over_processes)
+        _, spread = masked_moments(returns, mask, self.sum_over_processes)
         count = max(count, 1)  # none where mask_truncated_completions hides every answer
-        left, spread = errors2 / count - (error / count) ** 2, total2 / count - (total / count) ** 2
         metrics = self._metrics["train" if self.model.training else "eval"]
         metrics["kl"].append(kls / count)
-        metrics["rlhf_reward"].append(per_answer.item())
+        metrics["rlhf_reward"].append(reward / max(answers, 1))
         metrics["value"].append(value / count)
         metrics["explained_variance"].append(1 - left / spread if spread > 1e-12 else float("nan"))
 

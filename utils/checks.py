@@ -19,6 +19,7 @@ OLDEST = (
     ("transformers", "5.0", "train_sampling_strategy and warm-up as a share"),
     ("trl", "1.0", "trl.experimental as it is imported here"),
 )
+TOKENIZERS = "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spm.model", "sentencepiece.bpe.model"
 VLLM = "0.22.0", "0.31.0"  # the versions that trl 1.16.0 takes (trl/import_utils.py)
 
 
@@ -164,7 +165,7 @@ def check_folder(path, flag):
     if not adapter.exists() and not config.exists():
         return [f"{flag} {path}: no config.json (nor adapter_config.json) in it, so not a model folder"], None
     problems = []
-    if not any((folder / file).exists() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    if not any((folder / file).exists() for file in TOKENIZERS):
         problems.append(
             f"{path}: no tokenizer (tokenizer.json or tokenizer.model) in it. Copy it from the original model"
         )
@@ -197,22 +198,22 @@ def check_rewards(common, name, method, judged):
 
     `judged`: a JudgeConfig, which may be the method's own config.
     """
-    asked = {"--reward_model_path": common.reward_model_path, "--reward_funcs": common.reward_funcs}
-    asked = [flag for flag, value in asked.items() if value]
+    flags = ("reward_model_path", "reward_funcs", "reward_timeout")
+    asked = [flag for flag in flags if getattr(common, flag) is not None]
     if not method.sample_reward:
         takers = ", ".join(other for other, m in METHODS.items() if m.sample_reward)
         return [
-            f"{flag}: {name} learns from the answers in the data, not from a reward. {takers} take it"
+            f"--{flag}: {name} learns from the answers in the data, not from a reward. {takers} take it"
             for flag in asked
         ]
-    if not asked and not judged.judge_model:
+    if not common.reward_model_path and not common.reward_funcs and not judged.judge_model:
         return [
             f"no reward: {name} needs one. Type --reward_funcs {method.sample_reward} to try, "
             "--reward_model_path FOLDER or --judge_model NAME"
         ]
     from utils import judge, reward_models, rewards, scoring  # they build upon this module
 
-    problems = list(rewards.check_reward_functions(common.reward_funcs or ()))
+    problems = [*rewards.check_reward_functions(common.reward_funcs or ()), *rewards.check_timeout(common)]
     names = scoring.name_rewards(common) + judge.name_numbers(judged)
     for twice in sorted({one for one in names if names.count(one) > 1}):
         problems.append(f"two rewards are called {twice}, which the log would add up. Rename one")
@@ -452,7 +453,7 @@ def check_critic(common, config, kind):
             "--critic lora, an adapter of its own on that base, or name another model: --value_model_path MODEL"
         )
     if path is not None and not own:
-        yield f"--value_model_path {path}: --critic {kind} has no model of its own. Type --critic model, or leave it out"
+        yield f"--value_model_path {path}: --critic {kind} has no such weights. Type --critic model, or leave it out"
     elif path is not None:
         yield from check_value_model(path, common, kind)
     if config.critic_layer is not None:

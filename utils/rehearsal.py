@@ -208,7 +208,7 @@ def make_model(shape, task, dtype, attn_implementation, four_bit):
     model = kind.from_config(shape, dtype=dtype, **kwargs)
     if four_bit:
         pack(model, models.four_bit_config(dtype))
-    if task == "SEQ_CLS":
+    if task == "SEQ_CLS" and hasattr(model, "score"):  # an encoder's head has other names, and is not trained here
         model.score.float()
         models.cast_before_score(model)
     return model
@@ -499,7 +499,8 @@ def answer(trainer, judge, ledger, prompt, completion):
         ledger.reach("judged")
         whole = mask = torch.ones(count, prompt + completion, dtype=torch.int64)
         if judge is not None:
-            judge(input_ids=whole[: max(8, batch)], attention_mask=mask[: max(8, batch)])
+            held = getattr(judge.config.get_text_config(), "max_position_embeddings", None)  # it cuts what is longer
+            judge(input_ids=whole[: max(8, batch), :held], attention_mask=mask[: max(8, batch), :held])
         if hasattr(trainer, "_get_per_token_logps_and_entropies"):  # TRL's online trainers score answers once more
             for scored in filter(None, (trainer.model, trainer.ref_model)):
                 trainer._get_per_token_logps_and_entropies(scored, whole, mask, completion, batch)

@@ -104,7 +104,7 @@ def check(common, config):
     check_prompts(common, config, tokenizer=tokenizer)
     if "generate" in config.stages and "score" in config.stages:
         rows, _ = data.make_rows(list(files.FileRows(common.train_data_path, "--train_data_path", 4)), PROMPT, [])
-        rewards.load_functions(common.reward_funcs, rows, tokenizer or scoring.no_tokens)
+        rewards.load_functions(common.reward_funcs, rows, tokenizer or scoring.no_tokens, common.reward_timeout)
     summary.say("checked   nothing stands in the way; no model was loaded, nothing was written")
     return 0
 
@@ -218,6 +218,7 @@ class Work:
         if total:
             scorers = self.load_scorers()
             with tqdm(total=total, desc="score", unit="prompt", disable=not environment.is_main()) as bar:
+                scorers.show = bar.set_postfix_str
                 for turn, chunk in enumerate(scoring.chunk_groups(self.completions.groups())):
                     wanted = [(number, group) for number, group in chunk if missing[number].any()]
                     if turn % self.world == self.rank and wanted:

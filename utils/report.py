@@ -36,7 +36,7 @@ class Report(TrainerCallback):
         self.main = trainer.accelerator.is_main_process
         self.before, self.bar, self.seconds, self.steps = [], None, 0.0, 0
         self.watch = Watch(method, trainer.args)
-        trainer.generating = self.show_generating
+        trainer.generating, trainer.scoring = self.show_generating, self.show_scoring
         for callback in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(callback)
         trainer.add_callback(self)
@@ -77,6 +77,14 @@ class Report(TrainerCallback):
             said = f"training, answer token {tokens} of {limit}" if tokens < limit else "training"
             self.bar.set_description(said, refresh=False)
             self.bar.update(0)  # draws no more often than mininterval
+
+    def show_scoring(self, name, seconds):
+        """Show the reward that is computed; seconds: None when it is done. In a log file: one line a minute."""
+        if self.bar and sys.stderr.isatty():
+            said = "training" if seconds is None else f"training, {name} has been scoring for {seconds:.0f} s"
+            self.bar.set_description(said)
+        elif self.bar and seconds is not None and round(seconds) % 60 == 0:
+            self.bar.write(f"note      {name} has been scoring for {seconds:.0f} s", file=sys.stderr)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.seconds += time.perf_counter() - self.step_began
@@ -237,6 +245,30 @@ class Report(TrainerCallback):
         }
         text = json.dumps(card, indent=2, ensure_ascii=False, default=str)
         write_whole(self.folder / "run_card.json", secrets.hide(text) + "\n")
+
+    def nothing_learnt(self):
+        """Why no weight moved: the rewards of each prompt were equal in every step. None if they were not.
+
+        The reason joins the warnings of run_card.json.
+        """
+        step, lines = (
+            self.trainer.state.global_step,
+            self.trainer.state.log_history,
+        )  # its last line has all steps left
+        rollouts = [line for line in lines if "frac_reward_zero_std" in line]  # a rollout may serve several steps
+        if not rollouts or any(line["frac_reward_zero_std"] != 1 for line in rollouts):
+            return None
+        if any(line.get("grad_norm") for line in lines):
+            return None
+        rewards = [line["reward"] for line in rollouts]
+        mean = f"{min(rewards):.3g}" + f" to {max(rewards):.3g}" * (max(rewards) > min(rewards))
+        reason = (
+            f"nothing could be learnt: in each of {step} steps all answers to a prompt got the same "
+            f"reward (mean {mean}), so every advantage was 0. The weights in {self.folder} are those of the start. "
+            "Look at completions.jsonl; a reward that differs, a higher --temperature or more --num_generations helps"
+        )
+        self.watch.warnings.append({"step": step, "text": reason})
+        return reason
 
     def say_end(self, after):
         """The two examples and the held-out numbers, before and after."""

@@ -1,9 +1,12 @@
 """Reward models as reward functions: any family, read in their own template, tried before they are trusted."""
 
 import math
+import sys
 from pathlib import Path
 
-from utils.checks import Refused, check_folder, is_reward_model, read_header
+from utils import environment
+from utils.checks import Refused, check_folder, is_reward_model, read_header, refuse_if
+from utils.data import text_of
 from utils.rewards import TRIED, RewardFailed, example_answers
 
 
@@ -40,46 +43,62 @@ class RewardModel:
     to what the model holds, padded on the right, and scored in batches of like length.
     """
 
+    cut = 0  # texts so far that were longer than the model holds
+    said = False  # that there are such texts
+
     def __init__(self, path, model, tokenizer, batch_size):
         self.__name__ = Path(path).name
         self.path, self.model, self.tokenizer, self.batch_size = path, model, tokenizer, batch_size
-        held = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
-        self.longest = min(held, tokenizer.model_max_length)
+        self.longest = longest_row(model, tokenizer)
 
-    def __call__(self, prompts, completions, **columns):
-        return self.score([self.tokens(p, c) for p, c in zip(prompts, completions, strict=True)])
+    def __call__(self, prompts, completions, log_metric=None, **columns):
+        before = self.cut
+        rows = [self.tokens(prompt, answer) for prompt, answer in zip(prompts, completions, strict=True)]
+        if log_metric:
+            log_metric(f"rewards/{self.__name__}/cut", (self.cut - before) / len(rows))
+        if self.cut > before and not self.said:
+            self.say_cut(self.cut - before, len(rows))
+        return self.score(rows)
 
-    def tokens(self, prompt, completion):
+    def say_cut(self, cut, count):
+        from tqdm import tqdm
+
+        self.said = True
+        said = f"--reward_model_path {self.path} holds {self.longest} tokens, and {cut} of {count} answers were longer"
+        said += " with their prompts. The front of the prompt is cut. The log has the share of each step: "
+        if environment.is_main():
+            tqdm.write(f"warning   {said}rewards/{self.__name__}/cut", file=sys.stderr)
+
+    def tokens(self, prompt, completion) -> dict:
+        """{"input_ids": at most `longest` tokens}. Of a longer text the front goes, but for the BOS."""
         from utils.text import render, tokenize
 
         text, (answer,), _ = render(self.tokenizer, {"prompt": prompt, "completion": completion})
-        return tokenize(self.tokenizer, text + answer)[-self.longest :]
+        ids = tokenize(self.tokenizer, text + answer)
+        if len(ids) <= self.longest:
+            return {"input_ids": ids}
+        self.cut += 1
+        begin = [ids[0]] if ids[0] in (self.tokenizer.bos_token_id, self.tokenizer.cls_token_id) else []
+        return {"input_ids": begin + ids[len(begin) - self.longest :]}
 
     def score(self, rows):
-        """Scores of token rows, in their order; as many forward passes on every process that has as many rows."""
-        import torch
-
-        order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
+        """Scores of what `tokens` returned, in order; as many forward passes on every process that has as many."""
+        order = sorted(range(len(rows)), key=lambda row: len(rows[row]["input_ids"]))
         scores = [0.0] * len(rows)
         for start in range(0, len(order), self.batch_size):
             batch = order[start : start + self.batch_size]
-            width = max(len(rows[row]) for row in batch)
-            ids = torch.full((len(batch), width), self.tokenizer.pad_token_id)
-            mask = torch.zeros_like(ids)
-            for place, row in enumerate(batch):
-                ids[place, : len(rows[row])] = torch.tensor(rows[row])
-                mask[place, : len(rows[row])] = 1
-            for row, score in zip(batch, self.forward(ids, mask).tolist(), strict=True):
+            padded = self.tokenizer.pad([rows[row] for row in batch], return_attention_mask=True, return_tensors="pt")
+            for row, score in zip(batch, self.forward(**padded).tolist(), strict=True):
                 scores[row] = score
         return scores
 
-    def forward(self, ids, mask):
-        """Scores (B,) of right-padded token ids (B, L)."""
+    def forward(self, **inputs):
+        """Scores (B,) of right-padded token ids (B, L) and what else the model reads of each token."""
         import torch
 
         device = next(self.model.parameters()).device
         with torch.no_grad():
-            return self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits[:, 0].float()
+            return self.model(**{name: value.to(device) for name, value in inputs.items()}).logits[:, 0].float()
 
     def attach(self, trainer):
         """Puts the model where the trainer's are; under ZeRO-3 in pieces, as the policy."""
@@ -90,6 +109,32 @@ class RewardModel:
             self.model = prepare_deepspeed(self.model, trainer.accelerator)
         else:
             self.model.to(trainer.accelerator.device)
+
+
+class EncoderRewardModel(RewardModel):
+    """An encoder (BERT, RoBERTa, DeBERTa) that reads prompt and answer as the pair of texts of its tokenizer.
+
+    A prompt of several turns is written without their roles, a line break between.
+    """
+
+    def tokens(self, prompt, completion):
+        """input_ids (and token_type_ids) of the pair, special tokens included, at most `longest`.
+
+        Of a longer pair the prompt loses its front, and only then the answer its end.
+        """
+        prompt = prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
+        pair, longest = (prompt, text_of(completion)), {"max_length": self.longest}
+        found = self.encode(*pair)
+        if len(found["input_ids"]) <= self.longest:
+            return found
+        self.cut += 1
+        if len(self.encode("", pair[1])["input_ids"]) < self.longest:
+            return self.encode(*pair, truncation="only_first", **longest)
+        return self.encode("", pair[1], truncation="only_second", **longest)
+
+    def encode(self, prompt, answer, **cut):
+        self.tokenizer.truncation_side = "left" if cut.get("truncation") == "only_first" else "right"
+        return dict(self.tokenizer(prompt, answer, return_attention_mask=False, **cut))
 
 
 class SharedRewardModel(RewardModel):
@@ -127,8 +172,7 @@ class SharedRewardModel(RewardModel):
             return save(*args, **{"selected_adapters": kept, **kwargs})
 
         model.save_pretrained = save_without_judge
-        text = model.get_base_model().config.get_text_config()
-        self.longest = min(getattr(text, "max_position_embeddings", None) or 10**9, self.tokenizer.model_max_length)
+        self.longest = longest_row(model.get_base_model(), self.tokenizer)
 
     def __call__(self, prompts, completions, **columns):
         if self.rows:  # tried now, at the first rollout: the base is there, in whatever pieces
@@ -139,7 +183,7 @@ class SharedRewardModel(RewardModel):
                 raise RewardFailed(str(refusal)) from None
         return super().__call__(prompts, completions, **columns)
 
-    def forward(self, ids, mask):
+    def forward(self, input_ids, attention_mask):
         """The last state of each row under the reward's adapter, through the whole wrapped model, times the head."""
         import torch
         from trl.trainer.utils import use_adapter
@@ -153,14 +197,34 @@ class SharedRewardModel(RewardModel):
         hook = trunk.register_forward_hook(lambda *call: states.append(call[-1].last_hidden_state))
         try:
             with torch.no_grad(), use_adapter(wrapped, adapter_name="reward"), trainer.accelerator.autocast():
-                trainer.model(input_ids=ids.to(device), attention_mask=mask.to(device), logits_to_keep=1)
+                inputs = {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
+                trainer.model(**inputs, logits_to_keep=1)
         finally:
             hook.remove()
             wrapped.train(training)
         # where transformers puts a score: on the last token that is not the pad, which an end of turn may be
-        place = (torch.arange(ids.shape[1]) * (ids != self.tokenizer.pad_token_id)).argmax(1)
-        last = states[0][torch.arange(len(ids)), place]
+        place = (torch.arange(input_ids.shape[1]) * (input_ids != self.tokenizer.pad_token_id)).argmax(1)
+        last = states[0][torch.arange(len(input_ids)), place]
         return (last.float() @ self.head.to(device).T)[:, 0]
+
+
+def longest_row(model, tokenizer):
+    """Tokens that the model holds."""
+    held = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+    embedded = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
+    padding = getattr(embedded, "padding_idx", None)  # RoBERTa counts positions from behind its pad's id
+    return min(held if padding is None else held - padding - 1, tokenizer.model_max_length)
+
+
+def is_encoder(path, tokenizer):
+    """True if the reward model reads a pair of texts: an encoder, without a chat template."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    from utils.models import read_base_config
+
+    config = read_base_config(path)
+    masked = config.get("model_type") in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.get("is_decoder")
+    return not tokenizer.chat_template and bool(masked or config.get("is_encoder_decoder"))
 
 
 def shares_base(path, policy_path, train_mode, revision=None):
@@ -208,7 +272,8 @@ def load_reward_model(path, rows, dtype, device, batch_size, trust_remote_code=F
     if model.config.num_labels != 1:
         raise Refused([f"--reward_model_path {path}: scores {model.config.num_labels} labels. A reward model has one"])
     fit_config(model, tokenizer)
-    return RewardModel(path, model.to(device).eval().requires_grad_(False), tokenizer, batch_size)
+    kind = EncoderRewardModel if is_encoder(path, tokenizer) else RewardModel
+    return kind(path, model.to(device).eval().requires_grad_(False), tokenizer, batch_size)
 
 
 def load_reward_tokenizer(path, rows, trust_remote_code=False):
@@ -218,6 +283,12 @@ def load_reward_tokenizer(path, rows, trust_remote_code=False):
     from utils.text import fit_tokenizer, render, say_error
 
     tokenizer = load_tokenizer(path, None, trust_remote_code, flag="--reward_model_path")
+    if is_encoder(path, tokenizer):
+        missing = ["pad_token"] if tokenizer.pad_token is None else []
+        if not tokenizer.num_special_tokens_to_add(pair=True):
+            missing.append("post-processor that puts [CLS] and [SEP] around a pair of texts")
+        refuse_if([f"--reward_model_path {path}: an encoder, whose tokenizer has no {what}" for what in missing])
+        return tokenizer
     try:
         fit_tokenizer(tokenizer, chat=is_chat(rows[0][1]))
     except Refused as refusal:

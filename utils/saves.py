@@ -24,21 +24,26 @@ def save(trainer, tokenizer):
     return sum(getattr(p, "ds_numel", p.numel()) for p in trained)
 
 
+class Unchanged(Failed):
+    """The saved weights are whole, and those that the training began with."""
+
+
 def check_trained(folder, start, expected):
-    """Raises Failed where the safetensors in `folder` are not a trained model.
+    """Raises Failed where the safetensors in `folder` are not a trained model, Unchanged where they are the start.
 
     `start`: the folder that the training began with, None for a new adapter, whose lora_B begins as zeros.
     `expected`: how many trained numbers there are; the save may hold more (buffers, embeddings), never fewer.
     """
     tensors = open_tensors(folder)
     begun = open_tensors(start) if start else {}
-    held, wrong = sum(read().numel() for read in tensors.values()), []
+    held, moved = 0, False
+    for name, read in tensors.items():
+        held += read().numel()
+        moved = moved or differs(name, read(), begun, start)
     if held < expected:
-        wrong.append(f"{held} numbers where {expected} were trained")
-    if not any(differs(name, read(), begun, start) for name, read in tensors.items()):
-        wrong.append("no weight differs from the start")
-    if wrong:
-        raise Failed(f"{folder} is not a sound save: " + "; ".join(wrong))
+        raise Failed(f"{folder} is not a sound save: {held} numbers where {expected} were trained")
+    if not moved:
+        raise Unchanged(f"{folder} is not a sound save: no weight differs from the start")
 
 
 def differs(name, tensor, begun, start):

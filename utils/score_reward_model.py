@@ -75,17 +75,15 @@ def score_pairs(reward, rows):
     """{scores: [(of chosen, of rejected)], lengths: the same in answer tokens, cut: how many answers were}."""
     from tqdm import tqdm
 
-    scores, lengths, cut = [], [], 0
+    scores, lengths, before = [], [], reward.cut
     for start in tqdm(range(0, len(rows), PAIRS), desc="scoring", unit="batch", leave=False, disable=None):
         some = [pair for _, pair in rows[start : start + PAIRS]]
         answers = [(pair["prompt"], pair[side]) for pair in some for side in RANKED]
-        tokens = [reward.tokens(prompt, answer) for prompt, answer in answers]
-        cut += sum(len(row) == reward.longest for row in tokens)
-        found = reward.score(tokens)
+        found = reward.score([reward.tokens(prompt, answer) for prompt, answer in answers])
         texts = [tokens_of(reward.tokenizer, answer) for _, answer in answers]
         scores += zip(found[::2], found[1::2], strict=True)
         lengths += zip(map(len, texts[::2]), map(len, texts[1::2]), strict=True)
-    return {"scores": scores, "lengths": lengths, "cut": cut}
+    return {"scores": scores, "lengths": lengths, "cut": reward.cut - before}
 
 
 def tokens_of(tokenizer, answer):

@@ -1,7 +1,5 @@
 """What judges the completions of a rejection sampling, and how much each judge weighs."""
 
-import asyncio
-import inspect
 import math
 from pathlib import Path
 
@@ -23,11 +21,18 @@ def name_rewards(common):
 
 
 class Scorers:
-    """Reward functions, a reward model and an LLM judge. A score is their weighted sum; without one there is none."""
+    """Reward functions, a reward model and an LLM judge. A score is their weighted sum; without one there is none.
+
+    show: called with what runs and for how long, for the progress bar.
+    """
+
+    show = staticmethod(lambda text: None)
 
     def __init__(self, common, config, rows, tokenizer, device):
         self.tokenizer, self.judge = tokenizer, None
-        self.functions = rewards.load_functions(common.reward_funcs, rows, tokenizer or no_tokens)
+        self.functions = rewards.load_functions(
+            common.reward_funcs, rows, tokenizer or no_tokens, common.reward_timeout
+        )
         if common.reward_model_path:
             model = reward_models.load_reward_model(
                 common.reward_model_path,
@@ -52,7 +57,7 @@ class Scorers:
         asked = self.columns(lines) if self.functions else {}
         names = list(self.weights)[: len(self.functions)]
         columns = [
-            [{name: score} for score in call(function, asked)]
+            [{name: score} for score in self.call(function, asked)]
             for name, function in zip(names, self.functions, strict=True)
         ]
         if self.judge:
@@ -63,6 +68,13 @@ class Scorers:
             verdicts = [verdict for group in self.judge.score(asked) for verdict in group]
             columns.append([one if isinstance(one, GivenUp) else self.judge.by_name(one) for one in verdicts])
         return [self.line(line, found) for (_, line), *found in zip(lines, *columns, strict=True)]
+
+    def call(self, function, columns):
+        def tell(seconds):
+            self.show("" if seconds is None else f"{function.__name__} {seconds:.0f} s")
+
+        with rewards.ticking(tell):
+            return function(**columns)
 
     def columns(self, lines):
         """What TRL gives reward functions, by keyword."""
@@ -91,11 +103,6 @@ class Scorers:
             return key | {"failed": "no reward function applies to it"}
         total = math.fsum(self.weights[name] * score for name, score in scores.items())
         return key | {"score": total, "scores": scores}
-
-
-def call(function, columns):
-    found = function(**columns)
-    return asyncio.run(found) if inspect.iscoroutine(found) else found
 
 
 def no_tokens(text):

@@ -41,7 +41,8 @@ def say_plan(common, config, name, method, tokenizer, rows, train, held_out, fur
         which = "highest" if config.greater_is_better else "lowest"
         best = f"eval_{config.metric_for_best_model.removeprefix('eval_')}"
         say(f"best      of the evaluated checkpoints the one with the {which} {best}")
-    for note in [*rows.notes, *getattr(config, "notes", ())]:
+    unseen = describe_cut(common, config) if method.sample_reward else ()
+    for note in [*rows.notes, *getattr(config, "notes", ()), *unseen]:
         say(f"note      {note}")
     say_findings(rows)
     say(f"first row {text.mark(train, tokenizer, sys.stdout.isatty())}")
@@ -77,6 +78,15 @@ def describe_reward(common, config):
     )
     penalty = config.missing_eos_penalty
     return said + (f" - {penalty:g} for an answer that is cut" if penalty else "")
+
+
+def describe_cut(common, config):
+    """A note where a reward model cannot see that an answer is cut."""
+    if common.reward_model_path and config.missing_eos_penalty is None:
+        yield (
+            f"an answer that is cut at --max_completion_length {config.max_completion_length} is scored by "
+            "--reward_model_path as if it had ended there. --missing_eos_penalty 1 takes 1 off its reward"
+        )
 
 
 def describe_lora(common, notes):

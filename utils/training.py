@@ -175,7 +175,13 @@ def save_and_verify(trainer, follow, argv, name, common, method, tokenizer, rows
     verify.record(trainer.model_wrapped, tokenizer, config.output_dir, **kept)
     if environment.is_main():
         start = models.starting_weights(common.model_name_or_path, common.model_revision, common.train_mode)
-        saves.check_trained(config.output_dir, start, expected)
+        try:
+            saves.check_trained(config.output_dir, start, expected)
+        except saves.Unchanged:
+            if not (reason := follow.nothing_learnt()):
+                raise
+            follow.write_run_card(argv, common, config, name, rows, train, held_out, after)
+            raise checks.Failed(reason) from None
         proof = verify.verify_in_fresh_process(config.output_dir)
         follow.write_run_card(argv, common, config, name, rows, train, held_out, after)
         follow.say_end(after)
