@@ -113,7 +113,7 @@ class Critic(nn.Module):
         norm = [nn.LayerNorm(hidden_size, elementwise_affine=False)] if mlp or layer is not None else []
         hidden = [nn.Linear(hidden_size, hidden_size), nn.GELU()] if mlp else []
         self.score = nn.Sequential(*norm, *hidden, last)
-        self.register_buffer("guess", guess, persistent=False)
+        self.register_buffer("guess", guess)
         self.guesses = None  # (B, L) of the newest call, for ReturnScale.fit_guess
 
     def forward(self, hidden, input_ids, attention_mask):

@@ -25,6 +25,7 @@ from trl.trainer.utils import (
 
 from trainers.critics import EXACT, SCALE, FixedScale, add_critic, clip_apart, make_critic, masked_moments
 from trainers.online_trainer import GRPOTrainer, disable_dropout
+from utils.checks import Refused
 
 # ── the arithmetic ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -346,16 +347,24 @@ class PPOTrainer(GRPOTrainer):
         self.load_critic(Path(resume_from_checkpoint) / "critic.safetensors")
 
     def load_critic(self, file):
-        """Loads the critic and the scale of its values. Raises FileNotFoundError without the file."""
+        """Loads the critic and the scale of its values. Raises Refused where the file is gone or another kind's."""
         from safetensors.torch import load_file
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
         if not Path(file).exists():
-            raise FileNotFoundError(f"{file}: not there, so the critic would start anew")
-        held = load_file(file)
+            raise Refused([f"{file}: not there, so the critic would start anew"])
+        held, critic = load_file(file), self.policy().critic
         self.scale.load(held.pop(SCALE))
+        guess = held.pop("guess", None)
+        critic.guess = guess if guess is None else guess.to(self.accelerator.device)
+        trained = {name for name, parameter in critic.named_parameters() if parameter.requires_grad}
+        if strange := sorted(trained ^ held.keys()):
+            raise Refused([
+                f"--critic_path {file}: not a critic of this kind ({strange[0]} is in one of them alone). Type the --critic "
+                "of the run that saved it"
+            ])  # fmt: skip
         # FSDP2 holds it in pieces by then
-        set_model_state_dict(self.policy().critic, held, options=StateDictOptions(full_state_dict=True, strict=False))
+        set_model_state_dict(critic, held, options=StateDictOptions(full_state_dict=True, strict=False))
 
 
 def join(parts):
