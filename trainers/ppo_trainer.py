@@ -120,7 +120,8 @@ class PPOTrainer(GRPOTrainer):
         for parameter in critic.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(trained.dtype if shared_out else torch.float32)
-        add_critic(base, critic.to(trained.device), PolicyOutput)
+        self.critic = critic.to(trained.device)
+        add_critic(base, self.critic, PolicyOutput)
         if args.critic_path:
             self.load_critic(args.critic_path)
 
@@ -183,12 +184,12 @@ class PPOTrainer(GRPOTrainer):
 
     def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
         """TRL's; the values of the same forward stay in `_values` (B, T)."""
-        values, guesses, critic = [], [], self.policy().critic
+        values, guesses = [], []
 
         def with_values(**inputs):
             outputs = model(**inputs)
             values.append(outputs.get("token_values"))
-            guesses.append(critic.guesses)
+            guesses.append(self.critic.guesses)
             return outputs
 
         found = super()._get_per_token_logps_and_entropies(with_values, *args, **kwargs)
@@ -272,7 +273,7 @@ class PPOTrainer(GRPOTrainer):
     @contextmanager
     def reference(self):
         """The frozen start: a model of its own, or the policy with its adapter off, or with that adapter's twin."""
-        model, critic = self.accelerator.unwrap_model(self.model), self.policy().critic
+        model, critic = self.accelerator.unwrap_model(self.model), self.critic
         frozen = "ref" if "ref" in getattr(model, "peft_config", ()) else None
         critic.off = True
         try:
@@ -331,7 +332,7 @@ class PPOTrainer(GRPOTrainer):
         if not self.args.should_save:
             return super()._save(output_dir, state_dict)
         whole = self.model.state_dict() if state_dict is None else state_dict
-        frozen = {name for name, parameter in self.policy().critic.named_parameters() if not parameter.requires_grad}
+        frozen = {name for name, parameter in self.critic.named_parameters() if not parameter.requires_grad}
         critic = {name.split("critic.")[-1]: tensor for name, tensor in whole.items() if "critic." in name}
         policy = {name: tensor for name, tensor in whole.items() if "critic." not in name}
         super()._save(output_dir, state_dict=policy)
@@ -353,15 +354,15 @@ class PPOTrainer(GRPOTrainer):
 
         if not Path(file).exists():
             raise Refused([f"{file}: not there, so the critic would start anew"])
-        held, critic = load_file(file), self.policy().critic
+        held, critic = load_file(file), self.critic
         self.scale.load(held.pop(SCALE))
         guess = held.pop("guess", None)
         critic.guess = guess if guess is None else guess.to(self.accelerator.device)
         trained = {name for name, parameter in critic.named_parameters() if parameter.requires_grad}
         if strange := sorted(trained ^ held.keys()):
             raise Refused([
-                f"--critic_path {file}: not a critic of this kind ({strange[0]} is in one of them alone). Type the --critic "
-                "of the run that saved it"
+                f"--critic_path {file}: not a critic of this kind ({strange[0]} is in one of them alone). Type the "
+                "--critic of the run that saved it"
             ])  # fmt: skip
         # FSDP2 holds it in pieces by then
         set_model_state_dict(critic, held, options=StateDictOptions(full_state_dict=True, strict=False))
