@@ -85,7 +85,8 @@ def plan_again(lines):
             for name, cell in found["cells"].items():
                 method, mode, launch = name.split("-")
                 write_rows(Path(folder, f"{method}.jsonl"), method, found["length"] - PROMPT)
-                words = command_of(folder, method, mode, launch, found["batch"], found["length"], found["flags"])
+                flags = [*found["flags"], *cell.get("flags", ())]
+                words = command_of(folder, method, mode, launch, found["batch"], found["length"], flags)
                 phases = plan_cell(words, *split_launch(launch), found["device"])
                 peak = max(phases[phase] for phase in cell["phases"])  # of those that were measured
                 size = f"{found['shape']['hidden_size']} x {found['shape']['num_hidden_layers']}"

@@ -1,10 +1,14 @@
-"""Our PPO, RLOO and GRPO, and TRL 1.12's PPO, on the same toy with the same budget: python bench/ppo.py
+"""Our PPO with each critic, RLOO, and TRL 1.12's PPO, on the same tasks with the same budget: python bench/ppo.py
 
-bench/toy.py's task, one process on one thread, three seeds, the runs in turn. For TRL 1.12 the script installs that
-version beside the libraries of this environment, into a folder of its own that only its runs see. It draws the curves
-into docs/ppo_toy.png; the last line is JSON: episodes a second, also as a ratio to TRL 1.12, and how training ended,
-the mean of the last three rollouts. Less KL: beta times the mean KL of a token times the mean length; of TRL 1.12 its
-own sum.
+Tasks of bench/toy.py, a policy of 0.3M parameters with full weights, one process on one thread, the runs in turn:
+share (beta 0.003), share (beta 0.05, at which there is nothing to gain) and zigzag (beta 0.05, where a longer answer
+has more reward); then zigzag with an offset or a scale on every reward, which must change nothing. For TRL 1.12 the
+script installs that version into a folder of its own that only its runs see.
+
+The last line is JSON: per task and side the reward less beta x KL of an answer, a mean of the last three rollouts
+(offset and scale taken off again), its mean and standard error over the seeds; the explained variance there; episodes
+a second, also as a ratio to TRL 1.12. Curves go to docs/ppo_toy.png. KL of our runs: mean KL of a token x mean length;
+of TRL 1.12 its own sum. `--keep FILE` appends each run as a line and skips those that stand in it already.
 """
 
 import argparse
@@ -19,29 +23,62 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 TRL = "TRL 1.12 PPO"
+SIDES = {
+    TRL: None,
+    "RLOO": ("RLOO",),
+    "head": ("PPO", "--critic", "head"),
+    "mlp": ("PPO", "--critic", "mlp"),
+    "model": ("PPO",),  # the default with full weights
+}
+TASKS = {"zigzag": 0.05, "share": 0.003, "share at 0.05": 0.05}
+MOVED = {"zigzag_plus_5": (1, 5), "zigzag_minus_5": (1, -5), "zigzag_times_10": (10, 0)}  # reward = factor x + offset
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--rollouts", type=int, default=50, help="of 128 answers each")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rollouts", type=int, default=24, help="of 128 answers each")
+    parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--tasks", nargs="+", default=[*TASKS, *MOVED], help=", ".join((*TASKS, *MOVED)))
+    parser.add_argument("--sides", nargs="+", default=list(SIDES), help=", ".join(SIDES))
+    parser.add_argument("--keep", type=Path, help="a file of the single runs")
     asked = parser.parse_args()
-    from bench.toy import make_toy, run_ours
+    from bench.toy import make_toy
 
+    kept = asked.keep.read_text().splitlines() if asked.keep and asked.keep.exists() else []
+    runs = {(run["task"], run["side"], run["seed"]): run for run in map(json.loads, kept)}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         toy = make_toy(folder / "toy")
-        install_trl(folder / "trl")
-        runs = {}
+        if TRL in asked.sides:
+            install_trl(folder / "trl")
         for seed in range(asked.seeds):
-            for method in ("PPO", "RLOO", "GRPO"):
-                out = folder / f"{method}-{seed}"
-                runs.setdefault(method, []).append(run_ours(method, toy, out, asked.rollouts, seed))
-                say(method, seed, runs)
-            runs.setdefault(TRL, []).append(run_trl(folder / "trl", toy, folder / "out", asked.rollouts, seed))
-            say(TRL, seed, runs)
+            for task in asked.tasks:
+                for side in asked.sides if task in TASKS else ["model"]:
+                    if (task, side, seed) in runs:
+                        continue
+                    found = run_one(side, task, seed, asked.rollouts, toy, folder) | {"task": task, "side": side}
+                    runs[task, side, seed] = found | {"seed": seed}
+                    say(runs[task, side, seed])
+                    if asked.keep:
+                        with open(asked.keep, "a") as handle:
+                            handle.write(json.dumps(runs[task, side, seed]) + "\n")
     draw(runs, ROOT / "docs" / "ppo_toy.png")
-    print(json.dumps({"bench": "ppo", "rollouts": asked.rollouts, "seeds": asked.seeds, **compare(runs)}))
+    print(json.dumps({"bench": "ppo", "rollouts": asked.rollouts, "seeds": asked.seeds, "tasks": compare(runs)}))
+
+
+def run_one(side, task, seed, rollouts, toy, folder):
+    from bench.toy import run_ours
+
+    factor, offset = MOVED.get(task, (1, 0))
+    reward, beta = task.split()[0], TASKS.get(task, factor * TASKS["zigzag"])
+    rollouts = rollouts if task != "share at 0.05" else rollouts // 3
+    if side == TRL:
+        return run_trl(folder / "trl", toy, folder / "out", rollouts, seed, reward, beta)
+    method, *flags = SIDES[side]
+    found = run_ours(method, toy, folder / "out", rollouts, seed, *flags, reward=reward, beta=beta)
+    for name in ("reward", "reward_minus_kl"):
+        found[name] = (found[name] - offset) / factor
+    return found | {"rewards": [(one - offset) / factor for one in found["rewards"]]}
 
 
 def install_trl(folder):
@@ -49,35 +86,48 @@ def install_trl(folder):
     subprocess.run(pip, check=True, stderr=subprocess.DEVNULL)
 
 
-def run_trl(trl, toy, out, rollouts, seed):
+def run_trl(trl, toy, out, rollouts, seed, reward, beta):
     env = {**os.environ, "PYTHONPATH": str(trl), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     env |= {"CUDA_VISIBLE_DEVICES": "", "TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    command = [sys.executable, "bench/trl_ppo.py", *map(str, (toy, out, rollouts, seed))]
+    command = [sys.executable, "bench/trl_ppo.py", *map(str, (toy, out, rollouts, seed, reward, beta))]
     done = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True)
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def say(name, seed, runs):
-    run = runs[name][-1]
-    curve = " ".join(f"{reward:.2f}" for reward in run["rewards"][:: max(1, len(run["rewards"]) // 10)])
-    print(f"{name}, seed {seed}: {run['episodes_per_second']:.0f} episodes/s, reward {curve}", flush=True)
+def say(run):
+    curve = " ".join(f"{reward:.2f}" for reward in run["rewards"][:: max(1, len(run["rewards"]) // 8)])
+    print(
+        f"{run['task']}, {run['side']}, seed {run['seed']}: {run['episodes_per_second']:.0f} episodes/s, "
+        f"{run['reward_minus_kl']:.3f} less KL, reward {curve}",
+        flush=True,
+    )
 
 
 def compare(runs):
+    """{task: {side: numbers}}."""
     found = {}
-    for name, tries in runs.items():
-        means = {
-            key: statistics.fmean(run[key] for run in tries) for key in tries[0] if key not in ("rewards", "held_out")
-        }
-        found[name] = {key: round(value, 3) for key, value in means.items()}
-        found[name]["reward_minus_kl_each"] = [round(run["reward_minus_kl"], 3) for run in tries]
-        held = [run["held_out"] for run in tries if "held_out" in run]
-        found[name] |= {"held_out_each": [[round(value, 3) for value in pair] for pair in held]} if held else {}
-    theirs = found[TRL]
-    for name in (name for name in found if name != TRL):
-        found[name]["speed_ratio"] = round(found[name]["episodes_per_second"] / theirs["episodes_per_second"], 2)
+    for task in dict.fromkeys(task for task, _, _ in runs):
+        sides = dict.fromkeys(side for other, side, _ in runs if other == task)
+        found[task] = {}
+        for side in sides:
+            tries = [run for (other, one, _), run in sorted(runs.items()) if (other, one) == (task, side)]
+            each = [run["reward_minus_kl"] for run in tries]
+            error = statistics.stdev(each) / len(each) ** 0.5 if len(each) > 1 else None
+            speed = statistics.fmean(run["episodes_per_second"] for run in tries)
+            explained = [run["explained_variance"][-3:] for run in tries if run.get("explained_variance")]
+            explained = [statistics.fmean(last) for last in explained]
+            found[task][side] = {
+                "reward_minus_kl": round(statistics.fmean(each), 3),
+                "standard_error": error and round(error, 3),
+                "each": [round(value, 3) for value in each],
+                "explained_variance": round(statistics.fmean(explained), 2) if explained else None,
+                "episodes_per_second": round(speed),
+            }
+        theirs = found[task].get(TRL, {}).get("episodes_per_second")
+        for numbers in found[task].values():
+            numbers["speed_ratio"] = theirs and round(numbers["episodes_per_second"] / theirs, 2)
     return found
 
 
@@ -87,13 +137,20 @@ def draw(runs, file):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for colour, (name, tries) in enumerate(runs.items()):
-        for number, run in enumerate(tries):
-            axis.plot(run["rewards"], color=f"C{colour}", alpha=0.8, label=None if number else name)
-    axis.set_xlabel("rollout of 128 answers")
-    axis.set_title("share of the asked letter in an answer (1 is best), three seeds")
-    axis.legend()
+    tasks = [task for task in ("zigzag", "share") if any(task == other for other, _, _ in runs)]
+    figure, axes = pyplot.subplots(1, len(tasks), figsize=(11, 4), layout="constrained", squeeze=False)
+    for axis, task in zip(axes[0], tasks, strict=True):
+        for colour, side in enumerate(SIDES):
+            curves = [run["rewards"] for (other, one, _), run in runs.items() if (other, one) == (task, side)]
+            if not curves:
+                continue
+            means = [statistics.fmean(column) for column in zip(*curves, strict=True)]
+            axis.plot(means, color=f"C{colour}", label=side, linewidth=2)
+            for curve in curves:
+                axis.plot(curve, color=f"C{colour}", alpha=0.2, linewidth=0.8)
+        axis.set_title(f"{task}, beta {TASKS[task]}: reward (thin: single seeds)")
+        axis.set_xlabel("rollout of 128 answers")
+        axis.legend()
     figure.savefig(file, dpi=120)
 
 

@@ -1,6 +1,7 @@
-"""PPO with each critic under each launch, two steps: `pytest -m matrix tests/matrix/test_critics.py`; some are slow tests.
+"""PPO with each critic under each launch, two steps: `pytest -m matrix tests/matrix/test_critics.py`.
 
-The matrix (test_matrix.py) has the default critics; these are the others, and those that read a reward model.
+The matrix (test_matrix.py) has the default critics; these are the others, and those that read a reward model. Four
+of the cells are slow tests too.
 """
 
 import pytest
