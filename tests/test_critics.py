@@ -377,6 +377,17 @@ def test_a_held_out_rollout_does_not_move_the_scale(tmp_path, monkeypatch):
     assert torch.equal(trainer.scale.state(), before)
 
 
+def test_a_held_out_rollout_before_the_training_does_not_set_the_scale(tmp_path, monkeypatch):
+    trainer = make_bigram_trainer(tmp_path, beta=0.0, normalize_values=True)
+    trainer.model.eval()
+    found = roll_out(trainer, [100.0, 300.0], monkeypatch)
+    assert found["returns"].abs().max() < 3  # in units of its own spread
+    assert not trainer.scale.begun
+    trainer.model.train()
+    roll_out(trainer, [1.0, 3.0], monkeypatch)
+    assert trainer.scale.begun and trainer.scale.mean < 3
+
+
 # ── lambda, warm-up, passes ──────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -99,11 +99,12 @@ def test_a_sound_save_is_reopened_as_it_was_in_memory(task, mode, tiny_model, tm
 def test_what_trl_and_ppo_attach_to_a_model_is_no_part_of_the_probe(sound, tiny_model, tmp_path):
     from trl.trainer.utils import add_fused_lm_head
 
-    from trainers.ppo_trainer import Critic, add_critic
+    from trainers.critics import Critic, add_critic
+    from trainers.ppo_trainer import PolicyOutput
 
     model, tokenizer = make_trained(tiny_model, "CAUSAL_LM", "lora")
     add_fused_lm_head(model.get_base_model(), temperature=0.5)
-    add_critic(model.get_base_model(), Critic(64))
+    add_critic(model.get_base_model(), Critic(64), PolicyOutput)
     verify.record(model, tokenizer, tmp_path, task="CAUSAL_LM")
     assert (tmp_path / "probe.json").read_text() == (sound / "probe.json").read_text()
 

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoModel
 
 from utils.checks import Refused
+from utils.models import keep_trainable
 
 KINDS = ("head", "mlp", "lora", "model")
 OWN_TRUNK = ("lora", "model")
@@ -151,6 +152,7 @@ def make_critic(kind, policy, path=None, layer=None, lora=None, shares=True):
     backbone = AutoModel.from_pretrained(
         path, dtype=policy.dtype, use_safetensors=True, trust_remote_code=False, quantization_config=quantized
     )
+    keep_trainable(backbone)
     if lora is not None:
         from peft import inject_adapter_in_model
 

@@ -8,6 +8,7 @@ within the reward), Huang et al. 2024 (arXiv 2403.17031, the details).
 (B, T): answers x tokens of the longest; `mask` is 1 on an answer's tokens, its end included.
 """
 
+import copy
 import math
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -226,27 +227,32 @@ class PPOTrainer(GRPOTrainer):
         rewards = token_rewards(scores, kl, mask, self.args.beta)
         if self.args.whiten_rewards:
             rewards = whiten(rewards, mask, shift_mean=False, reduce=self.sum_over_processes)
-        values = self.to_rewards_units(values, guesses, rewards, mask)
+        scale, old_values = self.scale, values
+        if not scale.begun:
+            scale, old_values = self.begin_scale(values, guesses, rewards, mask)
+        values = scale.values(old_values) * mask
         advantages, returns = estimate_advantages(rewards, values, mask, self.args.gamma, self.args.lam)
         if self.args.critic_lam is not None:
             _, returns = estimate_advantages(rewards, values, mask, self.args.gamma, self.args.critic_lam)
         self.log_rollout(scores, judged, kl, values, returns, mask)
-        old_values = self.scale.normalise(values) * mask
         if self.model.training:
-            self.scale.update(returns, mask, self.sum_over_processes)
+            scale.update(returns, mask, self.sum_over_processes)
         output["advantages"] = whiten(advantages, mask, reduce=self.sum_over_processes)
-        returns = self.scale.normalise(returns) * mask
-        return output | {"old_per_token_logps": logps, "old_values": old_values, "returns": returns}
+        returns = scale.normalise(returns) * mask
+        return output | {"old_per_token_logps": logps, "old_values": old_values * mask, "returns": returns}
 
-    def to_rewards_units(self, values, guesses, rewards, mask):
-        """The critic's values (B, T) in units of the reward. The first rollout sets the scale, from returns alone."""
-        if not self.scale.begun:
-            _, returns = estimate_advantages(rewards, torch.zeros_like(rewards), mask, self.args.gamma, 1.0)
-            self.scale.update(returns, mask, self.sum_over_processes)
-            if guesses is not None:
-                self.scale.fit_guess(guesses, returns, mask, self.sum_over_processes)
-                values = values + self.scale.gain * guesses + self.scale.shift
-        return self.scale.values(values) * mask
+    def begin_scale(self, values, guesses, rewards, mask):
+        """The scale that a first rollout sets, from its returns alone, and the critic's values (B, T) with its guess.
+
+        A held-out rollout before the training sets one for itself only.
+        """
+        scale = self.scale if self.model.training else copy.copy(self.scale)
+        _, returns = estimate_advantages(rewards, torch.zeros_like(rewards), mask, self.args.gamma, 1.0)
+        scale.update(returns, mask, self.sum_over_processes)
+        if guesses is not None:
+            scale.fit_guess(guesses, returns, mask, self.sum_over_processes)
+            values = values + scale.gain * guesses + scale.shift
+        return scale, values
 
     def _generate_single_turn(self, *args, **kwargs):
         """TRL's, without the critic: vLLM is given all weights of the model, and ZeRO-3 gathers all its parameters."""
