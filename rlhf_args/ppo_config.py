@@ -81,6 +81,7 @@ class PPOConfig(OnlineConfig, trl.GRPOConfig):
             "has that or 0.1 / hidden size, the larger; layers on the policy's states have 1 / hidden size."
         },
     )
+    # The critic's first values are the mean return, from which the policy can learn at once.
     critic_warmup_steps: int = field(
         default=0, metadata={"help": "Optimizer steps at the start in which the critic learns alone, 0 or more."}
     )

@@ -1,6 +1,6 @@
 """PPO's critics: which weights they read, share, train and save, and at which rates. Offline, some seconds.
 
-    python -m pytest tests/test_critics.py -q
+python -m pytest tests/test_critics.py -q
 """
 
 import math

@@ -144,11 +144,20 @@ def without_data(ledger):
     """Inside, new tensors have no data, and the ledger sees them come and go."""
     kept = torch.nn.Module._apply
     torch.nn.Module._apply = apply_by_replacing
+    forget_4bit_code()
     try:
         with ledger.fake, ledger:
             yield
     finally:
         torch.nn.Module._apply = kept
+        forget_4bit_code()
+
+
+def forget_4bit_code():
+    """Empties bitsandbytes' cache of NF4's table, which would keep a tensor without data for later real models."""
+    tables = sys.modules.get("bitsandbytes.backends.utils")
+    if tables:
+        tables._code_4bit_cache.clear()
 
 
 @dataclass
