@@ -29,7 +29,7 @@ def run(tiny_model, tmp_path, capsys):
     return run
 
 
-@pytest.mark.parametrize("method, mode", [("GRPO", "lora"), ("GRPO", "full"), ("RLOO", "lora")])
+@pytest.mark.parametrize("method, mode", [("GRPO", "full"), ("RLOO", "lora")])
 def test_equal_rewards_end_the_run_as_what_they_are(method, mode, run, tiny_model, tmp_path):
     status, lines = run(EQUAL, method=method, mode=mode)
     out, (failed,) = tmp_path / "out", [line for line in lines if line.startswith("failed: ")]
@@ -46,7 +46,7 @@ def test_equal_rewards_end_the_run_as_what_they_are(method, mode, run, tiny_mode
     assert status == 2 and "holds a finished run" in lines[-1] and "--overwrite_output_dir" in lines[-1]
 
 
-@pytest.mark.parametrize("flags", ["--num_iterations 2", "--logging_steps 10", "--logging_steps 2"])
+@pytest.mark.parametrize("flags", ["--num_iterations 2", "--logging_steps 10"])
 def test_rollouts_of_several_steps_and_steps_without_a_line_count_too(flags, run):
     status, lines = run(EQUAL, *flags.split())
     assert status == 1 and lines[-1].startswith("failed: nothing could be learnt: ") and " 3 steps" in lines[-1]

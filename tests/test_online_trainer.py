@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 import train_rlhf
 from rlhf_args.methods import ANSWERED, DIALOGUE, METHODS, PAIR, PROMPT, RANKED, UNPAIRED, load
 from tests import test_gkd, test_ppo
-from tests.conftest import make_tokenizer, read_rows
+from tests.conftest import make_tokenizer, read_rows, slow_but
 from tests.test_losses import LN2, POLICY, REFERENCE, WORDS, make_bigram, make_tokenizer as make_word_tokenizer
 from trainers import online_trainer
 from trainers.online_trainer import disable_dropout
@@ -165,7 +165,7 @@ STARTS = [("RLOO", "tiny_model", "lora"), ("GRPO", "tiny_model", "lora"), ("PPO"
           ("RLOO", "tiny_model", "full"), ("RLOO", "adapter", "lora"), ("PPO", "adapter", "lora")]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "start", "mode"), STARTS)
+@pytest.mark.parametrize(("name", "start", "mode"), slow_but(STARTS[1:4], STARTS))
 def test_a_policy_that_moved_is_away_from_its_reference_where_it_began(name, start, mode, run, request):
     first, second = run(name, "--beta 0.01 --num_iterations 1", request.getfixturevalue(start), mode)
     assert abs(first["kl"]) < 1e-6  # float32; batches of one shape, so mostly 0
@@ -218,7 +218,7 @@ def dropping(tiny_model, tmp_path_factory):
 BEGUN = [("RLOO", "dropping"), ("GRPO", "tiny_model"), ("PPO", "dropping"), ("GRPO", "adapter"), ("PPO", "adapter")]
 
 
-@pytest.mark.parametrize(("name", "start"), BEGUN)
+@pytest.mark.parametrize(("name", "start"), slow_but(BEGUN[:3], BEGUN))
 def test_before_an_update_the_policy_says_what_it_sampled_with(name, start, run, log_ratios, request):
     run(name, "--num_iterations 2", request.getfixturevalue(start))
     before, after = log_ratios
@@ -226,7 +226,7 @@ def test_before_an_update_the_policy_says_what_it_sampled_with(name, start, run,
     assert after > 1e-3  # the second pass over the same rollout, after an update: what is compared can differ
 
 
-@pytest.mark.parametrize("name", ONLINE)
+@pytest.mark.parametrize(("name",), slow_but([("GRPO",)], [(name,) for name in ONLINE]))
 def test_dropout_that_is_asked_for_shows_in_the_first_ratio(name, run, log_ratios, adapter):
     run(name, "--num_iterations 2 --disable_dropout False --beta 0", adapter)  # its own lora_dropout is 0.5
     assert log_ratios[0] > 1e-3

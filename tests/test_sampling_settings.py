@@ -103,7 +103,7 @@ def answers(folder):
 # ── the model's own settings ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("name", ONLINE)
+@pytest.mark.parametrize(("name",), slow_but([("PPO",)], [(name,) for name in ONLINE]))
 def test_what_a_model_samples_by_itself_does_not_reach_a_rollout(
     name, run, unsaved, tiny_model, opinionated, tmp_path
 ):
@@ -171,7 +171,10 @@ def seen(monkeypatch, tmp_path):
     return lambda: [json.loads(line) for line in (tmp_path / "ids.txt").read_text().splitlines()]
 
 
-@pytest.mark.parametrize(("name", "pad"), [("RLOO", "own"), ("RLOO", "end"), ("GRPO", "own"), ("PPO", "end")])
+STOPPED = [("RLOO", "own"), ("PPO", "end"), ("RLOO", "end"), ("GRPO", "own")]
+
+
+@pytest.mark.parametrize(("name", "pad"), slow_but(STOPPED[:2], STOPPED))
 def test_an_answer_ends_at_a_stop_string_and_is_not_cut(name, pad, run, unsaved, tiny_model, padded, seen, tmp_path):
     kwargs = json.dumps({"stop_strings": STOPS})
     more = "--generation_kwargs", kwargs, "--missing_eos_penalty", "3", "--reward_funcs", f"{tmp_path}/seen.py:seen"
@@ -284,7 +287,7 @@ def test_a_dropout_that_is_what_it_says_is_taken(more, run):
 BEST = "--load_best_model_at_end True --eval_strategy steps --eval_steps 1 --save_steps 1 --eval_fraction 0.1".split()
 
 
-@pytest.mark.parametrize("name", ONLINE)
+@pytest.mark.parametrize(("name",), slow_but([("RLOO",)], [(name,) for name in ONLINE]))
 def test_the_best_checkpoint_of_a_policy_is_the_one_with_the_highest_held_out_reward(name, run, tmp_path):
     status, out, lines = run(name, *BEST, "--max_steps", "3", "--save_total_limit", "2")
     assert status == 0, lines
