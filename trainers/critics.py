@@ -148,9 +148,13 @@ def make_critic(kind, policy, path=None, layer=None, lora=None, shares=True):
         return critic
     if path is None:
         return Critic(size, copy_whole(trunk))
-    quantized = getattr(policy.config, "quantization_config", None)
     backbone = AutoModel.from_pretrained(
-        path, dtype=policy.dtype, use_safetensors=True, trust_remote_code=False, quantization_config=quantized
+        path,
+        dtype=policy.dtype,
+        attn_implementation=policy.config._attn_implementation,
+        quantization_config=getattr(policy.config, "quantization_config", None),
+        use_safetensors=True,
+        trust_remote_code=False,
     )
     keep_trainable(backbone)
     if lora is not None:
