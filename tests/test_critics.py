@@ -350,6 +350,13 @@ def test_a_guess_is_fitted_to_the_returns_by_least_squares():
     assert values.tolist() == [near([12, 14, 16])]
 
 
+def test_a_guess_counts_after_the_first_rollout_too(tiny, judge, tmp_path):
+    trainer = make_trainer(tmp_path, tiny, value_model_path=str(judge))
+    trainer.scale.gain, trainer.scale.shift = 2.0, 1.0
+    trainer.score_tokens(trainer.model, make_batch())
+    assert trainer._guesses.abs().min() > 0 and torch.allclose(trainer._values, 2 * trainer._guesses + 1)
+
+
 @pytest.mark.parametrize(("factor", "offset"), [(1, 5), (1, -5), (10, 0), (1, 1e4)])
 def test_an_offset_or_a_scale_of_the_rewards_changes_nothing_that_is_learnt(factor, offset, tmp_path, monkeypatch):
     """Two rollouts, the scale moving between them. The tolerance: float32 holds 7 digits, of rewards up to 1e4."""
