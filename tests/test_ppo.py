@@ -214,6 +214,18 @@ def test_explained_variance_is_what_the_critics_errors_leave_of_the_returns(tmp_
     assert logged(trainer, "explained_variance") == near(1 - left / spread)
 
 
+def test_an_answer_without_a_verdict_gives_no_signal(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, beta=0.0)
+    rewards = torch.tensor([[2.0], [math.nan]])
+    monkeypatch.setattr(online_trainer.GRPOTrainer, "_calculate_rewards", lambda self, *args: rewards)
+    trainer._calculate_rewards([], ["b q", "a b"], [], [])
+    output = roll_out(trainer, scores=trainer._scores.tolist(), monkeypatch=monkeypatch)
+    assert output["completion_mask"].tolist() == [[1, 1, 1], [0, 0, 0]]
+    assert output["advantages"][1].tolist() == output["returns"][1].tolist() == [0, 0, 0]
+    assert logged(trainer, "rlhf_reward") == near(2)  # of the one answer that was judged
+    assert logged(trainer, "value") == near((1 + 2 - 1) / 3)
+
+
 # ── TRL 1.12 ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
