@@ -56,6 +56,15 @@ def test_a_named_shape_has_as_many_numbers_as_its_model(name):
     assert set(NUMBERS) == set(shapes.SHAPES)
 
 
+def test_a_plan_of_4_bit_weights_leaves_no_tensor_without_data_in_bitsandbytes(deep):
+    planner = planner_of(deep, "--rlhf_type DPO --train_mode qlora")
+    planner.rehearse_layers(planner.asked.words, False, 2)
+    from bitsandbytes import functional
+    from bitsandbytes.backends import utils
+
+    assert not functional.name2qmap and not utils._code_4bit_cache
+
+
 @pytest.mark.parametrize(
     "flags",
     [

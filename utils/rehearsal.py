@@ -154,10 +154,11 @@ def without_data(ledger):
 
 
 def forget_4bit_code():
-    """Empties bitsandbytes' cache of NF4's table, which would keep a tensor without data for later real models."""
-    tables = sys.modules.get("bitsandbytes.backends.utils")
-    if tables:
-        tables._code_4bit_cache.clear()
+    """Empties bitsandbytes' caches of its tables, which would keep tensors without data for later real models."""
+    caches = {"bitsandbytes.backends.utils": "_code_4bit_cache", "bitsandbytes.functional": "name2qmap"}
+    for module, cache in caches.items():
+        if module in sys.modules:
+            getattr(sys.modules[module], cache).clear()
 
 
 @dataclass
