@@ -12,7 +12,9 @@ Exit status: as train_rlhf.py; 1 also where more than --max_failed_fraction of t
 import sys
 from pathlib import Path
 
-from utils import arguments, checks, environment, training
+from utils import arguments, training
+from utils.runtime import environment
+from utils.runtime.errors import refuse_if
 
 
 def main(argv=None):
@@ -54,7 +56,7 @@ def parse_and_check(argv):
     common, config, left = arguments.parse_rejection(words)
     from utils import rejection_checks
 
-    checks.refuse_if(rejection_checks.check_flags(common, config, words))
+    refuse_if(rejection_checks.check_flags(common, config, words))
     return common, config, left
 
 

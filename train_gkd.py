@@ -12,6 +12,7 @@ import sys
 
 from rlhf_args.methods import DISTILLATION, load
 from utils import arguments, checks, data, training
+from utils.runtime.errors import Refused, collecting, refuse_if
 
 NAME = "GKD"
 
@@ -31,7 +32,7 @@ def run(argv):
     from utils import models, probe, summary, teacher
 
     # ── the text that is trained on ──────────────────────────────────────────────────────────────────────────────────
-    with checks.collecting(problems):
+    with collecting(problems):
         room = teacher.prompt_room(common, config)
         tokenizer, train, held_out = training.prepare_text(common, config, method, rows, max_prompt=room)
         teacher.check_tokens(common, config, tokenizer, train, held_out)
@@ -42,9 +43,9 @@ def run(argv):
         summary.say_findings(rows)
     if common.probe and not problems:
         whole, train, held_out = probe.shorten(config, method, train)
-    with checks.collecting(problems):
+    with collecting(problems):
         start = training.find_start(common, config, NAME, rows)
-    checks.refuse_if(problems)
+    refuse_if(problems)
     if common.check:
         summary.say_checked(rows)
         return 0
@@ -80,17 +81,17 @@ def parse_and_check(argv):
         found += checks.check_common(common, NAME, method)
         paths = common.train_data_path, common.eval_data_path
         rows = data.load_rows(*paths, method.columns, NAME, common.max_samples, found, problems)
-    with checks.collecting(problems):
+    with collecting(problems):
         common, config = arguments.parse(words, NAME)
     if config is None:
-        raise checks.Refused(problems)
+        raise Refused(problems)
     from utils import preflight, teacher
 
-    with checks.collecting(problems):
+    with collecting(problems):
         found = checks.check_config(common, config, NAME, method)
         found += [*teacher.check_distillation(common, config, rows), *preflight.check_folders(common, config)]
-        checks.refuse_if(found)
-    with checks.collecting(problems):
+        refuse_if(found)
+    with collecting(problems):
         data.hold_out(rows, common.eval_fraction, config.seed)
     if not config.learns_from_data():
         rows.train = [(where, {"prompt": values["prompt"]}) for where, values in rows.train]

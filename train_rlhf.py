@@ -12,7 +12,9 @@ import sys
 
 from rlhf_args.judge_config import JudgeConfig
 from rlhf_args.methods import METHODS, load
-from utils import arguments, checks, data, environment, training
+from utils import arguments, checks, data, training
+from utils.runtime import environment
+from utils.runtime.errors import Refused, collecting, refuse_if
 
 
 def main(argv=None):
@@ -30,22 +32,22 @@ def run(argv):
     from utils import judge_reward, models, probe, reward_models, rewards, summary
 
     # ── the text that is trained on ──────────────────────────────────────────────────────────────────────────────────
-    with checks.collecting(problems):
+    with collecting(problems):
         tokenizer, train, held_out = training.prepare_text(common, config, method, rows)
         checks.check_rollout_fits(config, len(train.rows))
     if not problems:
         summary.say_plan(common, config, name, method, tokenizer, rows, train, held_out)
     else:
         summary.say_findings(rows)
-    with checks.collecting(problems):
+    with collecting(problems):
         judges = rewards.load_functions(common.reward_funcs, rows.train, tokenizer, common.reward_timeout)
-    with checks.collecting(problems):
+    with collecting(problems):
         judge = judge_reward.load(config, rows.train) if method.sample_reward and not problems else None
     if common.probe and not problems:
         whole, train, held_out = probe.shorten(config, method, train)
-    with checks.collecting(problems):
+    with collecting(problems):
         start = training.find_start(common, config, name, rows)
-    checks.refuse_if(problems)
+    refuse_if(problems)
     if common.check:
         summary.say_checked(rows)
         return 0
@@ -104,16 +106,16 @@ def parse_and_check(argv):
         found = checks.check_common(common, name, method) + checks.check_rewards(common, name, method, judged)
         paths = common.train_data_path, common.eval_data_path
         rows = data.load_rows(*paths, method.columns, name, common.max_samples, found, problems)
-    with checks.collecting(problems):
+    with collecting(problems):
         common, config = arguments.parse(words, name)
     if config is None:
-        raise checks.Refused(problems)
+        raise Refused(problems)
     from utils import preflight
 
-    with checks.collecting(problems):
+    with collecting(problems):
         found = checks.check_config(common, config, name, method)
-        checks.refuse_if(found + preflight.check_folders(common, config))
-    with checks.collecting(problems):
+        refuse_if(found + preflight.check_folders(common, config))
+    with collecting(problems):
         data.hold_out(rows, common.eval_fraction, config.seed)
         data.check_labels(rows.train, name)
     return common, config, name, rows, problems

@@ -62,7 +62,7 @@ def main():
     parser.add_argument("--side", choices=SIDES, help="(internal) one measurement")
     asked = parser.parse_args()
     if asked.side:
-        from utils import environment
+        from utils.runtime import environment
 
         environment.calm_libraries()
         with tempfile.TemporaryDirectory() as folder:

@@ -42,7 +42,7 @@ SHAPES = {
 
 
 def main():
-    from utils.environment import has_gpu
+    from utils.runtime.environment import has_gpu
 
     gpu = has_gpu()
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])

@@ -110,7 +110,7 @@ def main():
 def run_all(asked):
     """Every cell, and what came of it: the last line."""
     sys.path.insert(0, str(ROOT))
-    from utils.environment import has_gpu
+    from utils.runtime.environment import has_gpu
 
     gpu, envs, cells = has_gpu(), Path(asked.envs).expanduser(), {}
     absent = {side: make_environment(envs / side, PEERS[side]) for side in PEERS if side in asked.sides}

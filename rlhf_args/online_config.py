@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass, field
 
 from rlhf_args.judge_config import JudgeConfig
-from utils import environment
+from utils.runtime import environment
 
 COUNTS = (
     "per_device_train_batch_size",

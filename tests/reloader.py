@@ -3,8 +3,8 @@
 import json
 import sys
 
-from utils.environment import calm_libraries
 from utils.models import load_model, load_tokenizer
+from utils.runtime.environment import calm_libraries
 
 calm_libraries()
 

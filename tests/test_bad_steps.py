@@ -21,7 +21,9 @@ import train_rlhf
 from rlhf_args.methods import EVERY
 from tests.conftest import ROOT, make_model, read_rows, write_rows
 from trainers.safe_trainer import Safe
-from utils import bad_steps, checks, launch, memory, models, report, secrets, training
+from utils import bad_steps, launch, memory, models, report, training
+from utils.runtime import secrets
+from utils.runtime.errors import Failed, Refused
 
 BAD = 5  # the line whose row holds "~"
 
@@ -354,7 +356,7 @@ def test_no_key_is_in_the_reason_of_a_failure(tiny_model, tmp_path, monkeypatch,
         assert files_with(out, text.encode()) == [] and text not in (tmp_path / "error.json").read_text()
 
 
-@pytest.mark.parametrize("raised", [checks.Failed, ValueError])
+@pytest.mark.parametrize("raised", [Failed, ValueError])
 def test_what_a_launcher_is_told_holds_no_key(raised, tmp_path, monkeypatch):
     def fail(argv):
         raise raised(f"said {TOKEN}")
@@ -370,7 +372,7 @@ def test_what_a_launcher_is_told_holds_no_key(raised, tmp_path, monkeypatch):
 
 def test_no_key_is_in_a_refusal(capsys):
     def refuse(argv):
-        raise checks.Refused([f"leak raised RuntimeError: no answer to {TOKEN}"])
+        raise Refused([f"leak raised RuntimeError: no answer to {TOKEN}"])
 
     assert training.guard(refuse, []) == 2
     assert capsys.readouterr().err == "refused: leak raised RuntimeError: no answer to <hidden>\n"

@@ -8,7 +8,7 @@ import pytest
 from rlhf_args.methods import DIALOGUE, METHODS, PAIR, RANKED, UNPAIRED
 from tests.conftest import ROOT, write_rows
 from utils import data
-from utils.checks import Refused
+from utils.runtime.errors import Refused
 
 
 def user(text):

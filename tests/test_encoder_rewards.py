@@ -21,7 +21,7 @@ from transformers import (
 import train_rlhf
 from tests.conftest import TEMPLATE, read_rows, write_rows
 from utils import models, reward_models, score_reward_model
-from utils.checks import Refused
+from utils.runtime.errors import Refused
 
 ASKED = ["Say hi.", "What is 2 + 2?", "Name a colour.", "Why?", "Spell cat.", "Sing!", "Who are you?", "Count."]
 CHATS = [{"prompt": [{"role": "user", "content": asked}]} for asked in ASKED]

@@ -20,7 +20,7 @@ from rlhf_args.methods import METHODS
 from tests.conftest import ROOT, read_rows
 from tests.matrix.cells import JOBS, LAUNCHES, MODES, expected, judge, run_cell, run_script
 from utils import launch
-from utils.checks import Refused
+from utils.runtime.errors import Refused
 
 # every launch once, over them the modes and every other method in turn; tests/matrix has them all
 FEW = [(name, mode, kind) for kind, mode, name in zip(LAUNCHES, cycle(MODES), cycle([*JOBS][1::2]), strict=False)]

@@ -22,8 +22,9 @@ import train_rlhf
 from rlhf_args.methods import DIALOGUE, METHODS, PROMPT, UNPAIRED, load
 from tests.conftest import make_model, read_rows, slow_but, write_rows
 from tests.matrix.cells import run_cell
-from utils import arguments, checkpoints, data, environment, models, pace, report, rewards, text, training
-from utils.checks import Refused
+from utils import arguments, checkpoints, data, models, pace, report, rewards, text, training
+from utils.runtime import environment
+from utils.runtime.errors import Refused
 
 # A sum in another order is off by some 1e-7 of its size, float32's rounding, and a loss here by ten times that: it
 # hangs on differences of sums. Adam divides a gradient by its size, and noise by the size of noise: hence its epsilon.

@@ -11,8 +11,8 @@ import pytest
 import train_rlhf
 from tests.conftest import ROOT, command, make_model, write_rows
 from utils import plan, rehearsal, shapes
-from utils.checks import Refused
 from utils.plan import GIB, Case, Planner
+from utils.runtime.errors import Refused
 
 # as their makers say
 NUMBERS = {

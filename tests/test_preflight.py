@@ -16,7 +16,7 @@ import train_rlhf
 from rlhf_args.methods import ANSWERED, DIALOGUE, EVERY, METHODS, PAIR, PROMPT, RANKED, UNPAIRED
 from tests.conftest import TEMPLATE, make_model, make_tokenizer, write_rows
 from utils import cache, checks, data, preflight, text
-from utils.checks import Refused
+from utils.runtime.errors import Refused, collecting
 
 
 def pair(n, prompt="Say {}.", chosen="Yes {}.", rejected="No {}."):
@@ -530,16 +530,16 @@ def test_gkd_names_the_refusals_of_all_stages_in_one_list(tmp_path, tiny_model, 
 
 def test_collecting_goes_on_after_a_refusal_and_hides_only_what_follows_from_one():
     problems = []
-    with pytest.raises(ZeroDivisionError), checks.collecting(problems):
+    with pytest.raises(ZeroDivisionError), collecting(problems):
         1 / 0  # noqa: B018  nothing was refused before: not ours
-    with checks.collecting(problems):
+    with collecting(problems):
         raise Refused(["a", "b"])
-    with checks.collecting(problems):
+    with collecting(problems):
         raise Refused(["b", "c"])
-    with checks.collecting(problems):
+    with collecting(problems):
         1 / 0  # noqa: B018
     assert problems == ["a", "b", "c"]
-    with pytest.raises(Refused), checks.collecting(None):
+    with pytest.raises(Refused), collecting(None):
         raise Refused(["a"])
 
 

@@ -42,7 +42,8 @@ from rlhf_args.methods import METHODS
 from rlhf_args.rejection_config import RejectionConfig
 from tests.conftest import ROOT, make_model, make_tokenizer, write_rows
 from tests.test_losses import LN2, POLICY, WORDS, make_bigram
-from utils import best_of_n, checks, data, models, pool, rejection, rounds, sampling, selection
+from utils import best_of_n, data, models, pool, rejection, rounds, sampling, selection
+from utils.runtime.errors import Refused
 
 # ── the draws ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -444,7 +445,7 @@ def test_a_kill_in_the_midst_of_a_merge_changes_nothing(tmp_path, monkeypatch):
 def test_a_second_process_is_refused_and_told_which_one_is_at_work(tmp_path, monkeypatch):
     monkeypatch.setattr(pool, "LOCK_SECONDS", 0)
     with pool.locked(tmp_path):
-        with pytest.raises(checks.Refused) as refusal, pool.locked(tmp_path):
+        with pytest.raises(Refused) as refusal, pool.locked(tmp_path):
             raise AssertionError("two at work")
         assert refusal.value.problems == [
             f"--output_dir {tmp_path}: process {os.getpid()} is at work in it. Wait, or end it"

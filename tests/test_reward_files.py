@@ -13,8 +13,9 @@ import pytest
 import rejection_sampling
 import train_rlhf
 from tests.conftest import command, read_rows, slow_but, write_rows
-from utils import environment, report, reward_files, rewards, scoring
-from utils.checks import Refused
+from utils import report, reward_files, rewards, scoring
+from utils.runtime import environment
+from utils.runtime.errors import Refused
 
 CHATS = [{"prompt": [{"role": "user", "content": f"Count to {number}."}]} for number in range(8)]
 FAST = "--rlhf_type RLOO --max_completion_length 8 --num_generations 2 --per_device_train_batch_size 4 --max_steps 2 "

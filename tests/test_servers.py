@@ -32,8 +32,8 @@ import rejection_sampling
 from rlhf_args.rejection_config import RejectionConfig
 from tests.conftest import ROOT, command, read_rows, write_rows
 from utils import best_of_n, engines, judge, server
-from utils.checks import Failed
 from utils.pool import text_key
+from utils.runtime.errors import Failed
 
 KEY = "TEST_SERVER_KEY"
 CHATS = [{"prompt": [{"role": "user", "content": f"{word} is it?"}]} for word in ("Who", "What", "Where", "When")]

@@ -25,7 +25,7 @@ import train_rlhf
 from rlhf_args.methods import EVERY
 from tests.conftest import ROOT, make_model, read_rows, write_rows
 from utils import checkpoints, report, stops
-from utils.checks import Failed, Refused
+from utils.runtime.errors import Failed, Refused
 
 LETTERS = "def letters(completions, **kwargs):\n    return [float(sum(map(ord, str(c))) % 7) for c in completions]\n"
 ROLLOUT = {"max_completion_length": 8, "num_iterations": 2, "num_generations": 4, "steps_per_generation": 2}

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf_args.methods import DIALOGUE, METHODS, PAIR, RANKED, load
 from tests.conftest import TEMPLATE, make_model, make_tokenizer
 from utils import models, text
-from utils.checks import Refused
+from utils.runtime.errors import Refused
 
 CHAT = {
     "prompt": [{"role": "user", "content": "hi"}],

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import train_rlhf
 from tests.conftest import command, make_model
 from utils import chat, merge_lora, models, verify
-from utils.checks import Failed
+from utils.runtime.errors import Failed
 
 KINDS = [
     ("CAUSAL_LM", "full"),

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModel
 
-from utils.checks import Refused
 from utils.models import keep_trainable
+from utils.runtime.errors import Refused
 
 KINDS = ("head", "mlp", "lora", "model")
 OWN_TRUNK = ("lora", "model")

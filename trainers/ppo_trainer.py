@@ -26,7 +26,7 @@ from trl.trainer.utils import (
 
 from trainers.critics import EXACT, SCALE, FixedScale, add_critic, clip_apart, make_critic, masked_moments
 from trainers.online_trainer import GRPOTrainer, disable_dropout
-from utils.checks import Refused
+from utils.runtime.errors import Refused
 
 # ── the arithmetic ───────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -10,7 +10,8 @@ import numpy
 import torch
 
 from utils import bad_steps, checkpoints, pace
-from utils.checks import Failed
+from utils.runtime import output
+from utils.runtime.errors import Failed
 from utils.stops import Left
 
 # What TRL's trainers count from log to log and from rollout to rollout, which transformers' checkpoints leave out.
@@ -202,7 +203,7 @@ class Safe:
         said = bad_steps.explain(self, norm)
         if self.bad_steps >= self.max_bad_steps:
             raise Failed(said)
-        bad_steps.warn(f"{said}. The step is left out, {self.bad_steps} of fewer than --max_bad_steps")
+        output.warn(f"{said}. The step is left out, {self.bad_steps} of fewer than --max_bad_steps")
         for parameter in self.model.parameters():
             parameter.grad = None
         self.broken = None

@@ -13,8 +13,10 @@ from pathlib import Path
 
 from common_args import CommonArgs
 from rlhf_args.methods import DISTILLATION, EVERY, METHODS, REJECTION, find_method, load
-from utils import environment
-from utils.checks import Refused, near_path, refuse_if
+from utils.runtime import environment
+from utils.runtime.errors import Refused, refuse_if
+from utils.runtime.output import one_line
+from utils.runtime.paths import near_path
 
 # What the flag is called elsewhere -> what it is called here.
 RENAMED = {
@@ -283,7 +285,3 @@ def resolve_dtype(dtype, bf16, fp16, name, method, typed=(), planned=False):
     if wanted == "bfloat16" and not has_bf16 and not ("dtype" in typed and environment.has_amx()):
         return "float32"
     return wanted
-
-
-def one_line(message):
-    return " ".join(str(message).split())

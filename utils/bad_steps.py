@@ -1,12 +1,10 @@
 """Why a step came out as nan or infinity: in which rows, in which tensor first, and what most likely made it so."""
 
 import math
-import sys
 
 import torch
 
-from utils.checks import Failed
-from utils.environment import is_main
+from utils.runtime.errors import Failed
 
 SHOWN = 3  # rows named
 HUGE = 1e4  # no weight of a sound model comes near
@@ -58,11 +56,6 @@ def refuse_broken(model, path):
     for name, parameter in model.named_parameters():
         if not is_finite(parameter):
             raise Failed(f"{path}: {name} holds nan or infinity before any training. Copy the model again")
-
-
-def warn(line):
-    if is_main():
-        print(f"warning   {line}", file=sys.stderr)
 
 
 def largest_weight(model):

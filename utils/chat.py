@@ -6,9 +6,10 @@ An empty line or Ctrl-D ends it. `echo "Hello" | python -m utils.chat FOLDER` an
 import argparse
 import sys
 
-from utils import environment
-from utils.checks import Refused, check_folder, is_reward_model, refuse_if
+from utils.checks import check_folder, is_reward_model
 from utils.models import load_model, load_tokenizer, read_config
+from utils.runtime import environment
+from utils.runtime.errors import Refused, refuse_if
 
 
 def answer(model, tokenizer, messages, max_new_tokens, streamer=None):

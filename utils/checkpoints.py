@@ -14,9 +14,9 @@ import threading
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-from utils import environment
-from utils.checks import Failed, Refused, refuse_if
-from utils.files import write_whole
+from utils.runtime import environment
+from utils.runtime.errors import Failed, Refused, refuse_if
+from utils.runtime.paths import write_whole
 
 MANIFEST = "manifest.json"
 ASIDE = "checkpoint-being-written"

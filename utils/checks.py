@@ -1,18 +1,17 @@
 """What is refused before anything is loaded. Each check returns its problems, one line each; the caller shows all."""
 
-import contextlib
 import difflib
 import importlib.metadata
 import json
 import math
-import os
-import signal
-import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
 from rlhf_args.methods import METHODS
-from utils import environment, sampling, secrets
+from utils import sampling
+from utils.runtime import environment
+from utils.runtime.errors import Refused
+from utils.runtime.paths import check_overwrite, check_writable, looks_local, near_path
 
 # (package, the first version with what is used here of it, what that is)
 OLDEST = (
@@ -21,67 +20,6 @@ OLDEST = (
 )
 TOKENIZERS = "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spm.model", "sentencepiece.bpe.model"
 VLLM = "0.22.0", "0.31.0"  # the versions that trl 1.16.0 takes (trl/import_utils.py)
-
-
-class Refused(ValueError):
-    """The run cannot work as asked. `problems`: one line each, what was given, what is accepted, what to type."""
-
-    def __init__(self, problems):
-        super().__init__("\n".join(problems))
-        self.problems = problems
-
-    def say(self):
-        print("\n".join(f"refused: {secrets.hide(problem)}" for problem in self.problems), file=sys.stderr)
-
-
-class Failed(RuntimeError):
-    """The run ended for a reason that one line says; `details` is the whole of it, for error.log."""
-
-    def __init__(self, message, details=None):
-        super().__init__(message)
-        self.details = details or message
-
-
-class Stopped(Exception):
-    """Signal `number` ended the run after `step` steps; a checkpoint of the last one is saved, if there was one."""
-
-    def __init__(self, number, step):
-        super().__init__(number, step)
-        self.number, self.step = number, step
-
-    def __str__(self):
-        saved = f"after step {self.step}, saved as checkpoint-{self.step}" if self.step else "before the first step"
-        return f"stopped by {signal.Signals(self.number).name} {saved}"
-
-
-class Again(Exception):
-    """Start again from the newest checkpoint, with `words` added to the command line; `message` says why."""
-
-    def __init__(self, words, message):
-        super().__init__(message)
-        self.words, self.details = words, message
-
-
-def refuse_if(problems):
-    if problems:
-        raise Refused(problems)
-
-
-@contextlib.contextmanager
-def collecting(problems):
-    """With a list, what is refused inside joins it and the caller goes on; with None it is raised as ever.
-
-    Of a run that is refused already, an error of another kind follows from that, and is no further problem.
-    """
-    try:
-        yield
-    except Refused as refusal:
-        if problems is None:
-            raise
-        problems += [problem for problem in refusal.problems if problem not in problems]
-    except Exception:
-        if not problems:
-            raise
 
 
 def check_versions():
@@ -255,19 +193,6 @@ def check_adapter(path, described, name, method):
             f"Merge it first: python -m utils.merge_lora {path} MERGED"
         )
     return problems
-
-
-def looks_local(path):
-    """Whether `path` can only be meant as a file or folder here, not as a Hub id (`owner/name`)."""
-    parts = Path(path).parts
-    return len(parts) != 2 or path.startswith((".", "/", "~")) or path.endswith("/") or Path(parts[0]).is_dir()
-
-
-def near_path(path):
-    """ ". Did you mean data/kto.jsonl?" where there is something of nearly that name, "" where there is not."""
-    wanted = Path(path).expanduser()
-    near = difflib.get_close_matches(wanted.name, [other.name for other in wanted.parent.glob("*")], 1)
-    return f". Did you mean {wanted.parent / near[0]}?" if near and not wanted.exists() else ""
 
 
 def check_config(common, config, name, method):
@@ -565,16 +490,6 @@ def check_launch(common, config):
     return problems
 
 
-def check_writable(folder):
-    """Problems of a folder that is to be made, or written in."""
-    if folder.is_file():
-        return [f"--output_dir {folder}: a file of that name is there. Name a folder"]
-    above = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        return [f"--output_dir {folder}: nothing can be written in {above}. Name another folder"]
-    return []
-
-
 def check_output_dir(common, config):
     folder = Path(config.output_dir)
     if problems := check_writable(folder):
@@ -594,12 +509,3 @@ def check_output_dir(common, config):
             "or --overwrite_output_dir to start afresh"
         ]
     return []
-
-
-def check_overwrite(folder, paths):
-    """Problems of deleting what is in the folder: `paths` are what the run is to read, None for nothing."""
-    return [
-        f"--overwrite_output_dir: would delete {path}, which this run needs. Name another --output_dir"
-        for path in paths
-        if path and Path(path).resolve().is_relative_to(Path(folder).resolve())
-    ]

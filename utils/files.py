@@ -9,11 +9,11 @@ import io
 import itertools
 import json
 import logging
-import os
 import re
 from pathlib import Path
 
-from utils.checks import Refused, looks_local, near_path
+from utils.runtime.errors import Refused
+from utils.runtime.paths import looks_local, near_path
 
 ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 MESSAGES = re.compile(r"\s*\[\s*\{")  # how a list of messages begins where it is written as text
@@ -103,13 +103,6 @@ def say_not_utf8(file):
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         return f"{file}:{line}: not UTF-8 (byte {error.start}). Save the file as UTF-8"
-
-
-def write_whole(file, text):
-    """In one go: whoever reads it finds what was there before, or all of this."""
-    part = Path(f"{file}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, file)
 
 
 def read_text(file):

@@ -2,11 +2,11 @@
 
 import collections
 
-from utils import summary
-from utils.checks import Failed, Refused
 from utils.data import text_of
 from utils.judge import Judge
 from utils.rewards import RewardFailed, example_answers
+from utils.runtime import output
+from utils.runtime.errors import Failed, Refused
 from utils.server import GivenUp, Unusable
 
 FEW = 8  # fewer failed answers than this end no run, unless they are a whole rollout
@@ -18,7 +18,7 @@ def load(config, rows):
     if not config.judge_model:
         return None
     judge = OnlineJudge(config)
-    summary.say(f"judge     {config.judge_model}, tried on the first row: {judge.try_on(rows[0][1])}")
+    output.say(f"judge     {config.judge_model}, tried on the first row: {judge.try_on(rows[0][1])}")
     return judge
 
 
@@ -141,7 +141,7 @@ class OnlineJudge:
         """Says at the end of a run what failed and was left out."""
         self.judge.server.say_failures()
         if self.failed:
-            summary.say(f"failed    {self.failed} of {self.total} answers got no verdict, and gave no signal")
+            output.say(f"failed    {self.failed} of {self.total} answers got no verdict, and gave no signal")
 
 
 class JudgeReward:

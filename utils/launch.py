@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils import arguments, memory
-from utils.checks import Refused
+from utils.runtime.errors import Refused
 
 CONFIGS = Path("accelerate_configs")
 

@@ -4,19 +4,13 @@ import os
 import sys
 from pathlib import Path
 
-from utils import arguments, environment
-from utils.checks import Again, Failed
+from utils import arguments
+from utils.runtime import environment
+from utils.runtime.environment import GIB
+from utils.runtime.errors import Again, Failed
 
 # Names a file: there a process of several leaves what utils/launch.py is to start again with.
 HANDOVER = "LAUNCH_AGAIN"
-GIB = 1024**3
-
-
-def is_out_of_memory(error):
-    import torch
-
-    said = str(error)
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in said
 
 
 def run_out(trainer, method, common, error):
@@ -64,7 +58,7 @@ def say_owners(trainer):
     """What of the peak belongs to whom: weights, gradients and optimizer as counted, the rest is the passes'."""
     import torch
 
-    from utils.report import peak_memory
+    from utils.runtime.environment import peak_memory
 
     model, optimizer = trainer.model, getattr(trainer, "optimizer", None)
     parts = {"weights": count(model.parameters())}

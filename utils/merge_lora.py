@@ -11,9 +11,12 @@ import shutil
 import sys
 from pathlib import Path
 
-from utils import environment, verify
-from utils.checks import Failed, Refused, check_folder, refuse_if
-from utils.models import first_line, load_tokenizer, read_adapter
+from utils import verify
+from utils.checks import check_folder
+from utils.models import load_tokenizer, read_adapter
+from utils.runtime import environment
+from utils.runtime.errors import Failed, Refused, refuse_if
+from utils.runtime.output import first_line
 
 ENOUGH = 0.9  # share of the adapter's effect on the outputs that a merge must keep
 

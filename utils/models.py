@@ -4,8 +4,10 @@ import contextlib
 import json
 from pathlib import Path
 
-from utils import environment, shapes
-from utils.checks import Refused
+from utils import shapes
+from utils.runtime import environment
+from utils.runtime.errors import Refused
+from utils.runtime.output import first_line
 
 
 def load_tokenizer(path, revision=None, trust_remote_code=False, flag="--model_name_or_path"):
@@ -253,10 +255,6 @@ def fit_config(model, tokenizer):
 def cast_before_score(model):
     """Casts what comes into the score head to the head's dtype, which over a 4-bit base is another one."""
     model.score.register_forward_pre_hook(lambda head, inputs: (inputs[0].to(head.weight.dtype), *inputs[1:]))
-
-
-def first_line(error):
-    return str(error).strip().splitlines()[0]
 
 
 def count_parameters(model):

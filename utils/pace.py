@@ -8,8 +8,10 @@ import random
 from dataclasses import dataclass
 from itertools import cycle, islice
 
-from utils import checks, environment, models
+from utils import models
 from utils.preflight import count_batch
+from utils.runtime import environment
+from utils.runtime.errors import Refused
 
 ESTIMATED = 10_000  # rows of which padding is told
 GAIN = 0.005  # of all that is computed; a smaller one is not worth another order
@@ -47,7 +49,7 @@ def choose(common, config, method, train, held_out):
     """Sets what makes this run faster, and returns a line to say of each. Raises Refused."""
     job = Job(common, config, method, train, held_out)
     if common.deal_by_length and (fixed := fixed_by(job)):
-        raise checks.Refused(
+        raise Refused(
             [f"--deal_by_length with {fixed}: there a step's rows cannot change places. Leave --deal_by_length out"]
         )
     if not train.rows or common.plain and not common.deal_by_length:

@@ -11,8 +11,9 @@ from collections import Counter
 from dataclasses import dataclass
 
 from utils import arguments, checks, models, pace, reward_models, shapes, teacher
-from utils.checks import Refused
-from utils.memory import GIB
+from utils.runtime import output
+from utils.runtime.environment import GIB
+from utils.runtime.errors import Refused, refuse_if
 
 CONTEXT = 1.0 * GIB  # CUDA's context, NCCL's buffers, workspaces of kernels: about, and not planned
 VISIBLE = 0.985  # of the memory on a card's box: a 40 GB A100 has 39.4 GiB
@@ -82,7 +83,7 @@ class Planner:
             shared, name = arguments.parse_common(words)
         else:
             shared, problems = arguments.peek(words, arguments.load(arguments.EVERY[name].arguments))
-            checks.refuse_if(problems)
+            refuse_if(problems)
         self.name, self.method = name, arguments.EVERY[name]
         words = tuple(arguments.translate(words, dict(self.method.renamed)))
         engine, processes = read_launch(shared, os.environ)
@@ -92,10 +93,10 @@ class Planner:
         self.memory, visible = read_memory(shared.gpu_memory)
         self.room = visible - CONTEXT
         common, config = self.parse(words)
-        checks.refuse_if([*checks.check_mode(common, self.name, self.method), *check_models(common, config)])
+        refuse_if([*checks.check_mode(common, self.name, self.method), *check_models(common, config)])
         self.path = common.model_name_or_path
         self.shape = find_config(self.path, common.model_revision, config.trust_remote_code)
-        checks.refuse_if(list(self.check_critic(config)))
+        refuse_if(list(self.check_critic(config)))
         self.found = {}
         self.longest = self.find_longest(common, config)
 
@@ -331,7 +332,7 @@ def read_launch(shared, env):
     given = {name: str(value) for name, value in counts.items() if value is not None}
     wrong = [f"{name}{value}" for name, value in given.items() if not value.isdecimal() or value == "0"]
     wrong = [f"{said}: how many, 1 or more" for said in wrong]
-    checks.refuse_if(wrong)
+    refuse_if(wrong)
     processes = shared.num_processes or int(here) * int(env.get("NNODES") or 1)
     engine = shared.plan if shared.plan not in ("launched", "all") else launch
     if engine in ("auto", "cpu"):
@@ -381,7 +382,7 @@ def find_config(path, revision=None, trust_remote_code=False):
     try:
         return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        reason = models.first_line(error)
+        reason = output.first_line(error)
         raise Refused(
             [f"{path}: its config.json cannot be read ({reason}). A folder, a Hub id, or {', '.join(shapes.SHAPES)}"]
         ) from None

@@ -18,8 +18,9 @@ from pathlib import Path
 
 import numpy
 
-from utils import data, environment, text
-from utils.checks import Refused
+from utils import data, text
+from utils.runtime import environment
+from utils.runtime.errors import Refused
 
 LOCK_SECONDS = 20  # that a run which is being killed may take to be gone
 

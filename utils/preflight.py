@@ -11,8 +11,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils import checks, doctor_data, environment, models, teacher
-from utils.checks import Refused
+from utils import checks, doctor_data, models, teacher
+from utils.runtime import environment
+from utils.runtime.errors import Refused
 
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # as safetensors calls them, as we do
 # What the matrices that LoRA leaves alone are called: embeddings and heads

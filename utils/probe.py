@@ -10,10 +10,10 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import SaveStrategy
 
-from utils import memory, preflight, summary, text
-from utils.checks import Failed, Refused
-from utils.memory import GIB
-from utils.report import peak_memory
+from utils import memory, preflight, text
+from utils.runtime import environment, output
+from utils.runtime.environment import GIB, peak_memory
+from utils.runtime.errors import Failed, Refused
 
 
 @dataclasses.dataclass
@@ -80,18 +80,18 @@ def run(trainer, whole, common, method):
     try:
         trainer.train()
     except Exception as error:
-        if not memory.is_out_of_memory(error):
+        if not environment.is_out_of_memory(error):
             raise
         raise Failed(memory.explain(trainer, method, common)) from error
     seconds = clock.seconds()
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     tokens = rows * whole.tokens
-    summary.say(
+    output.say(
         f"probe     a step of {rows} rows of {whole.tokens:.0f} tokens, the longest: {seconds:.3g} s, "
         f"{tokens / seconds:,.0f} tokens a second; peak {describe_peak(trainer)}"
     )
     about = f"; about {say_time(whole.steps * seconds * whole.share)} with rows as they are" if whole.share else ""
-    summary.say(
+    output.say(
         f"probe     {whole.steps} steps: {say_time(whole.steps * seconds)} if all were the longest{about}. "
         "Without evaluation, saving and what is computed before the first step"
     )

@@ -14,7 +14,6 @@ from utils import (
     checks,
     data,
     engines,
-    environment,
     files,
     models,
     pool,
@@ -24,8 +23,9 @@ from utils import (
     saves,
     scoring,
     selection,
-    summary,
 )
+from utils.runtime import environment, output
+from utils.runtime.errors import Failed, Refused
 
 # ── prompts ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -42,7 +42,7 @@ def opened(folder, common):
         environment.wait_for_everyone()
         try:
             yield
-        except checks.Refused:
+        except Refused:
             if environment.is_main() and fresh and not any(folder.glob("completions.*")):
                 shutil.rmtree(folder)
             raise
@@ -65,7 +65,7 @@ def longest_prompt(common, config):
         return config.max_prompt_length
     held = checks.model_positions(common.model_name_or_path)
     if held and held <= config.max_new_tokens:
-        raise checks.Refused(
+        raise Refused(
             [
                 f"--max_new_tokens {config.max_new_tokens}: the model holds {held} tokens, prompt and answer. Type "
                 f"--max_new_tokens {held // 2}"
@@ -88,9 +88,9 @@ def check_prompts(common, config, file=None, tokenizer=None):
     data.check_dropped(seen, common.max_drop_fraction)
     if config.reference_column and config.reference_column not in found.names:
         known = ", ".join(name for name in found.names if name != "prompt") or "none beside the prompt"
-        raise checks.Refused([f"--reference_column {config.reference_column}: no such column. There are {known}"])
+        raise Refused([f"--reference_column {config.reference_column}: no such column. There are {known}"])
     if count < 2 and common.eval_fraction:
-        raise checks.Refused([f"--eval_fraction {common.eval_fraction:g}: of one prompt nothing can be held out"])
+        raise Refused([f"--eval_fraction {common.eval_fraction:g}: of one prompt nothing can be held out"])
     refused = ", ".join(f"{number} {reason}" for reason, number in data.count_reasons(found.dropped).items()) or "none"
     doubled = f"; {twice} repeated ones left out" if twice else ""
     if file:
@@ -105,7 +105,7 @@ def check(common, config):
     if "generate" in config.stages and "score" in config.stages:
         rows, _ = data.make_rows(list(files.FileRows(common.train_data_path, "--train_data_path", 4)), PROMPT, [])
         rewards.load_functions(common.reward_funcs, rows, tokenizer or scoring.no_tokens, common.reward_timeout)
-    summary.say("checked   nothing stands in the way; no model was loaded, nothing was written")
+    output.say("checked   nothing stands in the way; no model was loaded, nothing was written")
     return 0
 
 
@@ -114,7 +114,7 @@ def prepare(common, config, folder, tokenizer):
     if "generate" in config.stages and not (folder / "prompts.jsonl").exists():
         pool.keep_settings(folder, "generate", rejection_checks.generation_settings(common, config))
         for line in check_prompts(common, config, folder / "prompts.jsonl", tokenizer)[1]:
-            summary.say(line)
+            output.say(line)
     if "score" in config.stages:
         pool.keep_settings(folder, "score", rejection_checks.score_settings(common, config))
 
@@ -152,7 +152,7 @@ class Work:
         done = self.completions.find()[1]
         flat = done[order, : self.samples].reshape(-1)
         missing = int((~flat).sum())
-        summary.say(f"generate  {missing} answers to sample, {len(flat) - missing} are there")
+        output.say(f"generate  {missing} answers to sample, {len(flat) - missing} are there")
         if missing and "score" in self.config.stages:
             self.load_scorers()  # and tries them, before hours are spent on answers that they could not judge
             free_memory()
@@ -214,7 +214,7 @@ class Work:
         answered, scored = self.completions.find()[1], self.scores.find()[1]
         missing = answered & ~scored
         total = int(missing.any(1).sum())
-        summary.say(f"score     {int(missing.sum())} answers to score, {int((answered & scored).sum())} are there")
+        output.say(f"score     {int(missing.sum())} answers to score, {int((answered & scored).sum())} are there")
         if total:
             scorers = self.load_scorers()
             with tqdm(total=total, desc="score", unit="prompt", disable=not environment.is_main()) as bar:
@@ -252,7 +252,7 @@ class Work:
                         reason = re.sub(r"[:(].*", "", line["failed"]).strip()
                         reasons[reason] = reasons.get(reason, 0) + 1
             said = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
-            summary.say(
+            output.say(
                 f"failed    {failed} of {int(wanted.sum())} in {lines.file}: {said}. The same command tries them again"
             )
 
@@ -276,19 +276,19 @@ class Work:
         found = tally.report(out.counts) | {"select": config.select, "scored_by": kept.get("score")}
         best_of_n.write_report(self.folder, found)
         best_of_n.draw(self.folder, found, tally.shown)
-        best_of_n.say_report(found, config.keep_cut, summary.say)
+        best_of_n.say_report(found, config.keep_cut, output.say)
         for name in names:
             path = selection.path_of(self.folder, name, config.chunk_size)
-            summary.say(f"written   {path}: {out.counts[name]} rows")
+            output.say(f"written   {path}: {out.counts[name]} rows")
             if out.counts[name] and self.made_with.get("model"):
-                summary.say(
+                output.say(
                     f"train     RLHF_TYPE={name} MODEL={self.made_with['model']} TRAIN_DATA={path} bash rlhf_run.sh"
                 )
 
     def end(self):
         """The exit status; the main process says why it is not 0."""
         if environment.is_main() and self.failed_share > self.config.max_failed_fraction:
-            raise checks.Failed(
+            raise Failed(
                 f"{self.failed_share:.0%} failed, more than --max_failed_fraction {self.config.max_failed_fraction:g}"
             )
         return 0

@@ -5,7 +5,10 @@ import math
 from pathlib import Path
 
 from rlhf_args.methods import METHODS, REJECTION, find_method
-from utils import checks, environment, files, judge, models, pool, sampling, scoring, selection
+from utils import checks, files, judge, models, pool, sampling, scoring, selection
+from utils.runtime import environment
+from utils.runtime.errors import Refused
+from utils.runtime.paths import check_overwrite, check_writable
 from utils.server import check_failed_fraction, check_server
 
 STAGES = ("generate", "score", "select")
@@ -54,7 +57,7 @@ def check_data(common, config):
     for flag, paths in (("--train_data_path", common.train_data_path), ("--eval_data_path", common.eval_data_path)):
         try:
             files.find_files(paths or (), flag)
-        except checks.Refused as refusal:
+        except Refused as refusal:
             yield from refusal.problems
     if common.eval_data_path and not config.then:
         yield "--eval_data_path: measures what --then trains. Leave it out, or add --then"
@@ -170,7 +173,7 @@ def check_output_dir(common, config):
     if not config.output_dir:
         return ["--output_dir: missing. A folder for the answers, scores and files"]
     folder = Path(config.output_dir)
-    if problems := checks.check_writable(folder):
+    if problems := check_writable(folder):
         return problems
     ours = any((folder / trace).exists() for trace in ("settings.json", "prompts.jsonl.part", ".lock", "rounds.json"))
     if folder.is_dir() and any(folder.iterdir()) and not ours:
@@ -185,7 +188,7 @@ def check_output_dir(common, config):
             common.model_name_or_path, common.reward_model_path, config.judge_template,
             *(common.train_data_path or ()), *(common.eval_data_path or ()),
         )  # fmt: skip
-        return checks.check_overwrite(folder, read)
+        return check_overwrite(folder, read)
     if config.then:
         return []  # of a round's folder its own run looks
     if "generate" not in config.stages and not (folder / "completions.jsonl").exists():

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import resource
 import shlex
 import sys
 import time
@@ -13,10 +12,11 @@ from pathlib import Path
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from utils import secrets
 from utils.data import count_reasons, hash_rows
-from utils.files import write_whole
-from utils.summary import say
+from utils.runtime import secrets
+from utils.runtime.environment import peak_memory
+from utils.runtime.output import say
+from utils.runtime.paths import write_whole
 from utils.text import render, tokenize
 from utils.watch import Watch
 
@@ -332,15 +332,6 @@ def versions():
         except PackageNotFoundError:
             found[name] = None
     return found
-
-
-def peak_memory():
-    """Bytes: the GPU's peak where there is one, otherwise the process's."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 # ── jsonl files of one run ───────────────────────────────────────────────────────────────────────────────────────────

@@ -4,10 +4,11 @@ import math
 import sys
 from pathlib import Path
 
-from utils import environment
-from utils.checks import Refused, check_folder, is_reward_model, read_header, refuse_if
+from utils.checks import check_folder, is_reward_model, read_header
 from utils.data import text_of
 from utils.rewards import TRIED, RewardFailed, example_answers
+from utils.runtime import environment
+from utils.runtime.errors import Refused, refuse_if
 
 
 def check_reward_model(path):
@@ -243,7 +244,8 @@ def load_reward_model(path, rows, dtype, device, batch_size, trust_remote_code=F
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from utils.models import first_line, fit_config, read_adapter, unsharded
+    from utils.models import fit_config, read_adapter, unsharded
+    from utils.runtime.output import first_line
 
     adapter = read_adapter(path)
     tokenizer = load_reward_tokenizer(path, rows, trust_remote_code)

@@ -20,9 +20,11 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from utils import environment, reward_files
-from utils.checks import Failed, Refused, near_path
+from utils import reward_files
 from utils.data import text_of
+from utils.runtime import environment
+from utils.runtime.errors import Failed, Refused
+from utils.runtime.paths import near_path
 
 TRIED = 4  # rows that a reward is tried on
 

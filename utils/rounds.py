@@ -17,10 +17,10 @@ from pathlib import Path
 
 from rlhf_args.methods import PROMPT, find_method
 from utils import data, files, pool, selection
-from utils.checks import Failed, Refused, refuse_if
 from utils.rejection import check
 from utils.rejection_checks import TRAINING
-from utils.summary import say
+from utils.runtime.errors import Failed, Refused, refuse_if
+from utils.runtime.output import say
 
 PLAIN = ("auto", "cpu", "single_gpu", "multi_gpu")  # launches under which each process holds a whole model
 

@@ -13,7 +13,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from utils import environment
+from utils.runtime import environment
 
 # What a trainer samples by: flag -> the value that changes nothing.
 SETTINGS = {"temperature": None, "top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}

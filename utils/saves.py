@@ -4,7 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
-from utils.checks import Failed
+from utils.runtime.errors import Failed
 
 
 def save(trainer, tokenizer):

@@ -12,8 +12,9 @@ import sys
 from pathlib import Path
 
 from rlhf_args.methods import RANKED
-from utils import data, environment
-from utils.checks import Refused
+from utils import data
+from utils.runtime import environment
+from utils.runtime.errors import Refused
 
 PAIRS = 32  # scored between two moves of the bar
 

@@ -10,8 +10,8 @@ import time
 import urllib.parse
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
-from utils.checks import Failed
-from utils.summary import say
+from utils.runtime.errors import Failed
+from utils.runtime.output import say
 
 HOPELESS = (401, 404)  # the key, the address or the model's name is wrong: no request would fare better
 USELESS = (400, 403, 413, 422)  # this request would fail again

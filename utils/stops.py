@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
-from utils import environment
-from utils.checks import Stopped
+from utils.runtime import environment
+from utils.runtime.errors import Stopped
 
 SAVE_NOW = "SAVE_NOW"  # a file of this name in the output folder: save a checkpoint and go on
 

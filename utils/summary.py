@@ -4,13 +4,10 @@ import os
 import shlex
 import sys
 
-from utils import environment, models, reward_models, sampling, text
+from utils import models, reward_models, sampling, text
 from utils.data import count_reasons
-
-
-def say(line):
-    if environment.is_main():
-        print(line, flush=True)
+from utils.runtime import environment
+from utils.runtime.output import say
 
 
 def say_plan(common, config, name, method, tokenizer, rows, train, held_out, further=()):

@@ -5,8 +5,11 @@ import math
 from pathlib import Path
 
 from rlhf_args.methods import DISTILLATION
-from utils import checks, environment, models, sampling
-from utils.summary import describe_sampling, say
+from utils import checks, models, sampling
+from utils.runtime import environment
+from utils.runtime.errors import Failed, Refused
+from utils.runtime.output import say
+from utils.summary import describe_sampling
 
 
 def check_distillation(common, config, rows):
@@ -98,11 +101,11 @@ def check_tokens(common, config, tokenizer, train, held_out):
     theirs = models.load_tokenizer(path, config.teacher_model_revision, config.trust_remote_code, "the teacher's")
     different = checks.first_difference(tokenizer.get_vocab(), theirs.get_vocab())
     if different:
-        raise checks.Refused([different_tokenizers(flag, different)])
+        raise Refused([different_tokenizers(flag, different)])
     highest = max(max(row["prompt_ids"] + row["completion_ids"]) for row in train.rows + held_out.rows)
     if highest >= (vocabulary_rows(path) or math.inf):
         token = tokenizer.convert_ids_to_tokens(highest)
-        raise checks.Refused([f"{flag}: has no token {highest} ({token!r}), which the student's template or data use"])
+        raise Refused([f"{flag}: has no token {highest} ({token!r}), which the student's template or data use"])
 
 
 def prompt_room(common, config):
@@ -233,7 +236,7 @@ def write_answers(common, config, tokenizer, train, held_out):
     answers = sampling.read_answers(folder)
     lost = sum(sampling.prompt_key(ids) not in answers for ids in prompts)
     if lost:
-        raise checks.Failed(f"{folder}: {lost} answers are not here. --answers_dir is on a disk that all nodes see")
+        raise Failed(f"{folder}: {lost} answers are not here. --answers_dir is on a disk that all nodes see")
     for row in rows:
         row["completion_ids"] = answers[sampling.prompt_key(row["prompt_ids"])]
     full = [row["completion_ids"] for row in rows if len(row["completion_ids"]) == config.max_completion_length]

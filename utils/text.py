@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 from rlhf_args.methods import ANSWERED, DIALOGUE, PROMPT, RANKED
-from utils.checks import Refused
 from utils.data import refuse_rows
+from utils.runtime.errors import Refused
 
 CHUNK = 512  # rows whose texts are tokenised at once
 

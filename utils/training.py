@@ -3,7 +3,10 @@
 import signal
 import sys
 
-from utils import checkpoints, checks, environment, memory, secrets
+from utils import checkpoints, checks, memory
+from utils.runtime import environment, secrets
+from utils.runtime.environment import is_out_of_memory
+from utils.runtime.errors import Again, Failed, Refused, Stopped, refuse_if
 
 
 def guard(run, argv, onward="the same command with --resume_from_checkpoint auto goes on from there"):
@@ -14,25 +17,25 @@ def guard(run, argv, onward="the same command with --resume_from_checkpoint auto
     environment.calm_libraries()
     try:
         return run(argv)
-    except checks.Refused as refusal:
+    except Refused as refusal:
         if environment.has_the_word():
             refusal.say()
         return 2
-    except (KeyboardInterrupt, checks.Stopped) as stop:
+    except (KeyboardInterrupt, Stopped) as stop:
         if environment.is_main():
             print(f"{str(stop) or 'interrupted'}. {onward[0].upper()}{onward[1:]}", file=sys.stderr)
         return 128 + getattr(stop, "number", signal.SIGINT)
-    except checks.Again as again:
+    except Again as again:
         environment.record_failure(again)
         print(f"note      {again}: starts again with {' '.join(again.words)}", file=sys.stderr, flush=True)
         return memory.start_again(argv, again.words)
-    except checks.Failed as error:
+    except Failed as error:
         environment.record_failure(error)
         print(f"failed: {secrets.hide(str(error))}", file=sys.stderr)
         return 1
     except Exception as error:
         environment.record_failure(error)
-        if memory.is_out_of_memory(error):
+        if is_out_of_memory(error):
             print("failed: out of memory outside of the training: a smaller model, --train_mode qlora or LAUNCH=zero3 "
                   f"would help ({secrets.hide(' '.join(str(error).split()))[:300]})", file=sys.stderr)  # fmt: skip
             return 1
@@ -46,7 +49,7 @@ def prepare_text(common, config, method, rows, **limits):
     """
     from utils import cache, data, models, pace, preflight, text
 
-    checks.refuse_if(checks.check_folder(common.model_name_or_path, "--model_name_or_path")[0])
+    refuse_if(checks.check_folder(common.model_name_or_path, "--model_name_or_path")[0])
     tokenizer = models.load_tokenizer(common.model_name_or_path, common.model_revision, config.trust_remote_code)
     rows.notes += text.fit_tokenizer(tokenizer, chat=data.is_chat(rows.train[0][1]))
     limit = checks.length_limit(config, common.model_name_or_path)
@@ -80,11 +83,11 @@ def model_source(common, config, method, tokenizer):
 
 def find_start(common, config, name, rows):
     """The checkpoints.Start of this run, said. Raises Refused where there is one of another run."""
-    from utils import summary
+    from utils.runtime import output
 
     start, said = checkpoints.find_start(common, config, name, rows)
     for line in said:
-        summary.say(f"note      {line}")
+        output.say(f"note      {line}")
     return start
 
 
@@ -101,7 +104,8 @@ def make_lora(common, method):
 def make_trainer(trainer_class, policy, config, tokenizer, train, held_out, lora, **others):
     """The trainer, of all the processes that were asked for. Raises Refused where TRL refuses these flags."""
     from trainers.safe_trainer import make_safe
-    from utils import arguments, text
+    from utils import text
+    from utils.runtime import output
 
     try:
         trainer = make_safe(trainer_class)(
@@ -114,7 +118,7 @@ def make_trainer(trainer_class, policy, config, tokenizer, train, held_out, lora
             **others,
         )
     except (ValueError, NotImplementedError) as error:  # TRL's own checks of flags against the model
-        raise checks.Refused([arguments.one_line(error)]) from error
+        raise Refused([output.one_line(error)]) from error
     environment.check_world(trainer.accelerator)
     if config.deepspeed_plugin is not None:
         fit_bucket(trainer)
@@ -130,7 +134,8 @@ def fit_bucket(trainer):
 
 def train_and_report(trainer, start, common, method, tokenizer, rows, train, held_out):
     """Trains from `start` on, evaluates, draws; returns the Report of it."""
-    from utils import bad_steps, models, report, saves, stops, summary, text
+    from utils import bad_steps, models, report, saves, stops, text
+    from utils.runtime import output
 
     config = trainer.args
     start = checkpoints.set_aside(config.output_dir, start)
@@ -144,7 +149,7 @@ def train_and_report(trainer, start, common, method, tokenizer, rows, train, hel
     trainer.sizes = train.sizes if common.deal_by_length else ()
     follow = report.Report(trainer, method, tokenizer, rows.held_out or rows.train)
     follow.watch.from_reference = not start.weights_only
-    summary.say(f"trains    {models.count_parameters(trainer.model)}")
+    output.say(f"trains    {models.count_parameters(trainer.model)}")
     onward = None if start.weights_only else start.checkpoint
     config.eval_on_start = bool(held_out.rows) and onward is None
     try:
@@ -154,9 +159,9 @@ def train_and_report(trainer, start, common, method, tokenizer, rows, train, hel
             if held_out.rows and (config.load_best_model_at_end or not evaluated):
                 trainer.evaluate()
     except Exception as error:
-        ran_out = memory.is_out_of_memory(error)
+        ran_out = is_out_of_memory(error)
         failure = memory.run_out(trainer, method, common, error) if ran_out else error
-        if isinstance(failure, checks.Failed):
+        if isinstance(failure, Failed):
             follow.write_error(failure.details)
         raise failure from (error if ran_out else error.__cause__)
     finally:
@@ -181,7 +186,7 @@ def save_and_verify(trainer, follow, argv, name, common, method, tokenizer, rows
             if not (reason := follow.nothing_learnt()):
                 raise
             follow.write_run_card(argv, common, config, name, rows, train, held_out, after)
-            raise checks.Failed(reason) from None
+            raise Failed(reason) from None
         proof = verify.verify_in_fresh_process(config.output_dir)
         follow.write_run_card(argv, common, config, name, rows, train, held_out, after)
         follow.say_end(after)

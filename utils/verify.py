@@ -18,8 +18,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from utils import checks, environment, memory, models
-from utils.checks import Failed, Refused
+from utils import checks, models
+from utils.runtime import environment, output, paths
+from utils.runtime.environment import is_out_of_memory
+from utils.runtime.errors import Failed, Refused
 
 TEXT = "The quick brown fox jumps over the lazy dog. 1 + 1 = 2. 今天天气很好。 def f(x): return x"
 FILE = "probe.json"
@@ -186,7 +188,7 @@ def verify(folder, device="cpu"):
     """The line that says what a sound folder holds. Raises Failed where it is not, Refused where it is no model's."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise Refused([f"{folder}: no such folder{checks.near_path(str(folder))}"])
+        raise Refused([f"{folder}: no such folder{paths.near_path(str(folder))}"])
     traces = ("config.json", "adapter_config.json", "*.safetensors", "manifest.json", FILE)
     if not any(found for trace in traces for found in folder.glob(trace)):
         raise Refused([f"{folder}: neither a model nor an adapter in it"])
@@ -229,7 +231,7 @@ def reopening(folder):
     try:
         yield
     except Exception as error:  # noqa: BLE001  what a broken folder makes libraries raise has no common base class
-        said = models.first_line(error) if str(error).strip() else type(error).__name__
+        said = output.first_line(error) if str(error).strip() else type(error).__name__
         if "custom code" in said:  # transformers' words
             raise Refused([f"{folder}: comes with code of its own, which is not run here ({said})"]) from None
         raise Failed(f"{folder} is not sound: it cannot be reopened: {said}") from error
@@ -365,7 +367,7 @@ def check_tensors(file):
                     problems.append(f"{name} has NaN or infinity in it")
                 adapts |= "lora_B" in name and bool(tensor.any())
     except SafetensorError as error:
-        problems.append(f"{file.name} is not a whole safetensors file ({models.first_line(error)})")
+        problems.append(f"{file.name} is not a whole safetensors file ({output.first_line(error)})")
     return problems, names, adapts
 
 
@@ -404,7 +406,7 @@ def main(argv=None):
             print(error, file=sys.stderr)
             status = max(status, 1)
         except (RuntimeError, MemoryError) as error:
-            if not memory.is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             print(f"{folder}: out of memory while it is reopened ({error})", file=sys.stderr)
             status = OUT_OF_MEMORY

@@ -158,7 +158,7 @@ def import_everything():
     """What the project imports, from the libraries; its own modules are read anew by every process."""
     import cpuinfo
 
-    from utils import environment
+    from utils.runtime import environment
 
     environment.calm_libraries()
     os.environ["MPLBACKEND"] = "Agg"

@@ -5,12 +5,13 @@ import io
 import json
 import logging
 import os
+import resource
 import sys
 import time
 import warnings
 from pathlib import Path
 
-from utils import secrets
+from utils.runtime import secrets
 
 abandoned = []  # names of reward functions that did not return within --reward_timeout
 
@@ -193,3 +194,22 @@ def fsdp_precision(dtype):
     precision = {"reduce_dtype": torch.float32, "output_dtype": torch.float32}
     policy = MixedPrecisionPolicy(param_dtype=getattr(torch, dtype), **precision)
     return {"fsdp_version": 2, "mixed_precision_policy": policy}
+
+
+def peak_memory():
+    """Bytes: the GPU's peak where there is one, otherwise the process's."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+GIB = 1024**3
+
+
+def is_out_of_memory(error):
+    import torch
+
+    said = str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in said

@@ -1,0 +1,44 @@
+"""Paths that a user gives, and files that are written whole or not at all."""
+
+import difflib
+import os
+from pathlib import Path
+
+
+def looks_local(path):
+    """Whether `path` can only be meant as a file or folder here, not as a Hub id (`owner/name`)."""
+    parts = Path(path).parts
+    return len(parts) != 2 or path.startswith((".", "/", "~")) or path.endswith("/") or Path(parts[0]).is_dir()
+
+
+def near_path(path):
+    """ ". Did you mean data/kto.jsonl?" where there is something of nearly that name, "" where there is not."""
+    wanted = Path(path).expanduser()
+    near = difflib.get_close_matches(wanted.name, [other.name for other in wanted.parent.glob("*")], 1)
+    return f". Did you mean {wanted.parent / near[0]}?" if near and not wanted.exists() else ""
+
+
+def check_writable(folder):
+    """Problems of a folder that is to be made, or written in."""
+    if folder.is_file():
+        return [f"--output_dir {folder}: a file of that name is there. Name a folder"]
+    above = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        return [f"--output_dir {folder}: nothing can be written in {above}. Name another folder"]
+    return []
+
+
+def check_overwrite(folder, paths):
+    """Problems of deleting what is in the folder: `paths` are what the run is to read, None for nothing."""
+    return [
+        f"--overwrite_output_dir: would delete {path}, which this run needs. Name another --output_dir"
+        for path in paths
+        if path and Path(path).resolve().is_relative_to(Path(folder).resolve())
+    ]
+
+
+def write_whole(file, text):
+    """In one go: whoever reads it finds what was there before, or all of this."""
+    part = Path(f"{file}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, file)
