@@ -12,7 +12,8 @@ Exit status: as train_rlhf.py; 1 also where more than --max_failed_fraction of t
 import sys
 from pathlib import Path
 
-from utils import arguments, training
+from utils import training
+from utils.cli import arguments, recipes
 from utils.runtime import environment
 from utils.runtime.errors import refuse_if
 
@@ -52,7 +53,7 @@ def run(argv):
 
 def parse_and_check(argv):
     """Flags, folders and templates. What needs no library is refused within a second, so that comes first."""
-    words = arguments.expand(argv)
+    words = recipes.expand(argv)
     common, config, left = arguments.parse_rejection(words)
     from utils import rejection_checks
 

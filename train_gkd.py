@@ -11,7 +11,8 @@ Exit status: as train_rlhf.py.
 import sys
 
 from rlhf_args.methods import DISTILLATION, load
-from utils import arguments, checks, data, training
+from utils import checks, data, training
+from utils.cli import arguments, recipes
 from utils.runtime.errors import Refused, collecting, refuse_if
 
 NAME = "GKD"
@@ -22,7 +23,7 @@ def main(argv=None):
 
 
 def run(argv):
-    if arguments.asks_plan(argv):
+    if recipes.asks_plan(argv):
         from utils import plan
 
         return plan.run(argv, NAME)
@@ -74,10 +75,10 @@ def run(argv):
 def parse_and_check(argv):
     """As train_rlhf.parse_and_check: what is refused is collected with --check."""
     method, config = DISTILLATION[NAME], None
-    words = arguments.translate(arguments.expand(argv), dict(method.renamed))
+    words = recipes.translate(recipes.expand(argv), dict(method.renamed))
     common, found = arguments.peek(words, load(method.arguments))
     problems = [] if common.check else None
-    if not arguments.asks_help(words):
+    if not recipes.asks_help(words):
         found += checks.check_common(common, NAME, method)
         paths = common.train_data_path, common.eval_data_path
         rows = data.load_rows(*paths, method.columns, NAME, common.max_samples, found, problems)

@@ -12,7 +12,8 @@ import sys
 
 from rlhf_args.judge_config import JudgeConfig
 from rlhf_args.methods import METHODS, load
-from utils import arguments, checks, data, training
+from utils import checks, data, training
+from utils.cli import arguments, recipes
 from utils.runtime import environment
 from utils.runtime.errors import Refused, collecting, refuse_if
 
@@ -22,7 +23,7 @@ def main(argv=None):
 
 
 def run(argv):
-    if arguments.asks_plan(argv):
+    if recipes.asks_plan(argv):
         from utils import plan
 
         return plan.run(argv)
@@ -97,11 +98,11 @@ def parse_and_check(argv):
     With --check what is refused is collected, as the last of what is returned, as far as it can be gone on: all of it
     is said at once. Without, that is None.
     """
-    words = arguments.expand(argv)
+    words = recipes.expand(argv)
     common, name = arguments.parse_common(words)
     method, problems, config = METHODS[name], [] if common.check else None, None
-    words = arguments.translate(words, dict(method.renamed))
-    if not arguments.asks_help(words):
+    words = recipes.translate(words, dict(method.renamed))
+    if not recipes.asks_help(words):
         judged, _ = arguments.peek(words, JudgeConfig)
         found = checks.check_common(common, name, method) + checks.check_rewards(common, name, method, judged)
         paths = common.train_data_path, common.eval_data_path

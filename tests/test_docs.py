@@ -10,7 +10,8 @@ import yaml
 
 from rlhf_args.methods import METHODS, load, method_table
 from tests.conftest import ROOT
-from utils import arguments
+from utils.cli import arguments
+from utils.cli.recipes import expand
 
 
 @pytest.mark.parametrize("name", ["README.md", "README_zh.md"])
@@ -44,7 +45,7 @@ def recipes():
 
 @pytest.mark.parametrize("path", recipes(), ids=lambda path: path.name)
 def test_every_recipe_is_read_by_the_real_command_line(path):
-    words = arguments.expand(["--config", str(path)])
+    words = expand(["--config", str(path)])
     asked = yaml.safe_load(path.read_text())
     if "num_completions" in asked:
         common, config, left = arguments.parse_rejection(words)
@@ -64,7 +65,7 @@ def test_every_recipe_is_read_by_the_real_command_line(path):
 
 
 def test_flags_on_the_command_line_win_over_a_recipe():
-    words = arguments.expand(["--config", str(recipes()[0]), "--lora_rank", "8", "--learning_rate=3e-6"])
+    words = expand(["--config", str(recipes()[0]), "--lora_rank", "8", "--learning_rate=3e-6"])
     _, name = arguments.parse_common(words)
     common, config = arguments.parse(words, name)
     assert (common.lora_rank, config.learning_rate) == (8, 3e-6)

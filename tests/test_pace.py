@@ -22,7 +22,8 @@ import train_rlhf
 from rlhf_args.methods import DIALOGUE, METHODS, PROMPT, UNPAIRED, load
 from tests.conftest import make_model, read_rows, slow_but, write_rows
 from tests.matrix.cells import run_cell
-from utils import arguments, checkpoints, data, models, pace, report, rewards, text, training
+from utils import checkpoints, data, models, pace, report, rewards, text, training
+from utils.cli import arguments, recipes
 from utils.runtime import environment
 from utils.runtime.errors import Refused
 
@@ -213,7 +214,7 @@ def chosen(place, tmp_path):
     """The flags of a run after the choices: (the shared ones, the method's, what is said)."""
 
     def choose(name, *more):
-        words = arguments.expand(words_of(name, place, tmp_path / "out", *more))
+        words = recipes.expand(words_of(name, place, tmp_path / "out", *more))
         common, config = arguments.parse(words, name)
         rows = data.load_rows(common.train_data_path, None, METHODS[name].columns, name)
         training.prepare_text(common, config, METHODS[name], rows)
@@ -380,10 +381,8 @@ def test_bfloat16_on_a_cpu_that_multiplies_it_is_taken_where_it_is_typed(more, a
 
 def test_a_flag_of_a_recipe_is_typed_and_one_that_is_switched_off_too(tmp_path):
     (tmp_path / "recipe.yaml").write_text("deal_by_length: false\n")
-    words = arguments.expand(
-        ["--config", str(tmp_path / "recipe.yaml"), "--no_disable_dropout", "--train-mode", "full"]
-    )
-    assert arguments.typed_flags(words) == {"deal_by_length", "disable_dropout", "train_mode"}
+    words = recipes.expand(["--config", str(tmp_path / "recipe.yaml"), "--no_disable_dropout", "--train-mode", "full"])
+    assert recipes.typed_flags(words) == {"deal_by_length", "disable_dropout", "train_mode"}
 
 
 # ── dealing ──────────────────────────────────────────────────────────────────────────────────────────────────────────

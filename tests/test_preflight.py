@@ -420,7 +420,8 @@ def test_trained_numbers_are_those_of_the_model_that_would_be_trained(flags, tin
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from utils import arguments, training
+    from utils import training
+    from utils.cli import arguments
 
     words = f"--model_name_or_path {tiny_model} --train_data_path x --output_dir x {flags}".split()
     common, _ = arguments.parse(words, "DPO")
@@ -644,7 +645,8 @@ def test_the_entry_used_longest_ago_makes_room(prepare, monkeypatch):
 
 
 def test_findings_stand_on_the_rows_for_the_run_card(tiny_model, tmp_path):
-    from utils import arguments, training
+    from utils import training
+    from utils.cli import arguments
 
     path = write_rows(tmp_path / "rows.jsonl", [*PAIRS, PAIRS[0]])
     words = f"--model_name_or_path {tiny_model} --train_data_path {path} --output_dir {tmp_path / 'out'}"

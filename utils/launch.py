@@ -22,7 +22,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils import arguments, memory
+from utils import memory
+from utils.cli import recipes
 from utils.runtime.errors import Refused
 
 CONFIGS = Path("accelerate_configs")
@@ -47,7 +48,7 @@ class Plan:
 
 
 def main(job):
-    if arguments.asks_plan(job):  # of a launch that this machine need not be able to start
+    if recipes.asks_plan(job):  # of a launch that this machine need not be able to start
         return subprocess.call([sys.executable, *job])
     try:
         plan = read_plan(os.environ, count_gpus())

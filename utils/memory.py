@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-from utils import arguments
+from utils.cli import recipes
 from utils.runtime import environment
 from utils.runtime.environment import GIB
 from utils.runtime.errors import Again, Failed
@@ -109,7 +109,7 @@ def add_words(argv, words):
     if "--steps_per_generation" in words:
         gone |= {"generation_batch_size", "num_mini_batches"}  # other words for the same
     kept, dropping = [], False
-    for word in arguments.expand(argv):  # with what a recipe says
+    for word in recipes.expand(argv):  # with what a recipe says
         if word.startswith("--"):
             dropping = word[2:].replace("-", "_") in gone
         kept += [] if dropping else [word]

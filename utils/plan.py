@@ -10,7 +10,8 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-from utils import arguments, checks, models, pace, reward_models, shapes, teacher
+from utils import checks, models, pace, reward_models, shapes, teacher
+from utils.cli import arguments, recipes
 from utils.runtime import output
 from utils.runtime.environment import GIB
 from utils.runtime.errors import Refused, refuse_if
@@ -78,14 +79,14 @@ class Planner:
     """What is asked for, and the estimates made of it so far."""
 
     def __init__(self, argv, name=None, on_gpu=True):
-        words = arguments.expand(argv)
+        words = recipes.expand(argv)
         if name is None:
             shared, name = arguments.parse_common(words)
         else:
             shared, problems = arguments.peek(words, arguments.load(arguments.EVERY[name].arguments))
             refuse_if(problems)
         self.name, self.method = name, arguments.EVERY[name]
-        words = tuple(arguments.translate(words, dict(self.method.renamed)))
+        words = tuple(recipes.translate(words, dict(self.method.renamed)))
         engine, processes = read_launch(shared, os.environ)
         os.environ["LAUNCH_PROCESSES"] = str(processes)  # a rollout is shared by all of them
         self.asked = Case(words, engine, processes)

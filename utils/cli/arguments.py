@@ -1,100 +1,23 @@
 """The command line: flags and --config recipe.yaml, strict, with the method's own flags beside the shared ones."""
 
 import argparse
-import contextlib
 import difflib
 import json
-import os
 import re
-import sys
 from dataclasses import fields
-from itertools import pairwise
-from pathlib import Path
 
 from common_args import CommonArgs
 from rlhf_args.methods import DISTILLATION, EVERY, METHODS, REJECTION, find_method, load
+from utils.cli.recipes import typed_flags
 from utils.runtime import environment
 from utils.runtime.errors import Refused, refuse_if
 from utils.runtime.output import one_line
-from utils.runtime.paths import near_path
 
-# What the flag is called elsewhere -> what it is called here.
-RENAMED = {
-    "dataset_name": "train_data_path",
-    "lora_r": "lora_rank",
-    "torch_dtype": "dtype",
-}
 # Flags that others have and we do not -> what to type.
 ELSEWHERE = {
     "load_in_4bit": "Type --train_mode qlora",
     "load_in_8bit": "Type --train_mode qlora, which holds the weights in 4 bits; 8-bit ones are not supported",
 }
-
-
-def expand(argv):
-    """`argv` with --config files put before the other flags (which win), and old flag names translated and said."""
-    argv = [part for word in argv for part in (word.split("=", 1) if re.match(r"--[\w-]+=", word) else [word])]
-    recipe = []
-    while "--config" in argv:
-        at = argv.index("--config")
-        if at + 1 == len(argv):
-            raise Refused(["--config: no file given. Type --config recipes/NAME.yaml"])
-        recipe += read_recipe(argv[at + 1])
-        del argv[at : at + 2]
-    return translate(read_use_peft(recipe + argv), RENAMED)
-
-
-def read_recipe(path):
-    """A yaml mapping of flags as command-line words. Raises Refused, with the file named."""
-    import yaml
-
-    try:
-        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise Refused([f"--config {path}: {error.strerror.lower()}{near_path(path)}"]) from None
-    except UnicodeDecodeError as error:
-        raise Refused([f"--config {path}: not UTF-8 (byte {error.start}). Save the file as UTF-8"]) from None
-    except yaml.YAMLError as error:
-        line = getattr(error, "problem_mark", None)
-        raise Refused([f"{path}:{line.line + 1 if line else 1}: not valid yaml"]) from None
-    if not isinstance(recipe, dict):
-        raise Refused([f"{path}: not a mapping. A recipe has a line `flag: value` for each flag"])
-    words = []
-    for flag, value in recipe.items():
-        if value is None:
-            continue
-        values = value if isinstance(value, list) else [value]
-        words += [f"--{flag}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)]
-    return words
-
-
-def read_use_peft(words):
-    """`words` with TRL's own --use_peft as --train_mode lora; --use_peft False as full."""
-    if "--use_peft" not in words:
-        return words
-    at = words.index("--use_peft")
-    value = words[at + 1 : at + 2] if words[at + 1 : at + 2] and not words[at + 1].startswith("--") else []
-    mode = "full" if value and value[0].lower() in ("false", "0", "no") else "lora"
-    say_note(f"--use_peft is --train_mode {mode} here, and is read as that")
-    return [*words[:at], "--train_mode", mode, *words[at + 1 + len(value) :]]
-
-
-def say_note(text):
-    if environment.is_main() and "LAUNCH_CHECKED" not in os.environ:  # said when utils/launch.py had it checked
-        print(f"note: {text}", file=sys.stderr)
-
-
-def translate(words, renamed):
-    """`words` with the flags of {old name: name here} under their names here, each said."""
-    translated = []
-    for word in words:
-        name = word[2:].replace("-", "_")
-        if not word.startswith("--") or name not in renamed:
-            translated.append(word)
-            continue
-        say_note(f"{word} is called --{renamed[name]} here, and is read as that")
-        translated.append(f"--{renamed[name]}")
-    return translated
 
 
 def parse_common(argv):
@@ -183,25 +106,6 @@ def parse_rejection(argv):
     refuse_if(parser.problems + problems)
     common.dtype = resolve_dtype(common.dtype, None, None, "rejection sampling", REJECTION)
     return common, config, left
-
-
-def typed_flags(words):
-    """Names of the flags in `words`; of one that is switched off, as --no_plain, the flag's."""
-    return frozenset(word[2:].replace("-", "_").removeprefix("no_") for word in words if word.startswith("--"))
-
-
-def asks_help(words):
-    return "--help" in words or "-h" in words
-
-
-def asks_plan(words):
-    """Whether --plan stands there, or in a recipe."""
-    given = [part for word in words for part in word.split("=", 1)]
-    for flag, file in pairwise(given):
-        if flag == "--config":
-            with contextlib.suppress(Refused):  # said where the recipe is read
-                given += read_recipe(file)
-    return "--plan" in given and not asks_help(words)
 
 
 def make_parser(dataclass_types, **kwargs):
