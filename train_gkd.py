@@ -30,7 +30,9 @@ def run(argv):
     common, config, rows, problems = parse_and_check(argv)
     method = DISTILLATION[NAME]
 
-    from utils import models, probe, summary, teacher
+    from utils import probe, summary
+    from utils.models import teacher
+    from utils.models.load import load_policy
 
     # ── the text that is trained on ──────────────────────────────────────────────────────────────────────────────────
     with collecting(problems):
@@ -54,7 +56,7 @@ def run(argv):
     # ── the teacher's answers, then both models ──────────────────────────────────────────────────────────────────────
     teacher.write_answers(common, config, tokenizer, train, held_out)
     source = training.model_source(common, config, method, tokenizer)
-    student = models.load_policy(**source | {"path": start.policy_path(common)})
+    student = load_policy(**source | {"path": start.policy_path(common)})
     teaching = None if teacher.shares_base(common, config) else teacher.load_teacher(common, config, tokenizer)
     lora = training.make_lora(common, method)
 
@@ -86,7 +88,8 @@ def parse_and_check(argv):
         common, config = arguments.parse(words, NAME)
     if config is None:
         raise Refused(problems)
-    from utils import preflight, teacher
+    from utils import preflight
+    from utils.models import teacher
 
     with collecting(problems):
         found = checks.check_config(common, config, NAME, method)

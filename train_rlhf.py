@@ -30,7 +30,8 @@ def run(argv):
     common, config, name, rows, problems = parse_and_check(argv)
     method = METHODS[name]
 
-    from utils import judge_reward, models, probe, reward_models, rewards, summary
+    from utils import judge_reward, probe, reward_models, rewards, summary
+    from utils.models.load import load_other_models, load_policy, needs_reference
 
     # ── the text that is trained on ──────────────────────────────────────────────────────────────────────────────────
     with collecting(problems):
@@ -75,9 +76,9 @@ def run(argv):
             config.reward_weights = judge.spread_weights(config.reward_weights, len(judges))
             judges += judge.rewards()
     source = training.model_source(common, config, method, tokenizer)
-    policy = models.load_policy(**source | {"path": start.policy_path(common)})
-    if models.needs_reference(config, method):
-        others |= models.load_other_models(method.models, **source)
+    policy = load_policy(**source | {"path": start.policy_path(common)})
+    if needs_reference(config, method):
+        others |= load_other_models(method.models, **source)
     lora = training.make_lora(common, method)
 
     # ── train, save, and prove the save ──────────────────────────────────────────────────────────────────────────────

@@ -136,9 +136,10 @@ def load(path):
 
 
 def tokenizer_of(path):
-    from utils import models, text
+    from utils import text
+    from utils.models.load import load_tokenizer
 
-    tokenizer = models.load_tokenizer(path)
+    tokenizer = load_tokenizer(path)
     text.fit_tokenizer(tokenizer, chat=True)
     return tokenizer
 
@@ -231,7 +232,7 @@ def measure_seq_kd(side, asked, folder):
     if side == "trl":
         trainer = make_trl(student, teacher, tokenizer, rows, folder, asked.seq_tokens, **flags)
         return {"seconds": round(time_training(trainer), 1)}
-    from utils import sampling
+    from utils.models import sampling
 
     _, made = make_ours(student, teacher, tokenizer, rows, folder, asked.seq_tokens, **flags)
     prompts = [row["prompt_ids"] for row in made]

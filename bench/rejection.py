@@ -75,9 +75,10 @@ def settings(asked):
 
 
 def load(common, config):
-    from utils import engines, models, text
+    from utils import engines, text
+    from utils.models.load import load_tokenizer
 
-    tokenizer = models.load_tokenizer(MODEL)
+    tokenizer = load_tokenizer(MODEL)
     text.fit_tokenizer(tokenizer, chat=True)
     return engines.Transformers(common, config, tokenizer)
 
@@ -89,7 +90,7 @@ def prompts_of(count):
 
 def measure_speed(asked):
     """Completions a second. The loops answer every fourth prompt of the engine's, as they take so long."""
-    from utils import sampling
+    from utils.models import sampling
 
     engine = load(*settings(asked))
     prompts = prompts_of(asked.prompts)

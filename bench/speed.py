@@ -267,9 +267,10 @@ def as_flags(values):
 
 def write_rows(folder, model, methods, steps, width):
     """Writes `width` rows a step; ({method: tokens of each step's rows, prompts included}, those of the longest)."""
-    from utils import models, text
+    from utils import text
+    from utils.models.load import load_tokenizer
 
-    tokenizer, tokens, known, longest, count = models.load_tokenizer(model), {}, {}, 0, steps * width
+    tokenizer, tokens, known, longest, count = load_tokenizer(model), {}, {}, 0, steps * width
     text.fit_tokenizer(tokenizer, chat=True)
     eos = tokenizer.eos_token
     for method in methods:

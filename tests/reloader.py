@@ -3,7 +3,7 @@
 import json
 import sys
 
-from utils.models import load_model, load_tokenizer
+from utils.models.load import load_model, load_tokenizer
 from utils.runtime.environment import calm_libraries
 
 calm_libraries()

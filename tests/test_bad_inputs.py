@@ -17,7 +17,8 @@ import pytest
 import train_gkd
 import train_rlhf
 from tests.conftest import ROOT, make_model, make_tokenizer
-from utils import models, reward_models
+from utils import reward_models
+from utils.models import load as models_load
 
 SCRIPTS = {"rlhf": train_rlhf, "gkd": train_gkd}
 MESSAGES = [{"role": "user", "content": "Say hi."}, {"role": "assistant", "content": "Hi."}]
@@ -82,7 +83,7 @@ def name_a_shard(folder):
 
 
 def add_token(folder):
-    tokenizer = models.load_tokenizer(str(folder))
+    tokenizer = models_load.load_tokenizer(str(folder))
     tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained(folder)
 
@@ -287,7 +288,7 @@ def type_it(tmp_path, tiny_model, teacher, monkeypatch, capsys):
     def load(*args, **kwargs):
         raise Loaded
 
-    for module, name in ((models, "load_policy"), (models, "load_model"), (reward_models, "load_model")):
+    for module, name in ((models_load, "load_policy"), (models_load, "load_model"), (reward_models, "load_model")):
         monkeypatch.setattr(module, name, load)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(ROOT)

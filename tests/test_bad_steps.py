@@ -21,7 +21,8 @@ import train_rlhf
 from rlhf_args.methods import EVERY
 from tests.conftest import ROOT, make_model, read_rows, write_rows
 from trainers.safe_trainer import Safe
-from utils import bad_steps, launch, memory, models, report, training
+from utils import bad_steps, launch, memory, report, training
+from utils.models import load as models_load
 from utils.runtime import secrets
 from utils.runtime.errors import Failed, Refused
 
@@ -74,7 +75,7 @@ def rewards(tmp_path):
 @pytest.fixture
 def brittle(monkeypatch):
     """Every policy gives nan from where "~" stands in a row."""
-    load = models.load_policy
+    load = models_load.load_policy
 
     def spoil(module, inputs, output):
         return torch.where((inputs[0] == tilde)[..., None], torch.full_like(output, float("nan")), output)
@@ -87,7 +88,7 @@ def brittle(monkeypatch):
         return model
 
     tilde = None
-    monkeypatch.setattr(models, "load_policy", load_brittle)
+    monkeypatch.setattr(models_load, "load_policy", load_brittle)
 
 
 # ── a step on numbers that are none ──────────────────────────────────────────────────────────────────────────────────
@@ -149,7 +150,7 @@ def test_a_learning_rate_that_is_too_high_is_named(tiny_model, tmp_path, capsys)
 
 
 def test_a_gradient_that_is_no_number_is_named(tiny_model, tmp_path, monkeypatch, capsys):
-    name, load = "model.layers.1.mlp.up_proj.weight", models.load_policy
+    name, load = "model.layers.1.mlp.up_proj.weight", models_load.load_policy
 
     def spoil(gradient):
         spoilt = gradient.clone()
@@ -161,7 +162,7 @@ def test_a_gradient_that_is_no_number_is_named(tiny_model, tmp_path, monkeypatch
         model.get_parameter(name).register_hook(spoil)
         return model
 
-    monkeypatch.setattr(models, "load_policy", load_planted)
+    monkeypatch.setattr(models_load, "load_policy", load_planted)
     data = write_rows(tmp_path / "rows.jsonl", rows_of("CPO", 4))
     assert train(tiny_model, tmp_path / "out", data, train_mode="full") == 1
     assert last_line(capsys).startswith("failed: step 1: the gradient is no number (norm nan)")

@@ -20,7 +20,8 @@ from transformers import (
 
 import train_rlhf
 from tests.conftest import TEMPLATE, read_rows, write_rows
-from utils import models, reward_models, score_reward_model
+from utils import reward_models, score_reward_model
+from utils.models.load import load_tokenizer
 from utils.runtime.errors import Refused
 
 ASKED = ["Say hi.", "What is 2 + 2?", "Name a colour.", "Why?", "Spell cat.", "Sing!", "Who are you?", "Count."]
@@ -91,7 +92,7 @@ def says(text):
 
 def by_hand(folder, prompt, answer):
     """The score of a pair of texts through the model's own tokenizer, alone, without padding."""
-    tokenizer = models.load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         return float(model(**tokenizer(prompt, answer, return_tensors="pt")).logits)

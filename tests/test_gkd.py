@@ -30,7 +30,8 @@ from tests.conftest import ROOT, make_tokenizer, read_rows, write_rows
 from tests.test_losses import LN2, POLICY, REFERENCE, make_bigram, make_tokenizer as make_word_tokenizer
 from trainers import gkd_trainer
 from trainers.gkd_trainer import HELD_OUT, EveryRow, GKDTrainer, Head, compare
-from utils import data, models, sampling, teacher, text, training
+from utils import data, text, training
+from utils.models import folders, load as models_load, sampling
 
 # ── the divergence ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -208,7 +209,9 @@ def save_qwen(folder, model):
     model.generation_config.eos_token_id = 1
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
-    models.load_tokenizer(folder).save_pretrained(folder)  # with <|endoftext|>, which transformers adds to a Qwen2's
+    models_load.load_tokenizer(folder).save_pretrained(
+        folder
+    )  # with <|endoftext|>, which transformers adds to a Qwen2's
     return str(folder)
 
 
@@ -446,7 +449,7 @@ PROMPTS = [[10, 11, 12, 13, 14, 15], [20], [30, 31, 32], [40, 41], [50, 51, 52, 
 
 
 def test_an_answer_in_a_padded_batch_is_the_answer_alone(pair):
-    tokenizer, model = models.load_tokenizer(pair[1]), AutoModelForCausalLM.from_pretrained(pair[1]).eval()
+    tokenizer, model = models_load.load_tokenizer(pair[1]), AutoModelForCausalLM.from_pretrained(pair[1]).eval()
     likeliest = sampling.Sampling(max_new_tokens=12, temperature=0)
     together = sampling.sample(model, tokenizer, PROMPTS, likeliest)
     assert together == [sampling.sample(model, tokenizer, [prompt], likeliest)[0] for prompt in PROMPTS]
@@ -460,7 +463,7 @@ def test_an_answer_ends_behind_the_first_of_its_ends():
 
 
 def test_answers_that_were_interrupted_are_those_of_a_run_that_was_not(pair, tmp_path, monkeypatch):
-    tokenizer, model = models.load_tokenizer(pair[1]), AutoModelForCausalLM.from_pretrained(pair[1]).eval()
+    tokenizer, model = models_load.load_tokenizer(pair[1]), AutoModelForCausalLM.from_pretrained(pair[1]).eval()
     drawn = sampling.Sampling(max_new_tokens=12, seed=3)
 
     def answer(folder):
@@ -560,7 +563,7 @@ def refused(run, tmp_path, monkeypatch):
         assert not (tmp_path / "out").exists() and not (tmp_path / "answers").exists()
         return [line.removeprefix("refused: ") for line in lines]
 
-    monkeypatch.setattr(models, "load_model", load)
+    monkeypatch.setattr(models_load, "load_model", load)
     return refused
 
 
@@ -666,7 +669,7 @@ def test_an_adapter_learns_from_its_base_as_from_a_copy_of_it(run, pair, trainer
     shape = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
     torch.manual_seed(0)
     get_peft_model(AutoModelForCausalLM.from_pretrained(pair[0]), shape).save_pretrained(tmp_path / "adapter")
-    models.load_tokenizer(pair[0]).save_pretrained(tmp_path / "adapter")
+    models_load.load_tokenizer(pair[0]).save_pretrained(tmp_path / "adapter")
     shutil.copytree(pair[0], tmp_path / "copy")
     logs = []
     for teaching, said in ((pair[0], "no second copy"), (tmp_path / "copy", "held in float32")):
@@ -747,7 +750,7 @@ def test_other_settings_and_other_weights_have_answers_of_their_own(run, pair, t
     def load_policy(**source):
         raise Loaded
 
-    monkeypatch.setattr(models, "load_policy", load_policy)
+    monkeypatch.setattr(models_load, "load_policy", load_policy)
     teaching = tmp_path / "teacher"
     shutil.copytree(pair[1], teaching)
     rows = ASKED[:1]
@@ -1076,4 +1079,4 @@ def test_the_lines_that_say_what_is_learnt_from_are_those_of_the_flags(run):
 
 
 def test_parameters_are_counted_from_the_headers_of_the_files(pair):
-    assert teacher.count_numbers(pair[0]) == sum(p.numel() for p in make_qwen(1, hidden=32).parameters())
+    assert folders.count_numbers(pair[0]) == sum(p.numel() for p in make_qwen(1, hidden=32).parameters())

@@ -31,7 +31,8 @@ from tests.test_servers import (
     waits,
 )
 from trainers import online_trainer, ppo_trainer
-from utils import judge, judge_reward, models, server
+from utils import judge, judge_reward, server
+from utils.models import load
 
 CHATS = [{"prompt": [{"role": "user", "content": f"What is {n} + {n}?"}]} for n in range(8)]
 FAST = "--max_completion_length 8 --num_generations 2 --per_device_train_batch_size 4 --max_steps 2 --logging_steps 1 "
@@ -122,7 +123,7 @@ def refused(run, tmp_path, monkeypatch):
         assert status == 2 and lines and not (tmp_path / "out").exists()
         return [line.removeprefix("refused: ") for line in lines]
 
-    monkeypatch.setattr(models, "load_policy", load_policy)
+    monkeypatch.setattr(load, "load_policy", load_policy)
     return refused
 
 

@@ -17,7 +17,8 @@ from rlhf_args.methods import METHODS, load
 from tests.conftest import ROOT, read_rows, slow_but
 from tests.matrix.answers import spread
 from tests.matrix.cells import rollout_flags
-from utils import data, models, text
+from utils import data, text
+from utils.models.load import load_tokenizer, make_lora
 from utils.report import SAMPLE_TOKENS
 
 MODES = {
@@ -112,7 +113,7 @@ def test_trains_and_reloads_in_a_new_process(name, mode, tiny_model, tmp_path, r
     before = [sample["before"] for sample in card["samples"]]
     after = [sample["after"] for sample in card["samples"]]
     assert before != after
-    tokenizer = models.load_tokenizer(out)
+    tokenizer = load_tokenizer(out)
     rows = data.load_rows([method.sample_data], None, method.columns, name, max_samples=16)
     data.hold_out(rows, 0.25, card["seed"])
     sides = [text.render(tokenizer, values)[:2] for _, values in rows.held_out[:2]]
@@ -151,7 +152,7 @@ def test_losses_are_those_of_trl_called_directly(name, mode, tiny_model, tmp_pat
     assert train(name, mode, tiny_model, tmp_path / "ours") == 0
     ours = [line["loss"] for line in read_rows(tmp_path / "ours" / "metrics.jsonl")]
 
-    tokenizer = models.load_tokenizer(tiny_model)
+    tokenizer = load_tokenizer(tiny_model)
     text.fit_tokenizer(tokenizer, chat=True)
     rows = data.load_rows([method.sample_data], None, method.columns, name, max_samples=16)
     prepared = text.prepare_rows(rows.train, tokenizer, method.columns, 1024)
@@ -167,7 +168,7 @@ def test_losses_are_those_of_trl_called_directly(name, mode, tiny_model, tmp_pat
         per_device_train_batch_size=4,
         save_strategy="no",
     )
-    lora = models.make_lora(method.task, 32, 16, 0.05, None, False) if mode == "lora" else None
+    lora = make_lora(method.task, 32, 16, 0.05, None, False) if mode == "lora" else None
     trl_trainer = next(kind for kind in load(method.trainer).__mro__ if kind.__module__.startswith("trl."))
     model = tiny_model
     if method.task == "SEQ_CLS":  # its new head is drawn from the seed, by TRL and here alike before LoRA is

@@ -27,7 +27,8 @@ from tests.test_losses import LN2, POLICY, REFERENCE, WORDS, make_bigram, make_t
 from trainers import online_trainer
 from trainers.online_trainer import disable_dropout
 from trainers.safe_trainer import Safe
-from utils import models, text, training
+from utils import text, training
+from utils.models.load import load_tokenizer
 from utils.rewards import RewardFailed
 from utils.stops import Left
 
@@ -157,7 +158,7 @@ def adapter(tiny_model, tmp_path_factory):
         task_type="CAUSAL_LM", r=4, lora_dropout=0.5, target_modules="all-linear", init_lora_weights=False
     )
     get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), shape).save_pretrained(folder)
-    models.load_tokenizer(tiny_model).save_pretrained(folder)
+    load_tokenizer(tiny_model).save_pretrained(folder)
     return str(folder)
 
 

@@ -22,8 +22,10 @@ import train_rlhf
 from rlhf_args.methods import DIALOGUE, METHODS, PROMPT, UNPAIRED, load
 from tests.conftest import make_model, read_rows, slow_but, write_rows
 from tests.matrix.cells import run_cell
-from utils import checkpoints, data, models, pace, report, rewards, text, training
+from utils import checkpoints, data, pace, report, rewards, text, training
 from utils.cli import arguments, recipes
+from utils.models import folders
+from utils.models.load import load_tokenizer, make_lora
 from utils.runtime import environment
 from utils.runtime.errors import Refused
 
@@ -112,7 +114,7 @@ def run_trl(name, mode, place, out):
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     method, model, more = METHODS[name], str(place / "model"), {}
-    tokenizer = models.load_tokenizer(model)
+    tokenizer = load_tokenizer(model)
     text.fit_tokenizer(tokenizer, chat=True)
     rows = data.load_rows([f"{place}/{name}.jsonl"], None, method.columns, name)
     prepared = text.prepare_rows(rows.train, tokenizer, method.columns, 1024)
@@ -132,7 +134,7 @@ def run_trl(name, mode, place, out):
         args=config,
         processing_class=tokenizer,
         train_dataset=text.as_dataset(prepared),
-        peft_config=models.make_lora(method.task, 32, 16, 0.05, None, False) if mode == "lora" else None,
+        peft_config=make_lora(method.task, 32, 16, 0.05, None, False) if mode == "lora" else None,
         **more,
     )
     trainer.train()
@@ -295,7 +297,7 @@ def test_dealing_is_refused_where_a_row_depends_on_those_beside_it(name, more, s
 
 
 def test_a_mixture_of_experts_is_balanced_over_a_pass_and_not_dealt(chosen, monkeypatch):
-    monkeypatch.setattr(models, "read_base_config", lambda *path: {"text_config": {"num_local_experts": 8}})
+    monkeypatch.setattr(folders, "read_base_config", lambda *path: {"text_config": {"num_local_experts": 8}})
     assert not chosen("DPO")[0].deal_by_length
 
 
@@ -308,7 +310,7 @@ def test_ddp_looks_for_unused_weights_only_where_there_may_be_some(chosen, monke
     assert chosen("CPO", "--ddp_find_unused_parameters", "True")[1].ddp_find_unused_parameters is True
     assert chosen("CPO", "--plain")[1].ddp_find_unused_parameters is None
     assert not chosen("DPO")[1].precompute_ref_log_probs  # which several processes refuse
-    monkeypatch.setattr(models, "read_base_config", lambda *path: {"num_experts": 8})
+    monkeypatch.setattr(folders, "read_base_config", lambda *path: {"num_experts": 8})
     assert chosen("CPO")[1].ddp_find_unused_parameters is None
     monkeypatch.setenv("FSDP_VERSION", "2")
     assert chosen("CPO")[1].ddp_find_unused_parameters is None

@@ -10,7 +10,8 @@ import pytest
 
 import train_rlhf
 from tests.conftest import ROOT, command, make_model, write_rows
-from utils import plan, rehearsal, shapes
+from utils import plan, rehearsal
+from utils.models import shapes
 from utils.plan import GIB, Case, Planner
 from utils.runtime.errors import Refused
 

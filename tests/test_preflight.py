@@ -15,7 +15,8 @@ import train_gkd
 import train_rlhf
 from rlhf_args.methods import ANSWERED, DIALOGUE, EVERY, METHODS, PAIR, PROMPT, RANKED, UNPAIRED
 from tests.conftest import TEMPLATE, make_model, make_tokenizer, write_rows
-from utils import cache, checks, data, preflight, text
+from utils import cache, data, preflight, text
+from utils.models import folders
 from utils.runtime.errors import Refused, collecting
 
 
@@ -428,7 +429,7 @@ def test_trained_numbers_are_those_of_the_model_that_would_be_trained(flags, tin
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     lora = training.make_lora(common, METHODS["DPO"])
     model = get_peft_model(model, lora) if lora else model
-    assert preflight.count_trained(common) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert folders.count_trained(common) == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 @pytest.fixture
@@ -458,7 +459,7 @@ def test_a_disk_without_room_is_warned_of_and_one_without_room_for_a_checkpoint_
 ):
     # full: each of the numbers takes 4 bytes, and Adam two of 4
     file = next(Path(tiny_model).glob("*.safetensors"))
-    numbers = preflight.count(checks.read_header(file).values())
+    numbers = folders.count(folders.read_header(file).values())
     small = sum(file.stat().st_size for file in Path(tiny_model).glob("*.json"))
     one, result = numbers * 12 + small, numbers * 4 + small
     flags = "--train_mode full --per_device_train_batch_size 1 --num_train_epochs 1 --save_steps 4"  # 4 checkpoints
@@ -478,7 +479,7 @@ def test_a_disk_without_room_is_warned_of_and_one_without_room_for_a_checkpoint_
 
 @pytest.mark.parametrize("mode", ["full", "lora"])
 def test_a_checkpoint_is_as_large_as_was_said(mode, tiny_model, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(preflight, "gigabytes", lambda size: f"{size} bytes")
+    monkeypatch.setattr(folders, "gigabytes", lambda size: f"{size} bytes")
     words = ["--rlhf_type", "DPO", "--output_dir", str(tmp_path / "out"), "--model_name_or_path", tiny_model]
     words += ["--train_data_path", write_rows(tmp_path / "rows.jsonl", PAIRS), "--max_steps", "1"]
     assert train_rlhf.main([*words, "--train_mode", mode]) == 0

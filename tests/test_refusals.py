@@ -17,7 +17,7 @@ import pytest
 import train_rlhf
 from rlhf_args.methods import METHODS as TABLE
 from tests.conftest import ROOT, command, write_rows
-from utils import models
+from utils.models import load
 
 GOOD = {"prompt": "Say hi. ", "chosen": "Hi there.", "rejected": "No."}
 CHAT = {
@@ -50,7 +50,7 @@ def run(tmp_path, tiny_model, monkeypatch, capsys):
         assert listing(out) == before
         return status, said.out, said.err.splitlines()
 
-    monkeypatch.setattr(models, "load_policy", load_policy)
+    monkeypatch.setattr(load, "load_policy", load_policy)
     return run
 
 

@@ -42,7 +42,8 @@ from rlhf_args.methods import METHODS
 from rlhf_args.rejection_config import RejectionConfig
 from tests.conftest import ROOT, make_model, make_tokenizer, write_rows
 from tests.test_losses import LN2, POLICY, WORDS, make_bigram
-from utils import best_of_n, data, models, pool, rejection, rounds, sampling, selection
+from utils import best_of_n, data, pool, rejection, rounds, selection
+from utils.models import load as models_load, sampling
 from utils.runtime.errors import Refused
 
 # ── the draws ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -68,8 +69,8 @@ def bigram():
 @pytest.fixture(scope="module")
 def tiny(tiny_model):
     """sample(prompts, seeds, ...) of a tiny Qwen2, in float32."""
-    tokenizer = models.load_tokenizer(tiny_model)
-    model = models.load_model(tiny_model, "CAUSAL_LM", "float32", tokenizer=tokenizer, seed=0).eval()
+    tokenizer = models_load.load_tokenizer(tiny_model)
+    model = models_load.load_model(tiny_model, "CAUSAL_LM", "float32", tokenizer=tokenizer, seed=0).eval()
 
     def sample(prompts, seeds, **how):
         return sampling.sample(model, tokenizer, prompts, sampling.Sampling(**{"max_new_tokens": 16, **how}), seeds)
@@ -615,7 +616,7 @@ def test_the_same_command_again_samples_nothing_and_changes_no_byte(run, tmp_pat
 
     assert run()[0] == 0
     before = files_in(tmp_path / "out")
-    monkeypatch.setattr(models, "load_model", load)
+    monkeypatch.setattr(models_load, "load_model", load)
     status, out, _ = run()
     assert status == 0 and {**before, ".lock": b""} == {**files_in(tmp_path / "out"), ".lock": b""}
     assert line_with(out, "generate ") == "generate  0 answers to sample, 32 are there"
@@ -963,7 +964,7 @@ def refused(run, tmp_path, monkeypatch):
         assert stamps(out) == before
         return [one.removeprefix("refused: ") for one in lines]
 
-    monkeypatch.setattr(models, "load_model", load)
+    monkeypatch.setattr(models_load, "load_model", load)
     return refused
 
 
@@ -1191,7 +1192,7 @@ def test_a_reward_model_without_its_head_is_refused_before_anything_is_sampled(r
         raise Loaded
 
     folder = make_classifier(tmp_path / "judge", tiny_model, head=False)
-    monkeypatch.setattr(models, "load_model", load)  # of the one that answers
+    monkeypatch.setattr(models_load, "load_model", load)  # of the one that answers
     status, _, lines = run(f"--reward_model_path {folder}", reward=None)
     assert (status, lines) == (
         2,

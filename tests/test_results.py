@@ -12,7 +12,8 @@ import train_rlhf
 from rlhf_args.methods import METHODS
 from tests.conftest import command, make_model, read_rows, slow_but, write_rows
 from tests.matrix.cells import rollout_flags
-from utils import chat, merge_lora, models, report, saves, verify
+from utils import chat, merge_lora, report, saves, verify
+from utils.models import load
 
 DATA = {
     "DPO": "data/preference.jsonl",
@@ -149,16 +150,16 @@ def test_an_adapter_as_model_is_its_own_reference(method, mode, sft_adapter, tmp
 
 @pytest.mark.parametrize(("mode", "loads"), [("lora", 1), ("qlora", 1), ("full", 2)])
 def test_an_adapter_needs_no_second_copy_of_the_base(mode, loads, tiny_model, tmp_path, monkeypatch):
-    made, load_model = [], models.load_model
-    monkeypatch.setattr(models, "load_model", lambda *a, **k: made.append(1) or load_model(*a, **k))
+    made, load_model = [], load.load_model
+    monkeypatch.setattr(load, "load_model", lambda *a, **k: made.append(1) or load_model(*a, **k))
     monkeypatch.setattr(verify, "verify_in_fresh_process", lambda folder: "")  # which loads in a process of its own
     assert train(tiny_model, tmp_path / "out", "--train_mode", mode) == 0
     assert len(made) == loads
 
 
 def test_the_base_of_qlora_is_nf4_stored_as_it_is_computed(tiny_model):
-    tokenizer = models.load_tokenizer(tiny_model)
-    model = models.load_policy(
+    tokenizer = load.load_tokenizer(tiny_model)
+    model = load.load_policy(
         tiny_model, task="SEQ_CLS", train_mode="qlora", dtype="bfloat16", tokenizer=tokenizer, seed=0, deepspeed=False
     )
     asked = model.config.quantization_config

@@ -16,7 +16,8 @@ from transformers import AutoTokenizer, LlamaForSequenceClassification
 
 import train_rlhf
 from tests.conftest import command, read_rows, write_rows
-from utils import models, reward_models, score_reward_model
+from utils import reward_models, score_reward_model
+from utils.models import load
 
 ASKED = [
     "Say hi.",
@@ -127,7 +128,7 @@ ANSWERS = [
 
 
 def test_a_judge_of_another_family_scores_the_policys_text_in_its_own_template(padded_judge, tiny_model):
-    policy, judges = (models.load_tokenizer(folder) for folder in (tiny_model, padded_judge))
+    policy, judges = (load.load_tokenizer(folder) for folder in (tiny_model, padded_judge))
     assert policy("hi")["input_ids"] != judges("hi", add_special_tokens=False)["input_ids"]
     prompts, completions = [row["prompt"] for row in CHATS], [says(answer) for answer in ANSWERS]
     further = {"completion_ids": [[0]] * 8, "trainer_state": 0}
@@ -211,7 +212,7 @@ def refused(run, tmp_path, monkeypatch):
         assert lines[0].startswith("refused: ") and not (tmp_path / "out").exists()
         return lines[0].removeprefix("refused: ")
 
-    monkeypatch.setattr(models, "load_policy", load_policy)
+    monkeypatch.setattr(load, "load_policy", load_policy)
     return refused
 
 
@@ -263,7 +264,7 @@ def lora_policy(tiny_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("lora") / "policy"
     shape = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
     get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), shape).save_pretrained(folder)
-    models.load_tokenizer(tiny_model).save_pretrained(folder)
+    load.load_tokenizer(tiny_model).save_pretrained(folder)
     return str(folder)
 
 
@@ -724,7 +725,7 @@ def test_a_critic_with_another_tokenizer_is_refused(refused, judge, tiny_model):
     assert found.startswith(f"--value_model_path {judge}: its tokenizer is not the policy's: ")
     assert found.endswith(" in the model that is trained. A critic reads the policy's tokens")
     number, theirs, ours = re.search(r"token (\d+) is '(.+)' in it and '(.+)' in", found).groups()
-    tokenizers = [models.load_tokenizer(folder) for folder in (judge, tiny_model)]
+    tokenizers = [load.load_tokenizer(folder) for folder in (judge, tiny_model)]
     assert [theirs, ours] == [tokenizer.convert_ids_to_tokens(int(number)) for tokenizer in tokenizers]
 
 

@@ -18,7 +18,8 @@ import train_rlhf
 from rlhf_args.methods import DISTILLATION, METHODS
 from tests.conftest import make_model, make_tokenizer, read_rows, slow_but
 from trainers.online_trainer import Lengths, own_settings_unused, stopping_at
-from utils import models, training
+from utils import training
+from utils.models import load
 
 ONLINE = ["RLOO", "GRPO", "PPO"]
 # Any of them alone changes what is sampled, or leaves nothing to sample.
@@ -86,7 +87,7 @@ def refused(run, monkeypatch):
         assert status == 2 and problems
         return problems
 
-    monkeypatch.setattr(models, "load_policy", load_policy)
+    monkeypatch.setattr(load, "load_policy", load_policy)
     return refused
 
 

@@ -6,7 +6,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf_args.methods import DIALOGUE, METHODS, PAIR, RANKED, load
 from tests.conftest import TEMPLATE, make_model, make_tokenizer
-from utils import models, text
+from utils import text
+from utils.models.load import load_model, load_tokenizer
 from utils.runtime.errors import Refused
 
 CHAT = {
@@ -51,7 +52,7 @@ def test_the_end_of_turn_of_the_template_becomes_eos():
 
 
 def test_every_preference_method_trains_on_the_same_tokens(tiny_model, tmp_path):
-    tokenizer = models.load_tokenizer(tiny_model)
+    tokenizer = load_tokenizer(tiny_model)
     seen = {}
     trained = {name: method for name, method in METHODS.items() if not method.sample_reward}  # the rest answer alone
     for name, method in trained.items():
@@ -153,7 +154,7 @@ def test_a_row_alone_scores_as_in_a_padded_batch(pad, tmp_path):
     alone = tokenizer(texts[0], return_tensors="pt")
     length = alone["input_ids"].shape[1]
     for task in ("SEQ_CLS", "CAUSAL_LM"):
-        model = models.load_model(folder, task, "float32", tokenizer=tokenizer, seed=0).eval()
+        model = load_model(folder, task, "float32", tokenizer=tokenizer, seed=0).eval()
         with torch.no_grad():
             together, single = model(**batch).logits[:1], model(**alone).logits
         together = together if task == "SEQ_CLS" else together[:, :length]

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import train_rlhf
 from tests.conftest import command, make_model
-from utils import chat, merge_lora, models, verify
+from utils import chat, merge_lora, verify
+from utils.models import load
 from utils.runtime.errors import Failed
 
 KINDS = [
@@ -30,11 +31,11 @@ def make_trained(base, task, mode, dtype="float32"):
     """A model as it is after training, an adapter that does something, and its tokenizer."""
     from peft import get_peft_model
 
-    tokenizer = models.load_tokenizer(base)
+    tokenizer = load.load_tokenizer(base)
     source = {"task": task, "dtype": dtype, "tokenizer": tokenizer, "seed": 7}
-    model = models.load_policy(base, train_mode=mode, deepspeed=False, **source)
+    model = load.load_policy(base, train_mode=mode, deepspeed=False, **source)
     if mode != "full":
-        model = get_peft_model(model, models.make_lora(task, 4, 8, 0.5, None, False))
+        model = get_peft_model(model, load.make_lora(task, 4, 8, 0.5, None, False))
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         if mode == "full" or "lora_B" in name or "score.modules_to_save" in name:

@@ -106,9 +106,9 @@ def test_a_policy_with_dropout_is_said_to_have_it(run, tiny_model, tmp_path, mon
 
 
 def test_a_reference_of_other_weights_is_found_before_the_first_step(run, monkeypatch):
-    from utils import models
+    from utils.models import load
 
-    load_others = models.load_other_models
+    load_others = load.load_other_models
 
     def spoil(*args, **kwargs):
         others = load_others(*args, **kwargs)
@@ -116,7 +116,7 @@ def test_a_reference_of_other_weights_is_found_before_the_first_step(run, monkey
             others["ref_model"].lm_head.weight.mul_(1.5)
         return others
 
-    monkeypatch.setattr(models, "load_other_models", spoil)
+    monkeypatch.setattr(load, "load_other_models", spoil)
     lines, kept = run("DPO", "full", "1e-6", "--max_steps 2 --eval_fraction 0.1")
     assert len(lines) == 1 and lines[0].startswith("warning   step 0: policy and reference differ before the first ")
     assert "training does not start from the reference that is named above" in lines[0]

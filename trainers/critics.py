@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModel
 
-from utils.models import keep_trainable
+from utils.models.load import keep_trainable
 from utils.runtime.errors import Refused
 
 KINDS = ("head", "mlp", "lora", "model")

@@ -12,8 +12,8 @@ from trl.trainer.distillation_trainer import _chunked_divergence_loss
 from trl.trainer.utils import RepeatSampler, maybe_gather_lm_head_ctx
 
 from trainers.online_trainer import SamplesAnswers, share_out
-from utils.models import shard_layers
-from utils.sampling import nameless_tokens
+from utils.models.load import shard_layers
+from utils.models.sampling import nameless_tokens
 
 HELD_OUT = ("forward_kl", "reverse_kl", "token_agreement", "student_loss", "teacher_loss")
 CHUNK = 256  # tokens whose distributions are held at once where both are compared in full

@@ -6,8 +6,8 @@ An empty line or Ctrl-D ends it. `echo "Hello" | python -m utils.chat FOLDER` an
 import argparse
 import sys
 
-from utils.checks import check_folder, is_reward_model
-from utils.models import load_model, load_tokenizer, read_config
+from utils.models.folders import check_folder, is_reward_model, read_config
+from utils.models.load import load_model, load_tokenizer
 from utils.runtime import environment
 from utils.runtime.errors import Refused, refuse_if
 

@@ -2,23 +2,31 @@
 
 import difflib
 import importlib.metadata
-import json
 import math
 from fnmatch import fnmatch
 from pathlib import Path
 
 from rlhf_args.methods import METHODS
-from utils import sampling
+from utils.models import sampling
+from utils.models.folders import (
+    check_adapter,
+    check_folder,
+    first_difference,
+    is_reward_model,
+    is_safetensors,
+    model_positions,
+    read_header,
+    read_vocabulary,
+)
 from utils.runtime import environment
 from utils.runtime.errors import Refused
-from utils.runtime.paths import check_overwrite, check_writable, looks_local, near_path
+from utils.runtime.paths import check_overwrite, check_writable, looks_local
 
 # (package, the first version with what is used here of it, what that is)
 OLDEST = (
     ("transformers", "5.0", "train_sampling_strategy and warm-up as a share"),
     ("trl", "1.0", "trl.experimental as it is imported here"),
 )
-TOKENIZERS = "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spm.model", "sentencepiece.bpe.model"
 VLLM = "0.22.0", "0.31.0"  # the versions that trl 1.16.0 takes (trl/import_utils.py)
 
 
@@ -91,46 +99,6 @@ def check_model(path, name, method):
     return problems + check_adapter(path, described, name, method) if adapter else problems
 
 
-def check_folder(path, flag):
-    """(problems, its config.json or adapter_config.json as a dict) of a model or adapter folder; None for a Hub id."""
-    folder = Path(path)
-    if not folder.exists():
-        if looks_local(path):
-            way_out = near_path(path) or ". `python -m utils.demo_model` makes models/SmolLM2-135M-Instruct"
-            return [f"{flag} {path}: no such folder{way_out}"], None
-        return [], None
-    adapter, config = folder / "adapter_config.json", folder / "config.json"
-    if not adapter.exists() and not config.exists():
-        return [f"{flag} {path}: no config.json (nor adapter_config.json) in it, so not a model folder"], None
-    problems = []
-    if not any((folder / file).exists() for file in TOKENIZERS):
-        problems.append(
-            f"{path}: no tokenizer (tokenizer.json or tokenizer.model) in it. Copy it from the original model"
-        )
-    weights = sorted(folder.glob("*.safetensors"))
-    problems += [
-        f"{file}: not a whole safetensors file (a broken download, or a Git LFS pointer: `git lfs pull`)"
-        for file in weights
-        if not is_safetensors(file)
-    ]
-    if not weights:
-        pickled = [
-            file.name
-            for file in sorted([*folder.glob("*.bin"), *folder.glob("*.pt*")])
-            if file.name != "training_args.bin"
-        ]
-        what = f"only pickled weights ({pickled[0]}), which can run code when read" if pickled else "no weights"
-        problems.append(f"{path}: {what}. Needed: *.safetensors (model.save_pretrained writes them)")
-    file = adapter if adapter.exists() else config
-    try:
-        described = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        return [*problems, f"{file}: not valid JSON. Copy it from the original model"], None
-    if not isinstance(described, dict):
-        return [*problems, f"{file}: not a JSON object. Copy it from the original model"], None
-    return problems, described
-
-
 def check_rewards(common, name, method, judged):
     """Problems of the rewards asked for: of a method that has none, none where there should be, files that are not.
 
@@ -156,43 +124,6 @@ def check_rewards(common, name, method, judged):
     for twice in sorted({one for one in names if names.count(one) > 1}):
         problems.append(f"two rewards are called {twice}, which the log would add up. Rename one")
     return problems + (reward_models.check_reward_model(common.reward_model_path) if common.reward_model_path else [])
-
-
-def is_reward_model(described):
-    """Whether a config.json or adapter_config.json, as a dict, is that of a model that scores."""
-    kinds = described.get("architectures") or ()
-    return described.get("task_type") == "SEQ_CLS" or any("SequenceClassification" in kind for kind in kinds)
-
-
-def is_safetensors(file):
-    """Whether the header that a safetensors file begins with, its length in 8 bytes and JSON, lies in the file."""
-    with open(file, "rb") as handle:
-        return 1 < int.from_bytes(handle.read(8), "little") <= file.stat().st_size - 8
-
-
-def read_header(file):
-    """{tensor: {dtype, shape, data_offsets}} of a safetensors file, without its data."""
-    with open(file, "rb") as handle:
-        header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
-    return {name: tensor for name, tensor in header.items() if name != "__metadata__"}
-
-
-def check_adapter(path, described, name, method):
-    problems = []
-    base = described.get("base_model_name_or_path")
-    if not base or (looks_local(base) or Path(base).exists()) and not (Path(base) / "config.json").exists():
-        problems.append(
-            f"{path}: its base model {base or '(unnamed)'} is not there. Set base_model_name_or_path in "
-            "its adapter_config.json"
-        )
-    if described.get("peft_type", "LORA") != "LORA":
-        problems.append(f"{path}: an adapter of the kind {described['peft_type']}. Only LoRA adapters are read")
-    if method.task == "SEQ_CLS" and not is_reward_model(described):
-        problems.append(
-            f"{path}: a language model's adapter, and {name} would need a second one on top. "
-            f"Merge it first: python -m utils.merge_lora {path} MERGED"
-        )
-    return problems
 
 
 def check_config(common, config, name, method):
@@ -366,7 +297,7 @@ def check_vllm(flag="--use_vllm"):
 
 def check_critic(common, config, kind):
     """Problems of PPO's critic; `kind`: the one that is meant."""
-    from utils.models import read_base_config
+    from utils.models.folders import read_base_config
 
     path, file, own = config.value_model_path, config.critic_path, kind in ("lora", "model")
     adapted = common.train_mode != "full"
@@ -413,38 +344,6 @@ def check_value_model(path, common, kind):
     different = first_difference(read_vocabulary(common.model_name_or_path), read_vocabulary(path))
     if different:
         yield f"{flag}: its tokenizer is not the policy's: {different}. A critic reads the policy's tokens"
-
-
-def first_difference(ours, theirs):
-    """The first id that stands for another token in the model that is trained ({token: id}) than in another; or None.
-
-    Tokens that only one has are none: a tokenizer gains some when it is saved again.
-    """
-    ours, theirs = ({number: token for token, number in one.items()} for one in (ours, theirs))
-    number = next((n for n in sorted(ours.keys() & theirs.keys()) if ours[n] != theirs[n]), None)
-    if number is None:
-        return None
-    return f"token {number} is {theirs[number]!r} in it and {ours[number]!r} in the model that is trained"
-
-
-def read_vocabulary(folder):
-    """{token: id} of a folder's tokenizer.json, {} where there is none."""
-    file = Path(folder) / "tokenizer.json"
-    if not file.exists():
-        return {}
-    described = json.loads(file.read_text(encoding="utf-8"))
-    vocabulary = described["model"].get("vocab", {})
-    if isinstance(vocabulary, list):  # of pairs (token, score)
-        vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
-    return vocabulary | {token["content"]: token["id"] for token in described.get("added_tokens", ())}
-
-
-def model_positions(path):
-    """How many tokens a model's config says it holds, of an adapter its base's; None where it does not say."""
-    from utils.models import read_base_config
-
-    config = read_base_config(path)
-    return config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings")
 
 
 def check_launch(common, config):

@@ -4,7 +4,8 @@ An engine has `batch`, how many answers it takes at once unless told, and comple
 {"completion": text, "tokens": how many, "ended": by itself or cut}, or {"failed": reason}. say_end() comes last.
 """
 
-from utils import models, sampling, text
+from utils import text
+from utils.models import load, sampling
 from utils.runtime import environment
 from utils.runtime.output import say
 from utils.server import GivenUp, Server
@@ -27,7 +28,7 @@ class Transformers(Engine):
         self.drawn = sampling.Sampling(
             config.max_new_tokens, config.temperature, config.top_p, config.top_k, config.seed
         )
-        self.model = models.load_model(
+        self.model = load.load_model(
             common.model_name_or_path,
             task="CAUSAL_LM",
             dtype=common.dtype,

@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 from utils import verify
-from utils.checks import check_folder
-from utils.models import load_tokenizer, read_adapter
+from utils.models.folders import check_folder, read_adapter
+from utils.models.load import load_tokenizer
 from utils.runtime import environment
 from utils.runtime.errors import Failed, Refused, refuse_if
 from utils.runtime.output import first_line

@@ -10,8 +10,10 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-from utils import checks, models, pace, reward_models, shapes, teacher
+from utils import checks, pace, reward_models
 from utils.cli import arguments, recipes
+from utils.models import folders, shapes, teacher
+from utils.models.load import load_tokenizer, make_lora, needs_reference
 from utils.runtime import output
 from utils.runtime.environment import GIB
 from utils.runtime.errors import Refused, refuse_if
@@ -192,16 +194,16 @@ class Planner:
     def lora(self, common):
         if common.train_mode == "full":
             return None
-        if models.read_adapter(self.path):
+        if folders.read_adapter(self.path):
             from peft import LoraConfig
 
             return LoraConfig.from_pretrained(self.path, inference_mode=False)
         shape = common.lora_rank, common.lora_alpha, common.lora_dropout, common.lora_target_modules
-        return models.make_lora(self.method.task, *shape, common.use_dora)
+        return make_lora(self.method.task, *shape, common.use_dora)
 
     def others(self, common, config):
         """(the trainer's keyword, config, in 4 bits) of each frozen model that the trainer holds beside the policy."""
-        if common.train_mode == "full" and models.needs_reference(config, self.method):
+        if common.train_mode == "full" and needs_reference(config, self.method):
             yield from ((name, self.shape, False) for name in self.method.models)
         judge = getattr(common, "reward_model_path", None)
         if judge and not reward_models.shares_base(judge, self.path, common.train_mode, common.model_revision):
@@ -378,7 +380,7 @@ def find_config(path, revision=None, trust_remote_code=False):
     shape = shapes.find_shape(path)
     if shape is not None:
         return shape
-    adapter = models.read_adapter(path)
+    adapter = folders.read_adapter(path)
     path = adapter["base_model_name_or_path"] if adapter else path
     try:
         return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
@@ -410,9 +412,7 @@ class Longest:
         path, limit = common.model_name_or_path, checks.length_limit(config, common.model_name_or_path)
         known = shapes.find_shape(path) is None
         self.tokenizer = (
-            models.load_tokenizer(path, common.model_revision, config.trust_remote_code)
-            if known
-            else shapes.make_tokenizer()
+            load_tokenizer(path, common.model_revision, config.trust_remote_code) if known else shapes.make_tokenizer()
         )
         packed = getattr(config, "packing", False)  # a pass is full then, whatever the rows are
         if common.train_data_path and known and not packed:

@@ -11,13 +11,22 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils import checks, doctor_data, models, teacher
+from utils import checks, doctor_data
+from utils.models.folders import (
+    base_of,
+    count_trained,
+    describe_weights,
+    gigabytes,
+    is_safetensors,
+    model_positions,
+    read_adapter,
+    read_header,
+    read_tensors,
+    vocabulary_rows,
+)
 from utils.runtime import environment
 from utils.runtime.errors import Refused
 
-DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # as safetensors calls them, as we do
-# What the matrices that LoRA leaves alone are called: embeddings and heads
-NOT_ADAPTED = re.compile(r"embed|wte|wpe|lm_head|score|embed_out")
 EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in)\.weight$")
 USUAL = "AdamW usually takes 1e-6 to 5e-5 for full weights and 1e-5 to 5e-4 for adapters"
 HIGHEST = {"full": 1e-3, "lora": 1e-2, "qlora": 1e-2}  # learning rates; above them AdamW hardly learns
@@ -76,16 +85,11 @@ def check_folders(common, config):
     return [problem for folder in folders if Path(folder).is_dir() for problem in check_weights(Path(folder))]
 
 
-def base_of(path):
-    """The folder or Hub id that an adapter stands on; of another model itself."""
-    return (models.read_adapter(path) or {}).get("base_model_name_or_path") or path
-
-
 def check_weights(folder):
     """Problems of a folder's safetensors files: cut ones, and those that are missing of several."""
     again = "Download or copy it again"
     for file in sorted(folder.glob("*.safetensors")):
-        if not checks.is_safetensors(file):
+        if not is_safetensors(file):
             continue  # said by checks.check_folder
         try:
             whole = end_of(file)
@@ -110,39 +114,7 @@ def end_of(file):
     """How many bytes a safetensors file has, by its header."""
     with open(file, "rb") as handle:
         length = int.from_bytes(handle.read(8), "little")
-    return 8 + length + max((tensor["data_offsets"][1] for tensor in checks.read_header(file).values()), default=0)
-
-
-def read_tensors(path):
-    """{tensor: {dtype, shape, data_offsets}} of a folder's weights; {} of a Hub id."""
-    files = sorted(Path(path).glob("*.safetensors"))
-    return {name: tensor for file in files for name, tensor in checks.read_header(file).items()}
-
-
-def count(tensors):
-    return sum(math.prod(tensor["shape"]) for tensor in tensors)
-
-
-def describe_weights(path):
-    """ "0.27 GB bfloat16 safetensors in 1 file", of an adapter's base and the adapter; "" for a Hub id."""
-    said = []
-    for folder in dict.fromkeys((base_of(path), path)):
-        files, sizes = sorted(Path(folder).glob("*.safetensors")), {}
-        for tensor in read_tensors(folder).values():
-            begin, end = tensor["data_offsets"]
-            sizes[tensor["dtype"]] = sizes.get(tensor["dtype"], 0) + end - begin
-        if sizes:
-            kind = max(sizes, key=sizes.get)
-            size = sum(file.stat().st_size for file in files)
-            held = (
-                f"{gigabytes(size)} {DTYPES.get(kind, kind)} safetensors in {len(files)} file{'s' * (len(files) > 1)}"
-            )
-            said.append(held if folder != path or not models.read_adapter(path) else f"the adapter {held}")
-    return ", ".join(said)
-
-
-def gigabytes(size):
-    return f"{size / 1e9:.2f} GB" if size >= 5e6 else f"{size / 1e6:.2g} MB"
+    return 8 + length + max((tensor["data_offsets"][1] for tensor in read_header(file).values()), default=0)
 
 
 def check_vocabulary(common, tokenizer, highest):
@@ -152,11 +124,11 @@ def check_vocabulary(common, tokenizer, highest):
     """
     path, revision = common.model_name_or_path, common.model_revision
     tensors = read_tensors(base_of(path)) | read_tensors(path)
-    said = teacher.vocabulary_rows(path, revision)
+    said = vocabulary_rows(path, revision)
     rows = next((tensor["shape"][0] for name, tensor in tensors.items() if EMBEDDINGS.search(name)), said)
     if not rows:
         return
-    if said and said != rows and not models.read_adapter(path):
+    if said and said != rows and not read_adapter(path):
         raise Refused(
             [
                 f"{path}: vocab_size is {said} in its config.json, and its embeddings have {rows} rows. Copy both "
@@ -197,7 +169,7 @@ def check_lengths(common, config, train, held_out):
     if not cut and not dropped:
         return
     total = sum(len(part.rows) + len(part.dropped) for part in (train, held_out))
-    held = checks.model_positions(common.model_name_or_path)
+    held = model_positions(common.model_name_or_path)
     room = held and held - (config.max_completion_length if flag == "max_prompt_length" else 0)
     way_out = f"--{flag} {longest} would take all rows whole"
     if room and room < longest:
@@ -338,24 +310,6 @@ def check_disk(common, config, method, rows):
     if (one if kept else weights) > free:
         raise Refused([f"--output_dir {config.output_dir}: has no room for one checkpoint: {text}. {fewer}"])
     return ("disk", text), [f"the disk would run full: {text}. {fewer}"] if needed > free else []
-
-
-def count_trained(common):
-    """How many numbers are trained, read off the headers of the policy's folder; 0 where it is a Hub id."""
-    path, mode = common.model_name_or_path, common.train_mode
-    if models.read_adapter(path) and mode != "full":
-        return count(read_tensors(path).values())
-    tensors = read_tensors(base_of(path))
-    if mode == "full":
-        return count(tensors.values())
-    total = 0
-    for name, tensor in tensors.items():
-        module, _, kind = name.rpartition(".")
-        wanted = common.lora_target_modules
-        adapted = module.rpartition(".")[2] in wanted if wanted else not NOT_ADAPTED.search(module)
-        if kind == "weight" and len(tensor["shape"]) == 2 and adapted:
-            total += common.lora_rank * sum(tensor["shape"]) + common.use_dora * tensor["shape"][0]
-    return total
 
 
 def count_checkpoints(config, method, rows):

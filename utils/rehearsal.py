@@ -210,17 +210,17 @@ def make_model(shape, task, dtype, attn_implementation, four_bit):
     """The model of a config, with no data in it; as models.load_model makes one."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    from utils import models
+    from utils.models.load import cast_before_score, four_bit_config
 
     kind = AutoModelForCausalLM if task == "CAUSAL_LM" else AutoModelForSequenceClassification
     shape.num_labels = 1 if task == "SEQ_CLS" else shape.num_labels
     kwargs = {"attn_implementation": attn_implementation} if attn_implementation else {}
     model = kind.from_config(shape, dtype=dtype, **kwargs)
     if four_bit:
-        pack(model, models.four_bit_config(dtype))
+        pack(model, four_bit_config(dtype))
     if task == "SEQ_CLS" and hasattr(model, "score"):  # an encoder's head has other names, and is not trained here
         model.score.float()
-        models.cast_before_score(model)
+        cast_before_score(model)
     return model
 
 
@@ -281,8 +281,9 @@ def rehearse(
     from transformers import set_seed
 
     from rlhf_args.methods import load
-    from utils import models, text
+    from utils import text
     from utils.gpu_kernels import as_on_gpu
+    from utils.models.load import fit_config
 
     reset_accelerate()
     set_seed(config.seed)
@@ -292,7 +293,7 @@ def rehearse(
     kind = load(method.trainer)
     with quietly(), without_data(ledger), without_loading(find), as_if_computed(kind):
         model = make_model(shape, method.task, whole, attn_implementation, four_bit=train_mode == "qlora")
-        models.fit_config(model, tokenizer)
+        fit_config(model, tokenizer)
         frozen = {}
         for name, described, four_bit in others:
             ledger.owner = name
@@ -301,7 +302,7 @@ def rehearse(
             frozen[name] = (
                 make_model(described, task, kept, attn_implementation, four_bit).eval().requires_grad_(False)
             )
-            models.fit_config(frozen[name], tokenizer)
+            fit_config(frozen[name], tokenizer)
         judge = frozen.pop("reward_model", None)
         ledger.owner = "weights"
         given = {"reward_funcs": [no_reward]} if method.sample_reward else {}

@@ -9,21 +9,8 @@ import shutil
 import numpy
 
 from rlhf_args.methods import PROMPT
-from utils import (
-    best_of_n,
-    checks,
-    data,
-    engines,
-    files,
-    models,
-    pool,
-    rejection_checks,
-    rewards,
-    sampling,
-    saves,
-    scoring,
-    selection,
-)
+from utils import best_of_n, data, engines, files, pool, rejection_checks, rewards, saves, scoring, selection
+from utils.models import folders, load, sampling
 from utils.runtime import environment, output
 from utils.runtime.errors import Failed, Refused
 
@@ -56,14 +43,14 @@ def load_tokenizer(common, config):
     path = kept.get("model") or (common.model_name_or_path if config.engine != "openai" else None)
     if not path:
         return None
-    return models.load_tokenizer(path, kept.get("model_revision", common.model_revision), config.trust_remote_code)
+    return load.load_tokenizer(path, kept.get("model_revision", common.model_revision), config.trust_remote_code)
 
 
 def longest_prompt(common, config):
     """Tokens that a prompt may have beside an answer, as far as the model says."""
     if config.engine == "openai":
         return config.max_prompt_length
-    held = checks.model_positions(common.model_name_or_path)
+    held = folders.model_positions(common.model_name_or_path)
     if held and held <= config.max_new_tokens:
         raise Refused(
             [

@@ -5,7 +5,8 @@ import math
 from pathlib import Path
 
 from rlhf_args.methods import METHODS, REJECTION, find_method
-from utils import checks, files, judge, models, pool, sampling, scoring, selection
+from utils import checks, files, judge, pool, scoring, selection
+from utils.models import folders, sampling
 from utils.runtime import environment
 from utils.runtime.errors import Refused
 from utils.runtime.paths import check_overwrite, check_writable
@@ -104,7 +105,7 @@ def check_generation(common, config):
         if environment.processes_asked() > 1:
             yield "--engine vllm with several processes: one engine is one process here. Type NUM_PROCESSES=1"
         path = common.model_name_or_path
-        if path and models.read_adapter(path):
+        if path and folders.read_adapter(path):
             yield f"--engine vllm: {path} is an adapter. Type python -m utils.merge_lora {path} MERGED, and give that"
         if config.then and common.train_mode != "full":
             yield f"--engine vllm with --then and --train_mode {common.train_mode}: it takes no adapter. Type full"
@@ -234,7 +235,7 @@ def generation_settings(common, config):
 
 
 def weights_of(path, revision):
-    adapter = models.read_adapter(path)
+    adapter = folders.read_adapter(path)
     base = [adapter["base_model_name_or_path"], adapter.get("revision")] if adapter else None
     return [sampling.describe_weights(path, revision), base and sampling.describe_weights(*base)]
 

@@ -4,8 +4,8 @@ import math
 import sys
 from pathlib import Path
 
-from utils.checks import check_folder, is_reward_model, read_header
 from utils.data import text_of
+from utils.models.folders import check_folder, is_reward_model, read_header
 from utils.rewards import TRIED, RewardFailed, example_answers
 from utils.runtime import environment
 from utils.runtime.errors import Refused, refuse_if
@@ -221,7 +221,7 @@ def is_encoder(path, tokenizer):
     """True if the reward model reads a pair of texts: an encoder, without a chat template."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-    from utils.models import read_base_config
+    from utils.models.folders import read_base_config
 
     config = read_base_config(path)
     masked = config.get("model_type") in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.get("is_decoder")
@@ -230,7 +230,7 @@ def is_encoder(path, tokenizer):
 
 def shares_base(path, policy_path, train_mode, revision=None):
     """Whether the reward model is an adapter on the very base that the policy's adapter is trained on."""
-    from utils.models import read_adapter, same_path
+    from utils.models.folders import read_adapter, same_path
 
     adapter, other = read_adapter(path), read_adapter(policy_path)
     base, at = (other["base_model_name_or_path"], other.get("revision")) if other else (policy_path, revision)
@@ -244,7 +244,8 @@ def load_reward_model(path, rows, dtype, device, batch_size, trust_remote_code=F
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from utils.models import fit_config, read_adapter, unsharded
+    from utils.models.folders import read_adapter
+    from utils.models.load import fit_config, unsharded
     from utils.runtime.output import first_line
 
     adapter = read_adapter(path)
@@ -281,7 +282,7 @@ def load_reward_model(path, rows, dtype, device, batch_size, trust_remote_code=F
 def load_reward_tokenizer(path, rows, trust_remote_code=False):
     """The reward model's tokenizer, able to write every row's prompt. Raises Refused where its template cannot."""
     from utils.data import is_chat, refuse_rows
-    from utils.models import load_tokenizer
+    from utils.models.load import load_tokenizer
     from utils.text import fit_tokenizer, render, say_error
 
     tokenizer = load_tokenizer(path, None, trust_remote_code, flag="--reward_model_path")

@@ -4,8 +4,9 @@ import os
 import shlex
 import sys
 
-from utils import models, reward_models, sampling, text
+from utils import reward_models, text
 from utils.data import count_reasons
+from utils.models import folders, load, sampling
 from utils.runtime import environment
 from utils.runtime.output import say
 
@@ -20,7 +21,7 @@ def say_plan(common, config, name, method, tokenizer, rows, train, held_out, fur
     say(f"method    {name}: {method.title} ({method.source})")
     say(f"model     {path}")
     say(f"mode      {mode}{describe_lora(common, rows.notes)}; {common.dtype}, {devices}")
-    say(f"reference {models.describe_reference(method, path, mode, config)}")
+    say(f"reference {load.describe_reference(method, path, mode, config)}")
     if method.sample_reward:
         say(f"reward    {describe_reward(common, config)}")
         say(f"rollouts  {config.describe_rollouts(len(train.rows))}")
@@ -57,7 +58,7 @@ def say_checked(rows):
 
 
 def describe_sampling(common, config):
-    own = models.read_base_config(common.model_name_or_path, common.model_revision, "generation_config.json")
+    own = folders.read_base_config(common.model_name_or_path, common.model_revision, "generation_config.json")
     return f"sampling  {sampling.describe_settings(config, own)}"
 
 
@@ -90,7 +91,7 @@ def describe_lora(common, notes):
     if common.train_mode == "full":
         return ""
     rank, alpha, dora = common.lora_rank, common.lora_alpha, common.use_dora
-    adapter = models.read_adapter(common.model_name_or_path)
+    adapter = folders.read_adapter(common.model_name_or_path)
     if adapter:
         if (rank, alpha) != (adapter["r"], adapter["lora_alpha"]):
             notes.append(f"the adapter keeps its own rank {adapter['r']}: --lora_rank and its kin have no effect")

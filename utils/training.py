@@ -4,6 +4,7 @@ import signal
 import sys
 
 from utils import checkpoints, checks, memory
+from utils.models import folders
 from utils.runtime import environment, secrets
 from utils.runtime.environment import is_out_of_memory
 from utils.runtime.errors import Again, Failed, Refused, Stopped, refuse_if
@@ -47,10 +48,11 @@ def prepare_text(common, config, method, rows, **limits):
 
     What preflight.py finds, which the main process looks for, goes to rows.findings.
     """
-    from utils import cache, data, models, pace, preflight, text
+    from utils import cache, data, pace, preflight, text
+    from utils.models import load
 
-    refuse_if(checks.check_folder(common.model_name_or_path, "--model_name_or_path")[0])
-    tokenizer = models.load_tokenizer(common.model_name_or_path, common.model_revision, config.trust_remote_code)
+    refuse_if(folders.check_folder(common.model_name_or_path, "--model_name_or_path")[0])
+    tokenizer = load.load_tokenizer(common.model_name_or_path, common.model_revision, config.trust_remote_code)
     rows.notes += text.fit_tokenizer(tokenizer, chat=data.is_chat(rows.train[0][1]))
     limit = checks.length_limit(config, common.model_name_or_path)
     train = cache.prepare_rows(rows.train, tokenizer, method.columns, limit, **limits)
@@ -93,12 +95,12 @@ def find_start(common, config, name, rows):
 
 def make_lora(common, method):
     """The LoraConfig to train; None for full weights, or an adapter that goes on being trained."""
-    from utils import models
+    from utils.models import folders, load
 
-    if common.train_mode == "full" or models.read_adapter(common.model_name_or_path):
+    if common.train_mode == "full" or folders.read_adapter(common.model_name_or_path):
         return None
     shape = common.lora_rank, common.lora_alpha, common.lora_dropout, common.lora_target_modules
-    return models.make_lora(method.task, *shape, common.use_dora, common.model_revision)
+    return load.make_lora(method.task, *shape, common.use_dora, common.model_revision)
 
 
 def make_trainer(trainer_class, policy, config, tokenizer, train, held_out, lora, **others):
@@ -134,7 +136,8 @@ def fit_bucket(trainer):
 
 def train_and_report(trainer, start, common, method, tokenizer, rows, train, held_out):
     """Trains from `start` on, evaluates, draws; returns the Report of it."""
-    from utils import bad_steps, models, report, saves, stops, text
+    from utils import bad_steps, report, saves, stops, text
+    from utils.models import load
     from utils.runtime import output
 
     config = trainer.args
@@ -149,7 +152,7 @@ def train_and_report(trainer, start, common, method, tokenizer, rows, train, hel
     trainer.sizes = train.sizes if common.deal_by_length else ()
     follow = report.Report(trainer, method, tokenizer, rows.held_out or rows.train)
     follow.watch.from_reference = not start.weights_only
-    output.say(f"trains    {models.count_parameters(trainer.model)}")
+    output.say(f"trains    {load.count_parameters(trainer.model)}")
     onward = None if start.weights_only else start.checkpoint
     config.eval_on_start = bool(held_out.rows) and onward is None
     try:
@@ -171,7 +174,8 @@ def train_and_report(trainer, start, common, method, tokenizer, rows, train, hel
 
 def save_and_verify(trainer, follow, argv, name, common, method, tokenizer, rows, train, held_out, again):
     """Saves the result, has a fresh process reopen it, and says what came out. `again`: the run script's variables."""
-    from utils import models, saves, summary, verify
+    from utils import saves, summary, verify
+    from utils.models import folders
 
     config, after = trainer.args, follow.sample()
     with checkpoints.says_when_full(config.output_dir, "the result"):
@@ -179,7 +183,7 @@ def save_and_verify(trainer, follow, argv, name, common, method, tokenizer, rows
     kept = {"task": method.task, "four_bit": common.train_mode == "qlora", "accelerator": trainer.accelerator}
     verify.record(trainer.model_wrapped, tokenizer, config.output_dir, **kept)
     if environment.is_main():
-        start = models.starting_weights(common.model_name_or_path, common.model_revision, common.train_mode)
+        start = folders.starting_weights(common.model_name_or_path, common.model_revision, common.train_mode)
         try:
             saves.check_trained(config.output_dir, start, expected)
         except saves.Unchanged:

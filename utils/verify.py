@@ -18,7 +18,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from utils import checks, models
+from utils.models import folders, load
 from utils.runtime import environment, output, paths
 from utils.runtime.environment import is_out_of_memory
 from utils.runtime.errors import Failed, Refused
@@ -209,7 +209,7 @@ def verify(folder, device="cpu"):
 def read_probe(folder):
     """What `write` wrote, None where nothing was recorded. Raises Failed where it is something else."""
     try:
-        probe = models.read_json(folder / FILE)
+        probe = folders.read_json(folder / FILE)
     except ValueError:
         raise Failed(f"{folder} is not sound: {FILE} is not valid JSON") from None
     missing = {"task", "dtype", "four_bit", "exact_to", "device", "chat_template", "input_ids", "tokens", "values"}
@@ -240,15 +240,15 @@ def reopening(folder):
 def open_config_and_tokenizer(folder):
     from transformers import AutoConfig
 
-    adapter = models.read_adapter(folder) or {}
+    adapter = folders.read_adapter(folder) or {}
     source = adapter.get("base_model_name_or_path", folder)
     AutoConfig.from_pretrained(source, revision=adapter.get("revision"), trust_remote_code=False)
-    return models.load_tokenizer(folder, flag="tokenizer of")
+    return load.load_tokenizer(folder, flag="tokenizer of")
 
 
 def open_model(folder, tokenizer, probe, device):
     """The model as it was in memory: held in the same dtype, over the same 4 bits."""
-    model = models.load_model(
+    model = load.load_model(
         folder,
         probe["task"],
         probe["dtype"],
@@ -257,7 +257,7 @@ def open_model(folder, tokenizer, probe, device):
         four_bit=probe["four_bit"],
         flag="model of",
     )
-    if models.read_adapter(folder):
+    if folders.read_adapter(folder):
         hold_as_saved(model, folder)
     return model.eval().to(device)
 
@@ -322,7 +322,7 @@ def short(number):
 
 def check_files(folder):
     """(problems, tensors, bytes of the weights) of a model's or adapter's folder, or of a checkpoint."""
-    problems, described = checks.check_folder(str(folder), "folder")
+    problems, described = folders.check_folder(str(folder), "folder")
     if (folder / "manifest.json").exists():
         from utils import checkpoints
 
@@ -336,7 +336,7 @@ def check_files(folder):
     held, moved, size = {}, False, 0
     for file in files:
         size += file.stat().st_size
-        if checks.is_safetensors(file):
+        if folders.is_safetensors(file):
             wrong, names, adapts = check_tensors(file)
             problems += wrong
             held[file.name] = names
@@ -344,7 +344,7 @@ def check_files(folder):
     problems += check_index(folder, held)
     if described and (folder / "adapter_config.json").exists():
         base = described.get("base_model_name_or_path")
-        if not models.read_base_config(folder):
+        if not folders.read_base_config(folder):
             problems.append(f"its base model {base} is not there")
         if held and not moved:
             problems.append("every lora_B is zero, or there is none: the adapter does nothing")

@@ -2,10 +2,11 @@
 
 import gc
 import math
-from pathlib import Path
 
 from rlhf_args.methods import DISTILLATION
-from utils import checks, models, sampling
+from utils import checks
+from utils.models import folders, load, sampling
+from utils.models.folders import count_numbers, vocabulary_rows
 from utils.runtime import environment
 from utils.runtime.errors import Failed, Refused
 from utils.runtime.output import say
@@ -44,15 +45,15 @@ def check_teacher(common, config):
     if not path:
         yield "--teacher_model_name_or_path: missing. A model folder or Hub id with the student's tokenizer"
         return
-    problems, described = checks.check_folder(path, "--teacher_model_name_or_path")
+    problems, described = folders.check_folder(path, "--teacher_model_name_or_path")
     yield from problems
     if described is None:
         return
-    if checks.is_reward_model(described):
+    if folders.is_reward_model(described):
         yield f"{flag}: a trained reward model, which scores and cannot answer. A teacher is a language model"
-    adapter = models.read_adapter(path)
+    adapter = folders.read_adapter(path)
     if adapter:
-        problems = checks.check_adapter(path, adapter, "GKD", DISTILLATION["GKD"])
+        problems = folders.check_adapter(path, adapter, "GKD", DISTILLATION["GKD"])
         yield from problems
         if problems:
             return  # what follows looks into its base
@@ -61,7 +62,7 @@ def check_teacher(common, config):
                 f"{flag}: an adapter, and zero3 holds its base in pieces, into which it cannot be merged. Type python "
                 f"-m utils.merge_lora {path} MERGED, and give that; or LAUNCH=zero2"
             )
-    if models.same_path(common.model_name_or_path, path) and common.model_revision == config.teacher_model_revision:
+    if folders.same_path(common.model_name_or_path, path) and common.model_revision == config.teacher_model_revision:
         yield (
             f"{flag}: the model that the student starts from, of which there is nothing to learn. A base teaches an "
             "adapter that has moved away from it: give that as --model_name_or_path"
@@ -73,8 +74,8 @@ def check_teacher(common, config):
             "--teacher_load_in_4bit: the teacher is the student's own base, which lora holds once and whole. Leave it "
             "out, or type --train_mode qlora"
         )
-    different = checks.first_difference(
-        checks.read_vocabulary(common.model_name_or_path), checks.read_vocabulary(path)
+    different = folders.first_difference(
+        folders.read_vocabulary(common.model_name_or_path), folders.read_vocabulary(path)
     )
     if different:
         yield different_tokenizers(flag, different)
@@ -98,8 +99,8 @@ def check_tokens(common, config, tokenizer, train, held_out):
     """Raises Refused where the teacher cannot read the rows; its tokenizer, of a Hub id, is known only now."""
     path = config.teacher_model_name_or_path
     flag = f"--teacher_model_name_or_path {path}"
-    theirs = models.load_tokenizer(path, config.teacher_model_revision, config.trust_remote_code, "the teacher's")
-    different = checks.first_difference(tokenizer.get_vocab(), theirs.get_vocab())
+    theirs = load.load_tokenizer(path, config.teacher_model_revision, config.trust_remote_code, "the teacher's")
+    different = folders.first_difference(tokenizer.get_vocab(), theirs.get_vocab())
     if different:
         raise Refused([different_tokenizers(flag, different)])
     highest = max(max(row["prompt_ids"] + row["completion_ids"]) for row in train.rows + held_out.rows)
@@ -110,7 +111,7 @@ def check_tokens(common, config, tokenizer, train, held_out):
 
 def prompt_room(common, config):
     """A function of a row's values: the tokens of its prompt beside which a sampled answer has its room."""
-    held = [checks.model_positions(path) for path in (common.model_name_or_path, config.teacher_model_name_or_path)]
+    held = [folders.model_positions(path) for path in (common.model_name_or_path, config.teacher_model_name_or_path)]
     room = min((positions - config.max_completion_length for positions in held if positions), default=math.inf)
     sampled = config.lmbda > 0 or config.seq_kd
     return lambda values: room if sampled or "completion" not in values else math.inf
@@ -148,30 +149,16 @@ def describe(common, config, train, held_out):
     return lines
 
 
-def vocabulary_rows(path, revision=None):
-    """How many tokens a model's config has embeddings for, of an adapter its base's; None where it does not say."""
-    config = models.read_base_config(path, revision)
-    return config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
-
-
-def count_numbers(path):
-    """Parameters in a folder's safetensors files, read off their headers; of an adapter, its base's."""
-    adapter, total = models.read_adapter(path), 0
-    for file in Path(adapter["base_model_name_or_path"] if adapter else path).glob("*.safetensors"):
-        total += sum(math.prod(tensor["shape"]) for tensor in checks.read_header(file).values())
-    return total
-
-
 # ── loading, and its answers ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 def shares_base(common, config):
     """Whether the teacher is the very base that the student's adapter is trained on, and needs no copy of its own."""
-    adapter = models.read_adapter(common.model_name_or_path)
+    adapter = folders.read_adapter(common.model_name_or_path)
     base, revision = common.model_name_or_path, common.model_revision
     if adapter:
         base, revision = adapter["base_model_name_or_path"], adapter.get("revision")
-    same = models.same_path(base, config.teacher_model_name_or_path) and revision == config.teacher_model_revision
+    same = folders.same_path(base, config.teacher_model_name_or_path) and revision == config.teacher_model_revision
     return same and common.train_mode != "full"
 
 
@@ -182,7 +169,7 @@ def in_4bit(common, config):
 def load_teacher(common, config, tokenizer):
     """The frozen teacher; one that is an adapter is merged into its base, unless that is held in 4 bits."""
     four_bit = in_4bit(common, config)
-    teacher = models.load_model(
+    teacher = load.load_model(
         config.teacher_model_name_or_path,
         task="CAUSAL_LM",
         dtype=common.dtype,
@@ -215,7 +202,7 @@ def write_answers(common, config, tokenizer, train, held_out):
         config.max_completion_length, config.temperature, config.top_p, config.top_k, config.seed
     )
     path = config.teacher_model_name_or_path
-    adapter = models.read_adapter(path)
+    adapter = folders.read_adapter(path)
     weights = [sampling.describe_weights(path, config.teacher_model_revision)]
     if adapter:
         weights.append(sampling.describe_weights(adapter["base_model_name_or_path"], adapter.get("revision")))
@@ -226,7 +213,7 @@ def write_answers(common, config, tokenizer, train, held_out):
     folder, missing = broadcast_object_list([folder, sampling.missing_prompts(folder, prompts)])
     say(f"answers   {len(missing)} to sample, {len({*map(tuple, prompts)}) - len(missing)} in {folder} already")
     if missing:
-        with models.unsharded():
+        with load.unsharded():
             teacher = load_teacher(common, config, tokenizer)
         teacher = teacher if in_4bit(common, config) else teacher.to(config.device)
         sampling.answer_prompts(teacher, tokenizer, missing, drawn, folder, config.answers_batch_size, what="teacher")

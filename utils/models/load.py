@@ -1,10 +1,8 @@
 """Tokenizer, policy, reference and adapter, built right in every train mode."""
 
 import contextlib
-import json
-from pathlib import Path
 
-from utils import shapes
+from utils.models.folders import read_adapter
 from utils.runtime import environment
 from utils.runtime.errors import Refused
 from utils.runtime.output import first_line
@@ -20,41 +18,6 @@ def load_tokenizer(path, revision=None, trust_remote_code=False, flag="--model_n
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # files of other things raise any
         raise Refused([f"{flag} {path}: its tokenizer cannot be loaded ({first_line(error)})"]) from None
-
-
-def read_adapter(path):
-    """The adapter_config.json of a LoRA folder as a dict, or None where `path` is no adapter."""
-    return read_json(Path(path) / "adapter_config.json")
-
-
-def read_config(path):
-    """What describes a folder: its adapter_config.json, or its config.json; {} for a Hub id."""
-    return read_adapter(path) or read_json(Path(path) / "config.json") or {}
-
-
-def read_base_config(path, revision=None, file="config.json"):
-    """The config.json (or `file`) of a folder or Hub id, of an adapter that of its base; {} where it cannot be had."""
-    adapter = read_adapter(path)
-    if adapter:
-        path, revision = adapter["base_model_name_or_path"], adapter.get("revision")
-    if Path(path).exists():
-        return read_json(Path(path) / file) or {}
-    if shape := shapes.find_shape(path):
-        return shape.to_dict()
-    from transformers.utils import cached_file
-
-    try:
-        return read_json(Path(cached_file(path, file, revision=revision)))
-    except OSError:  # its loading will say why
-        return {}
-
-
-def read_json(file):
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
-
-
-def same_path(one, other):
-    return one == other or Path(one).exists() and Path(other).exists() and Path(one).samefile(other)
 
 
 def load_policy(path, *, train_mode, dtype, deepspeed, **source):
@@ -266,16 +229,3 @@ def count_parameters(model):
             count = parameter.numel() * 2 * parameter.element_size()
         total, trained = total + count, trained + count * parameter.requires_grad
     return f"{trained / 1e6:.1f}M of {total / 1e6:.1f}M parameters ({trained / total:.1%})"
-
-
-def starting_weights(path, revision, train_mode):
-    """The folder with the tensors that will be saved, as they were before training; None for a new adapter."""
-    adapter = read_adapter(path)
-    if train_mode != "full":
-        return Path(path) if adapter else None
-    path, revision = (adapter["base_model_name_or_path"], adapter.get("revision")) if adapter else (path, revision)
-    if Path(path).is_dir():
-        return Path(path)
-    from transformers.utils import cached_file
-
-    return Path(cached_file(path, "config.json", revision=revision)).parent  # the snapshot in the Hub's cache
