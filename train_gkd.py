@@ -11,8 +11,9 @@ Exit status: as train_rlhf.py.
 import sys
 
 from rlhf_args.methods import DISTILLATION, load
-from utils import checks, data, training
+from utils import checks, training
 from utils.cli import arguments, recipes
+from utils.data.rows import hold_out, load_rows
 from utils.runtime.errors import Refused, collecting, refuse_if
 
 NAME = "GKD"
@@ -83,7 +84,7 @@ def parse_and_check(argv):
     if not recipes.asks_help(words):
         found += checks.check_common(common, NAME, method)
         paths = common.train_data_path, common.eval_data_path
-        rows = data.load_rows(*paths, method.columns, NAME, common.max_samples, found, problems)
+        rows = load_rows(*paths, method.columns, NAME, common.max_samples, found, problems)
     with collecting(problems):
         common, config = arguments.parse(words, NAME)
     if config is None:
@@ -96,7 +97,7 @@ def parse_and_check(argv):
         found += [*teacher.check_distillation(common, config, rows), *preflight.check_folders(common, config)]
         refuse_if(found)
     with collecting(problems):
-        data.hold_out(rows, common.eval_fraction, config.seed)
+        hold_out(rows, common.eval_fraction, config.seed)
     if not config.learns_from_data():
         rows.train = [(where, {"prompt": values["prompt"]}) for where, values in rows.train]
     return common, config, rows, problems

@@ -12,8 +12,9 @@ import sys
 
 from rlhf_args.judge_config import JudgeConfig
 from rlhf_args.methods import METHODS, load
-from utils import checks, data, training
+from utils import checks, training
 from utils.cli import arguments, recipes
+from utils.data.rows import check_labels, hold_out, load_rows
 from utils.runtime import environment
 from utils.runtime.errors import Refused, collecting, refuse_if
 
@@ -107,7 +108,7 @@ def parse_and_check(argv):
         judged, _ = arguments.peek(words, JudgeConfig)
         found = checks.check_common(common, name, method) + checks.check_rewards(common, name, method, judged)
         paths = common.train_data_path, common.eval_data_path
-        rows = data.load_rows(*paths, method.columns, name, common.max_samples, found, problems)
+        rows = load_rows(*paths, method.columns, name, common.max_samples, found, problems)
     with collecting(problems):
         common, config = arguments.parse(words, name)
     if config is None:
@@ -118,8 +119,8 @@ def parse_and_check(argv):
         found = checks.check_config(common, config, name, method)
         refuse_if(found + preflight.check_folders(common, config))
     with collecting(problems):
-        data.hold_out(rows, common.eval_fraction, config.seed)
-        data.check_labels(rows.train, name)
+        hold_out(rows, common.eval_fraction, config.seed)
+        check_labels(rows.train, name)
     return common, config, name, rows, problems
 
 

@@ -136,11 +136,11 @@ def load(path):
 
 
 def tokenizer_of(path):
-    from utils import text
+    from utils.data import template
     from utils.models.load import load_tokenizer
 
     tokenizer = load_tokenizer(path)
-    text.fit_tokenizer(tokenizer, chat=True)
+    template.fit_tokenizer(tokenizer, chat=True)
     return tokenizer
 
 
@@ -153,12 +153,12 @@ def make_ours(student, teacher, tokenizer, rows, folder, tokens, **flags):
     """GKDTrainer of this project on chats, and the rows that it is given."""
     from rlhf_args.gkd_config import GKDConfig
     from trainers.gkd_trainer import GKDTrainer
-    from utils import data, text
+    from utils.data import columns, prepare
 
     config = GKDConfig(output_dir=str(folder), max_completion_length=tokens, **{**SHARED, **flags})
-    split = [("row", data.split_answer(row)) for row in rows]
-    prepared = text.prepare_rows(split, tokenizer, ("prompt", "completion"), 1024)
-    dataset = text.as_dataset(prepared)
+    split = [("row", columns.split_answer(row)) for row in rows]
+    prepared = prepare.prepare_rows(split, tokenizer, ("prompt", "completion"), 1024)
+    dataset = prepare.as_dataset(prepared)
     trainer = GKDTrainer(student, config, teacher, processing_class=tokenizer, train_dataset=dataset)
     trainer.generation_config.min_new_tokens = tokens
     return trainer, prepared.rows

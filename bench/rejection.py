@@ -75,11 +75,12 @@ def settings(asked):
 
 
 def load(common, config):
-    from utils import engines, text
+    from utils import engines
+    from utils.data import template
     from utils.models.load import load_tokenizer
 
     tokenizer = load_tokenizer(MODEL)
-    text.fit_tokenizer(tokenizer, chat=True)
+    template.fit_tokenizer(tokenizer, chat=True)
     return engines.Transformers(common, config, tokenizer)
 
 

@@ -267,11 +267,11 @@ def as_flags(values):
 
 def write_rows(folder, model, methods, steps, width):
     """Writes `width` rows a step; ({method: tokens of each step's rows, prompts included}, those of the longest)."""
-    from utils import text
+    from utils.data import template
     from utils.models.load import load_tokenizer
 
     tokenizer, tokens, known, longest, count = load_tokenizer(model), {}, {}, 0, steps * width
-    text.fit_tokenizer(tokenizer, chat=True)
+    template.fit_tokenizer(tokenizer, chat=True)
     eos = tokenizer.eos_token
     for method in methods:
         file = ROOT / "data" / f"{METHODS[method]}.jsonl"
@@ -281,7 +281,7 @@ def write_rows(folder, model, methods, steps, width):
         chats = [json.loads(line) for line in lines[:count]]
         texts, swifts, factories, sizes = [], [], [], []
         for chat in chats:
-            prompt, answers, _ = text.render(tokenizer, {k: v for k, v in chat.items() if k != "label"})
+            prompt, answers, _ = template.render(tokenizer, {k: v for k, v in chat.items() if k != "label"})
             sizes.append([len(tokenizer(prompt + answer)["input_ids"]) for answer in answers])
             bare = [answer.removesuffix(eos) for answer in answers]  # ms-swift ends the turn itself
             asked = [{"role": "user", "content": prompt}]

@@ -60,7 +60,7 @@ class Method:
     source: str  # where the method is described
     config: str  # "module:Class", the dataclass with its flags
     trainer: str  # "module:Class"
-    columns: tuple[str, ...]  # the data columns that it trains on; utils/data.py converts between them
+    columns: tuple[str, ...]  # the data columns that it trains on; utils/data/columns.py converts between them
     sample_data: str  # a file of such rows that ships with the project
     entry: str = "rlhf"  # train_ENTRY.py and ENTRY_run.sh run it,
     arguments: str = "common_args:CommonArgs"  # with these shared flags

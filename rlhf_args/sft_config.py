@@ -5,4 +5,4 @@ import trl
 
 @dataclass
 class SFTConfig(trl.SFTConfig):
-    """SFT as TRL has it, on rows that utils/text.py has labelled: the assistant's turns are trained, nothing else."""
+    """SFT as TRL has it, on rows whose tokens utils/data/template.py has labelled: only the assistant's turns are trained."""

@@ -7,7 +7,7 @@ import pytest
 
 from rlhf_args.methods import DIALOGUE, METHODS, PAIR, RANKED, UNPAIRED
 from tests.conftest import ROOT, write_rows
-from utils import data
+from utils.data.rows import Rows, check_dropped, count_reasons, hash_rows, hold_out, load_rows
 from utils.runtime.errors import Refused
 
 
@@ -93,7 +93,7 @@ WRITERS = {".jsonl": write_rows, ".json": write_json, ".csv": write_csv, ".parqu
 
 
 def load(*paths, columns=PAIR, name="any", **kwargs):
-    return data.load_rows([str(path) for path in paths], kwargs.pop("held_out", None), columns, name, **kwargs)
+    return load_rows([str(path) for path in paths], kwargs.pop("held_out", None), columns, name, **kwargs)
 
 
 def values(rows):
@@ -238,23 +238,23 @@ def test_dropped_rows_are_counted_by_reason(tmp_path):
     file = write_rows(tmp_path / "rows.jsonl", TEXTS + bad)
     rows = load(file)
     assert (len(rows.train), rows.total) == (2, 6)
-    assert data.count_reasons(rows.dropped) == {"empty answer": 2, "chosen equals rejected": 1, "no prompt": 1}
+    assert count_reasons(rows.dropped) == {"empty answer": 2, "chosen equals rejected": 1, "no prompt": 1}
     assert rows.dropped[0] == (f"{file}:3", "empty answer", bad[0])
-    data.check_dropped(rows, 4 / 6)
+    check_dropped(rows, 4 / 6)
     with pytest.raises(Refused, match=r"^4 of 6 rows cannot be used \(2 empty answer, 1 chosen equals rejected, 1 no"):
-        data.check_dropped(rows, 0.6)
+        check_dropped(rows, 0.6)
 
 
 def test_equal_answers_are_seen_where_the_prompt_stands_in_both(tmp_path):
     row = joined(CHATS[0])
     rows = load(write_rows(tmp_path / "rows.jsonl", [row, {**row, "rejected": row["chosen"]}]), columns=RANKED)
-    assert data.count_reasons(rows.dropped) == {"chosen equals rejected": 1}
+    assert count_reasons(rows.dropped) == {"chosen equals rejected": 1}
 
 
 def test_a_dialogue_without_an_answer_is_dropped(tmp_path):
     rows = [{"messages": user("q") + assistant("a")}, {"messages": user("q")}, {"messages": []}]
     loaded = load(write_rows(tmp_path / "rows.jsonl", rows), columns=DIALOGUE)
-    assert values(loaded.train) == rows[:1] and data.count_reasons(loaded.dropped) == {"empty answer": 2}
+    assert values(loaded.train) == rows[:1] and count_reasons(loaded.dropped) == {"empty answer": 2}
 
 
 def test_max_samples_takes_the_first_rows_of_the_training_data_only(tmp_path):
@@ -269,8 +269,8 @@ def test_max_samples_takes_the_first_rows_of_the_training_data_only(tmp_path):
 
 
 def held(rows, fraction, seed):
-    rows = data.Rows(list(rows))
-    data.hold_out(rows, fraction, seed)
+    rows = Rows(list(rows))
+    hold_out(rows, fraction, seed)
     return rows
 
 
@@ -291,7 +291,7 @@ def test_hold_out_is_the_same_for_the_same_seed_and_another_for_another():
 def test_hold_out_keeps_both_answers_of_a_pair_on_one_side():
     rows = load(ROOT / "data/preference.jsonl", columns=UNPAIRED, name="KTO", max_samples=50)
     assert len(rows.train) == 100
-    data.hold_out(rows, 0.2, seed=42)
+    hold_out(rows, 0.2, seed=42)
     assert (len(rows.train), len(rows.held_out)) == (80, 20)
     assert not {where for where, _ in rows.train} & {where for where, _ in rows.held_out}
     assert [row["label"] for row in values(rows.held_out)].count(True) == 10
@@ -304,5 +304,5 @@ def test_one_row_cannot_be_held_out():
 
 def test_the_hash_of_the_data_depends_on_its_rows_not_on_its_file(tmp_path):
     one, other = write_rows(tmp_path / "a.jsonl", TEXTS), write_parquet(tmp_path / "b.parquet", TEXTS)
-    assert data.hash_rows(load(one).train) == data.hash_rows(load(other).train)
-    assert data.hash_rows(load(one).train) != data.hash_rows(load(one, max_samples=1).train)
+    assert hash_rows(load(one).train) == hash_rows(load(other).train)
+    assert hash_rows(load(one).train) != hash_rows(load(one, max_samples=1).train)

@@ -7,8 +7,10 @@ import pytest
 from rlhf_args.methods import ANSWERED, DIALOGUE, EVERY, PAIR, PROMPT, RANKED, UNPAIRED
 from tests.conftest import ROOT, command, read_rows, write_rows
 from tests.test_data import CHATS, TEXTS, WRITERS, assistant, thumbs, user, values
-from utils import data, doctor_data
-from utils.repairs import RULES, repair
+from utils import doctor_data
+from utils.data.columns import ACCEPTED
+from utils.data.repairs import RULES, repair
+from utils.data.rows import load_rows
 
 SYSTEM = [{"role": "system", "content": "Be kind."}]
 
@@ -241,7 +243,7 @@ def test_a_shape_of_others_is_repaired_for_every_method_that_can_use_it(shape, n
     status, lines, err = doctor(written, "--rlhf_type", name, "--fix", out)
     assert (status, err) == (0, ""), lines
     assert said(lines, "written") == ["out.jsonl: 2 of 2 rows"]
-    assert only(data.load_rows([str(out)], None, columns, name).train) == WANTED[kind][columns]
+    assert only(load_rows([str(out)], None, columns, name).train) == WANTED[kind][columns]
     again = tmp_path / "again.jsonl"
     assert "nothing to repair: the rows are written as they are" not in said(lines, "note")
     status, lines, _ = doctor(out, "--rlhf_type", name, "--fix", again)  # what is repaired needs no repair
@@ -249,7 +251,7 @@ def test_a_shape_of_others_is_repaired_for_every_method_that_can_use_it(shape, n
 
 
 def test_every_rule_is_used_for_all_columns_that_it_names():
-    fired = {(rule, c) for _, rows in SHAPES.values() for c in data.ACCEPTED for rule in repair(named(rows), c)[1]}
+    fired = {(rule, c) for _, rows in SHAPES.values() for c in ACCEPTED for rule in repair(named(rows), c)[1]}
     assert fired == {(rule, columns) for rule, kinds, _ in RULES for columns in kinds}
 
 
@@ -628,7 +630,7 @@ def test_the_command_reads_every_kind_of_file_and_imports_no_library(tmp_path):
         file, out = make(tmp_path / f"rows{ending}", TEXTS), tmp_path / f"out{ending}.jsonl"
         done = command("-X", "importtime", "-m", "utils.doctor_data", file, "--fix", out)
         assert (done.returncode, read_rows(out)) == (0, TEXTS), done.stderr
-        assert "utils.repairs" in done.stderr and " torch\n" not in done.stderr
+        assert "utils.data.repairs" in done.stderr and " torch\n" not in done.stderr
 
 
 def named(rows):

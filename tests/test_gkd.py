@@ -30,7 +30,9 @@ from tests.conftest import ROOT, make_tokenizer, read_rows, write_rows
 from tests.test_losses import LN2, POLICY, REFERENCE, make_bigram, make_tokenizer as make_word_tokenizer
 from trainers import gkd_trainer
 from trainers.gkd_trainer import HELD_OUT, EveryRow, GKDTrainer, Head, compare
-from utils import data, text, training
+from utils import training
+from utils.data.prepare import prepare_rows
+from utils.data.rows import make_rows
 from utils.models import folders, load as models_load, sampling
 
 # ── the divergence ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -248,8 +250,8 @@ def test_the_loss_is_the_mean_divergence_over_the_tokens_of_the_answers(beta, bi
     q, a, b = bits
     rows = [{"prompt": "b q ", "completion": "a b"}, {"prompt": "b ", "completion": "a"}]  # q>a>b>e and b>a>e
     tokenizer = make_word_tokenizer("</s>")
-    made, _ = data.make_rows([(f"row {n}", row) for n, row in enumerate(rows, 1)], ANSWERED, [])
-    prepared = text.prepare_rows(made, tokenizer, ANSWERED, 1024)
+    made, _ = make_rows([(f"row {n}", row) for n, row in enumerate(rows, 1)], ANSWERED, [])
+    prepared = prepare_rows(made, tokenizer, ANSWERED, 1024)
     trainer = make_trainer(
         tmp_path, make_bigram(POLICY), make_bigram(REFERENCE), prepared.rows, tokenizer, beta=float(beta)
     )
@@ -770,9 +772,9 @@ def test_other_settings_and_other_weights_have_answers_of_their_own(run, pair, t
 def prepare(rows, **limits):
     """[(prompt, answer)] as text, of rows as they come to the trainer, and what became of the others."""
     tokenizer = make_tokenizer()
-    made, dropped = data.make_rows([(f"row {n}", row) for n, row in enumerate(rows, 1)], ANSWERED, [])
+    made, dropped = make_rows([(f"row {n}", row) for n, row in enumerate(rows, 1)], ANSWERED, [])
     assert not dropped
-    prepared = text.prepare_rows(made, tokenizer, ANSWERED, **{"max_length": 1024} | limits)
+    prepared = prepare_rows(made, tokenizer, ANSWERED, **{"max_length": 1024} | limits)
     return [
         tuple(map(tokenizer.decode, (row["prompt_ids"], row["completion_ids"]))) for row in prepared.rows
     ], prepared

@@ -4,7 +4,7 @@
 
 The models here know one thing: which word follows which. POLICY and REFERENCE hold -log2 of those probabilities, so
 an answer's log-probability is a sum of small whole numbers times -ln 2. The rows go the way of a user's rows
-(utils/data.py, utils/text.py, then the config and trainer that rlhf_args/methods.py names); each test writes its
+(utils/data/, then the config and trainer that rlhf_args/methods.py names); each test writes its
 formula out with the numbers of the table under ROWS.
 """
 
@@ -13,7 +13,8 @@ import math
 import pytest
 
 from rlhf_args.methods import METHODS, load
-from utils import data, text
+from utils.data import prepare, template
+from utils.data.rows import make_rows
 
 # -log2 P(next | word), in bits; a line's probabilities sum to one, as 1/8 + 1/2 + 1/4 + 1/8. The line of </s> is never
 # to be paid: </s> ends an answer, and here it pads too.
@@ -162,15 +163,15 @@ def losses(name, rows, folder, batch_size=None, pad="</s>", **flags):
         output_dir=str(folder), per_device_train_batch_size=batch_size or len(rows), use_cpu=True, bf16=False,
         gradient_checkpointing=False, report_to="none", disable_tqdm=True, **flags,
     )  # fmt: skip
-    text.fit_tokenizer(tokenizer, chat=False)
-    made, dropped = data.make_rows([(f"row {n}", row) for n, row in enumerate(rows, 1)], method.columns, [])
-    prepared = text.prepare_rows(made, tokenizer, method.columns, config.max_length)
+    template.fit_tokenizer(tokenizer, chat=False)
+    made, dropped = make_rows([(f"row {n}", row) for n, row in enumerate(rows, 1)], method.columns, [])
+    prepared = prepare.prepare_rows(made, tokenizer, method.columns, config.max_length)
     assert not dropped and len(prepared.rows) == len(rows)
     trainer = load(method.trainer)(
         model=make_scorer(len(tokenizer)) if method.task == "SEQ_CLS" else make_bigram(POLICY),
         args=config,
         processing_class=tokenizer,
-        train_dataset=text.as_dataset(prepared),
+        train_dataset=prepare.as_dataset(prepared),
         **{model: make_bigram(REFERENCE) for model in method.models},
     )
     return [trainer.compute_loss(trainer.model, batch).item() for batch in trainer.get_train_dataloader()]

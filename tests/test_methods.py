@@ -17,7 +17,8 @@ from rlhf_args.methods import METHODS, load
 from tests.conftest import ROOT, read_rows, slow_but
 from tests.matrix.answers import spread
 from tests.matrix.cells import rollout_flags
-from utils import data, text
+from utils.data import prepare, template
+from utils.data.rows import hold_out, load_rows
 from utils.models.load import load_tokenizer, make_lora
 from utils.report import SAMPLE_TOKENS
 
@@ -114,9 +115,9 @@ def test_trains_and_reloads_in_a_new_process(name, mode, tiny_model, tmp_path, r
     after = [sample["after"] for sample in card["samples"]]
     assert before != after
     tokenizer = load_tokenizer(out)
-    rows = data.load_rows([method.sample_data], None, method.columns, name, max_samples=16)
-    data.hold_out(rows, 0.25, card["seed"])
-    sides = [text.render(tokenizer, values)[:2] for _, values in rows.held_out[:2]]
+    rows = load_rows([method.sample_data], None, method.columns, name, max_samples=16)
+    hold_out(rows, 0.25, card["seed"])
+    sides = [template.render(tokenizer, values)[:2] for _, values in rows.held_out[:2]]
     if method.task == "SEQ_CLS":
         heard = reload(out, method, mode, [prompt + answer for prompt, answers in sides for answer in answers])
         assert heard == pytest.approx(after, rel=1e-4, abs=1e-5)  # float32 sums in another order once merged
@@ -153,9 +154,9 @@ def test_losses_are_those_of_trl_called_directly(name, mode, tiny_model, tmp_pat
     ours = [line["loss"] for line in read_rows(tmp_path / "ours" / "metrics.jsonl")]
 
     tokenizer = load_tokenizer(tiny_model)
-    text.fit_tokenizer(tokenizer, chat=True)
-    rows = data.load_rows([method.sample_data], None, method.columns, name, max_samples=16)
-    prepared = text.prepare_rows(rows.train, tokenizer, method.columns, 1024)
+    template.fit_tokenizer(tokenizer, chat=True)
+    rows = load_rows([method.sample_data], None, method.columns, name, max_samples=16)
+    prepared = prepare.prepare_rows(rows.train, tokenizer, method.columns, 1024)
     sampling = {"max_completion_length": 8, "num_generations": 2, "beta": 0.05} if method.sample_reward else {}
     config = load(method.config)(
         **sampling,
@@ -179,7 +180,7 @@ def test_losses_are_those_of_trl_called_directly(name, mode, tiny_model, tmp_pat
         args=config,
         processing_class=tokenizer,
         peft_config=lora,
-        train_dataset=text.as_dataset(prepared),
+        train_dataset=prepare.as_dataset(prepared),
         **({"reward_funcs": [spread]} if method.sample_reward else {}),
     )
     trainer.train()

@@ -27,7 +27,9 @@ from tests.test_losses import LN2, POLICY, REFERENCE, WORDS, make_bigram, make_t
 from trainers import online_trainer
 from trainers.online_trainer import disable_dropout
 from trainers.safe_trainer import Safe
-from utils import text, training
+from utils import training
+from utils.data import template
+from utils.data.prepare import prepare_rows
 from utils.models.load import load_tokenizer
 from utils.rewards import RewardFailed
 from utils.stops import Left
@@ -471,7 +473,7 @@ LIMITED = {
 
 
 def prepare(columns, values, limit):
-    return text.prepare_rows([("rows.jsonl:1", values)], make_tokenizer(), columns, limit)
+    return prepare_rows([("rows.jsonl:1", values)], make_tokenizer(), columns, limit)
 
 
 @pytest.mark.parametrize(("columns", "values"), LIMITED.values(), ids=LIMITED)
@@ -487,7 +489,7 @@ def test_a_row_of_max_length_is_whole_and_one_token_more_is_cut(columns, values)
 @pytest.mark.parametrize(("columns", "values"), LIMITED.values(), ids=LIMITED)
 def test_a_row_of_whose_answer_max_length_leaves_one_token_is_kept_and_of_none_dropped(columns, values):
     tokenizer = make_tokenizer()
-    prompt = len(text.prompt_ids(tokenizer, ASKED))
+    prompt = len(template.prompt_ids(tokenizer, ASKED))
     assert len(prepare(columns, values, prompt + 1).rows) == 1
     dropped = prepare(columns, values, prompt)
     assert (dropped.rows, [reason for _, reason, _ in dropped.dropped]) == ([], ["prompt longer than max_length"])
@@ -501,17 +503,17 @@ def test_a_ranked_row_of_max_length_is_kept_and_one_token_more_dropped():
 
 
 def test_a_prompt_of_max_prompt_length_is_kept_and_one_token_more_dropped():
-    values, length = {"prompt": ASKED, "further": {}}, len(text.prompt_ids(make_tokenizer(), ASKED))
+    values, length = {"prompt": ASKED, "further": {}}, len(template.prompt_ids(make_tokenizer(), ASKED))
     assert len(prepare(PROMPT, values, length).rows) == 1
     (dropped,) = prepare(PROMPT, values, length - 1).dropped
     assert dropped[1] == "prompt longer than max_prompt_length"
 
 
 def test_a_prompt_with_just_its_room_is_kept_and_one_token_more_dropped():
-    values, length = {"prompt": ASKED}, len(text.prompt_ids(make_tokenizer(), ASKED))
+    values, length = {"prompt": ASKED}, len(template.prompt_ids(make_tokenizer(), ASKED))
     row = [("rows.jsonl:1", values)]
     kept, dropped = (
-        text.prepare_rows(row, make_tokenizer(), ANSWERED, 1024, lambda values, room=room: room)
+        prepare_rows(row, make_tokenizer(), ANSWERED, 1024, lambda values, room=room: room)
         for room in (length, length - 1)
     )
     assert len(kept.rows) == 1

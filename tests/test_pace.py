@@ -22,8 +22,10 @@ import train_rlhf
 from rlhf_args.methods import DIALOGUE, METHODS, PROMPT, UNPAIRED, load
 from tests.conftest import make_model, read_rows, slow_but, write_rows
 from tests.matrix.cells import run_cell
-from utils import checkpoints, data, pace, report, rewards, text, training
+from utils import checkpoints, pace, report, rewards, training
 from utils.cli import arguments, recipes
+from utils.data import deal, prepare, template
+from utils.data.rows import load_rows
 from utils.models import folders
 from utils.models.load import load_tokenizer, make_lora
 from utils.runtime import environment
@@ -115,9 +117,9 @@ def run_trl(name, mode, place, out):
 
     method, model, more = METHODS[name], str(place / "model"), {}
     tokenizer = load_tokenizer(model)
-    text.fit_tokenizer(tokenizer, chat=True)
-    rows = data.load_rows([f"{place}/{name}.jsonl"], None, method.columns, name)
-    prepared = text.prepare_rows(rows.train, tokenizer, method.columns, 1024)
+    template.fit_tokenizer(tokenizer, chat=True)
+    rows = load_rows([f"{place}/{name}.jsonl"], None, method.columns, name)
+    prepared = prepare.prepare_rows(rows.train, tokenizer, method.columns, 1024)
     flags = {"bf16": False, "use_cpu": True, "report_to": "none", "disable_tqdm": True, "dataloader_pin_memory": False}
     flags |= flags_of(name, place)
     if functions := flags.pop("reward_funcs", None):
@@ -133,7 +135,7 @@ def run_trl(name, mode, place, out):
         model=kind.from_pretrained(model, dtype=torch.float32, **labels),
         args=config,
         processing_class=tokenizer,
-        train_dataset=text.as_dataset(prepared),
+        train_dataset=prepare.as_dataset(prepared),
         peft_config=make_lora(method.task, 32, 16, 0.05, None, False) if mode == "lora" else None,
         **more,
     )
@@ -218,7 +220,7 @@ def chosen(place, tmp_path):
     def choose(name, *more):
         words = recipes.expand(words_of(name, place, tmp_path / "out", *more))
         common, config = arguments.parse(words, name)
-        rows = data.load_rows(common.train_data_path, None, METHODS[name].columns, name)
+        rows = load_rows(common.train_data_path, None, METHODS[name].columns, name)
         training.prepare_text(common, config, METHODS[name], rows)
         return common, config, [finding.text for finding in rows.findings if finding.kind == "pace"]
 
@@ -407,7 +409,7 @@ def steps_taken(order, batch, passes, processes, drop_last, dealt=None):
 def test_each_step_has_the_rows_and_weights_that_it_had(count, processes, drop_last):
     order, lengths = list(range(count)), [7 * row % 13 + 1 for row in range(count)]
     random.Random(0).shuffle(order)
-    sampler = pace.Dealt(order, lengths, 2, 3, processes, drop_last)
+    sampler = deal.Dealt(order, lengths, 2, 3, processes, drop_last)
     assert len(sampler) == len(list(sampler))
     before = steps_taken(order, 2, 3, processes, drop_last)
     after = steps_taken(order, 2, 3, processes, drop_last, sampler)
@@ -425,11 +427,11 @@ def test_each_step_has_the_rows_and_weights_that_it_had(count, processes, drop_l
 def test_the_padding_that_is_said_is_that_of_the_passes(chosen, place):
     # 20 tokens in the passes (1, 9) (2, 8), padded to 2 x 9 + 2 x 8 = 34; dealt, in (9, 8) (2, 1), to 18 + 4 = 22
     config, _ = chosen("SFT", "--train_sampling_strategy", "sequential", "--gradient_accumulation_steps", "2")[1:]
-    job = pace.Job(None, config, None, text.Prepared(sizes=[[1], [9], [2], [8]]), None)
+    job = pace.Job(None, config, None, prepare.Prepared(sizes=[[1], [9], [2], [8]]), None)
     assert pace.padding(job, dealt=False) == pytest.approx(1 - 20 / 34)
     assert pace.padding(job, dealt=True) == pytest.approx(1 - 20 / 22)
     # a pair is padded to its longer answer: ((3, 5), (5, 1)): 14 of 4 x 5
-    job = pace.Job(None, config, None, text.Prepared(sizes=[[3, 5], [5, 1]]), None)
+    job = pace.Job(None, config, None, prepare.Prepared(sizes=[[3, 5], [5, 1]]), None)
     assert pace.padding(job, dealt=False) == pytest.approx(1 - 14 / 20)
 
 
@@ -451,7 +453,7 @@ def test_a_resume_within_an_epoch_goes_on_with_the_rows_that_are_left(place, tmp
 
 def test_a_run_goes_on_from_its_checkpoint_with_other_defaults_of_speed(chosen, place, tmp_path):
     """They change rounding alone, as --auto_batch does; a run that is made longer may come to compute them."""
-    rows = data.load_rows([write_rows(tmp_path / "rows.jsonl", list(make_rows(METHODS["DPO"].columns)))], None,
+    rows = load_rows([write_rows(tmp_path / "rows.jsonl", list(make_rows(METHODS["DPO"].columns)))], None,
                           METHODS["DPO"].columns, "DPO")  # fmt: skip
     described = []
     for more in ([], ["--plain"], ["--num_train_epochs", "1"]):

@@ -15,7 +15,9 @@ import train_gkd
 import train_rlhf
 from rlhf_args.methods import ANSWERED, DIALOGUE, EVERY, METHODS, PAIR, PROMPT, RANKED, UNPAIRED
 from tests.conftest import TEMPLATE, make_model, make_tokenizer, write_rows
-from utils import cache, data, preflight, text
+from utils import preflight
+from utils.data import cache, prepare as data_prepare, template as data_template
+from utils.data.rows import load_rows
 from utils.models import folders
 from utils.runtime.errors import Refused, collecting
 
@@ -110,9 +112,9 @@ TOKENIZERS = {
 @pytest.mark.parametrize("case", TOKENIZERS)
 def test_a_text_in_parts_has_the_tokens_that_it_has_whole(case):
     tokenizer = TOKENIZERS[case]()
-    chat = [text.template(tokenizer, TURNS, add_generation_prompt=True)] if tokenizer.chat_template else []
+    chat = [data_template.template(tokenizer, TURNS, add_generation_prompt=True)] if tokenizer.chat_template else []
     texts = TEXTS + chat
-    tokens = text.Tokens(tokenizer)
+    tokens = data_prepare.Tokens(tokenizer)
     tokens.learn(texts[1:])  # the first is asked for all the same
     assert [tokens(one) for one in texts] == [tokenizer(one)["input_ids"] for one in texts]
     assert (tokens.marks is None) == (case == "no template")
@@ -132,7 +134,7 @@ def test_a_tokenizer_that_looks_past_a_cut_gets_whole_texts():
             ids = [[*self.real(one)["input_ids"], 7] for one in ([texts] if isinstance(texts, str) else texts)]
             return {"input_ids": ids[0] if isinstance(texts, str) else ids}
 
-    tokens = text.Tokens(LooksBack())
+    tokens = data_prepare.Tokens(LooksBack())
     tokens.learn(TEXTS[1:])
     assert tokens.marks is None
     assert [tokens(one) for one in TEXTS[1:]] == [LooksBack()(one)["input_ids"] for one in TEXTS[1:]]
@@ -140,17 +142,19 @@ def test_a_tokenizer_that_looks_past_a_cut_gets_whole_texts():
 
 def test_what_rows_have_in_common_is_tokenised_once(monkeypatch):
     tokenizer, seen = make_tokenizer(), collections.Counter()
-    text.fit_tokenizer(tokenizer, chat=True)
-    tokenize = text.Tokens.tokenize
+    data_template.fit_tokenizer(tokenizer, chat=True)
+    tokenize = data_prepare.Tokens.tokenize
 
     def count(self, texts, whole):
         seen.update(texts)
         return tokenize(self, texts, whole)
 
-    monkeypatch.setattr(text.Tokens, "prove", lambda self, texts: vars(self).update(proven=True, front=[], back=[]))
-    monkeypatch.setattr(text.Tokens, "tokenize", count)
-    monkeypatch.setattr(text, "CHUNK", 4)  # of which a later one has what every turn begins with too
-    text.prepare_rows([(f"rows:{n}", row) for n, row in enumerate(PAIRS)], tokenizer, PAIR, 1024)
+    monkeypatch.setattr(
+        data_prepare.Tokens, "prove", lambda self, texts: vars(self).update(proven=True, front=[], back=[])
+    )
+    monkeypatch.setattr(data_prepare.Tokens, "tokenize", count)
+    monkeypatch.setattr(data_prepare, "CHUNK", 4)  # of which a later one has what every turn begins with too
+    data_prepare.prepare_rows([(f"rows:{n}", row) for n, row in enumerate(PAIRS)], tokenizer, PAIR, 1024)
     assert seen and set(seen.values()) == {1}
     answers = [row[side][0]["content"] for row in PAIRS for side in ("chosen", "rejected")]
     assert sum(any(answer in part for answer in answers) for part in seen) == 2 * len(PAIRS)
@@ -199,9 +203,9 @@ def test_a_token_that_spans_prompt_and_answer_is_counted():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|im_end|>")
     sides = {"chosen": "b", "rejected": "a"}
     rows = [("rows:1", {"prompt": "a ", **sides}), ("rows:2", {"prompt": "a", "chosen": " b", "rejected": "a"})]
-    prepared = text.prepare_rows(rows, tokenizer, PAIR, 64)
+    prepared = data_prepare.prepare_rows(rows, tokenizer, PAIR, 64)
     assert prepared.spanned == 1  # "a", " " alone, "a", " b" with the answer
-    (warning,) = preflight.check_tokens(prepared, text.Prepared())
+    (warning,) = preflight.check_tokens(prepared, data_prepare.Prepared())
     assert warning.startswith("in 1 of 2 rows (50%) a token spans prompt and answer")
 
 
@@ -561,15 +565,15 @@ KINDS = {
 def prepare(tmp_path, monkeypatch):
     """prepare(name, ...) is (what the cache says came of the rows of a method, whether it was made anew)."""
     made = []
-    prepare_rows = text.prepare_rows
-    monkeypatch.setattr(text, "prepare_rows", lambda *args: made.append(1) or prepare_rows(*args))
+    prepare_rows = data_prepare.prepare_rows
+    monkeypatch.setattr(data_prepare, "prepare_rows", lambda *args: made.append(1) or prepare_rows(*args))
 
     def prepare(name="DPO", rows=None, max_length=40, template=TEMPLATE, file="rows.jsonl"):
         columns, sample = KINDS[name]
         path = write_rows(tmp_path / file, (rows or sample) + [long_row(columns)])
-        read = data.load_rows([path], None, columns, name)
+        read = load_rows([path], None, columns, name)
         tokenizer = make_tokenizer(template)
-        text.fit_tokenizer(tokenizer, chat=True)
+        data_template.fit_tokenizer(tokenizer, chat=True)
         made.clear()
         return cache.prepare_rows(read.train, tokenizer, columns, max_length), bool(made)
 
@@ -652,7 +656,7 @@ def test_findings_stand_on_the_rows_for_the_run_card(tiny_model, tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", [*PAIRS, PAIRS[0]])
     words = f"--model_name_or_path {tiny_model} --train_data_path {path} --output_dir {tmp_path / 'out'}"
     common, config = arguments.parse(words.split(), "DPO")
-    rows = data.load_rows([path], None, PAIR, "DPO")
+    rows = load_rows([path], None, PAIR, "DPO")
     training.prepare_text(common, config, EVERY["DPO"], rows)
     assert [finding.kind for finding in rows.findings] == ["pace", "weights", "lengths", "disk", "warning"]
     assert rows.findings[-1].text.startswith("1 of 17 rows repeat another")

@@ -42,7 +42,8 @@ from rlhf_args.methods import METHODS
 from rlhf_args.rejection_config import RejectionConfig
 from tests.conftest import ROOT, make_model, make_tokenizer, write_rows
 from tests.test_losses import LN2, POLICY, WORDS, make_bigram
-from utils import best_of_n, data, pool, rejection, rounds, selection
+from utils import best_of_n, pool, rejection, rounds, selection
+from utils.data.rows import load_rows, make_rows
 from utils.models import load as models_load, sampling
 from utils.runtime.errors import Refused
 
@@ -343,7 +344,7 @@ def test_an_answer_that_reads_like_messages_does_not_spoil_the_file(tmp_path):
     good, bad, *_ = selection.choose(answers, RejectionConfig())
     made = [row for row, _ in selection.rows_of("SFT", "Why? ", good, bad, RejectionConfig())]
     rows = write_rows(tmp_path / "sft.jsonl", [*made, {"prompt": "Who? ", "completion": "I."}])
-    assert data.load_rows([rows], None, METHODS["SFT"].columns, "SFT").dropped == []
+    assert load_rows([rows], None, METHODS["SFT"].columns, "SFT").dropped == []
 
 
 def test_answers_without_a_score_failed_and_scores_without_an_answer_are_nobodys():
@@ -673,7 +674,7 @@ def test_every_written_file_is_accepted_by_every_method_without_a_dropped_row(
     for method in fed:
         file = selection.file_for(method)
         path = tmp_path / "out" / (file.lower() if chunked else f"{file.lower()}.jsonl")
-        rows = data.load_rows([str(path)], None, METHODS[method].columns, method)
+        rows = load_rows([str(path)], None, METHODS[method].columns, method)
         assert (len(rows.train), rows.dropped) == (written[file], []) and written[file] >= 4
         capsys.readouterr()
         flags = f"--rlhf_type {method} --model_name_or_path {tiny_model} --train_data_path {path} --check "
@@ -698,7 +699,7 @@ def test_kto_is_given_no_neighbours_of_one_prompt(kind, scored):
     # TRL gives each prompt of a batch its neighbour's answer to estimate the KL, in the order of the file, as
     # utils/data.py says of pairs: keep_apart
     folder, _ = scored[kind]
-    rows, _ = data.make_rows([("", row) for row in read(folder / "kto.jsonl")], METHODS["KTO"].columns, [])
+    rows, _ = make_rows([("", row) for row in read(folder / "kto.jsonl")], METHODS["KTO"].columns, [])
     asked = [row["prompt"] for _, row in rows]
     assert len(asked) == 16 and not [one for one, two in itertools.pairwise(asked) if one == two]
 

@@ -198,7 +198,10 @@ def test_installed_packages_stay_what_they_are(write):
 def test_a_file_in_the_projects_own_folder_sees_the_project(write, tmp_path, monkeypatch):
     monkeypatch.setattr(reward_files, "ROOT", tmp_path)
     file = write(
-        {"own.py": "from utils.text import shared_length as _\n\ngrade = len\n" + JUDGE, "utils/__init__.py": ""}
+        {
+            "own.py": "from utils.data.template import shared_length as _\n\ngrade = len\n" + JUDGE,
+            "utils/__init__.py": "",
+        }
     )
     assert ask(*load(file, "judge"), "four") == [4.0]
 

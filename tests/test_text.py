@@ -6,7 +6,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf_args.methods import DIALOGUE, METHODS, PAIR, RANKED, load
 from tests.conftest import TEMPLATE, make_model, make_tokenizer
-from utils import text
+from utils.data import template
+from utils.data.prepare import as_dataset, check_first, mark, prepare_rows
 from utils.models.load import load_model, load_tokenizer
 from utils.runtime.errors import Refused
 
@@ -20,8 +21,8 @@ BOS_TEMPLATE = "{{ bos_token }}" + TEMPLATE
 
 
 def prepare(values, columns, tokenizer, max_length=1024):
-    text.fit_tokenizer(tokenizer, chat=isinstance(values.get("prompt", values.get("messages")), list))
-    return text.prepare_rows([("rows.jsonl:1", values)], tokenizer, columns, max_length)
+    template.fit_tokenizer(tokenizer, chat=isinstance(values.get("prompt", values.get("messages")), list))
+    return prepare_rows([("rows.jsonl:1", values)], tokenizer, columns, max_length)
 
 
 @pytest.mark.parametrize(
@@ -30,7 +31,7 @@ def prepare(values, columns, tokenizer, max_length=1024):
 @pytest.mark.parametrize("values", [CHAT, PLAIN], ids=["chat", "plain"])
 def test_one_bos_where_the_tokenizer_adds_one_and_one_end_of_turn(values, tokenizer):
     prepared = prepare(values, PAIR, tokenizer)
-    text.check_first(prepared, tokenizer, PAIR)
+    check_first(prepared, tokenizer, PAIR)
     row = prepared.rows[0]
     ids = tokenizer(row["prompt"] + row["chosen"])["input_ids"]
     assert ids.count(tokenizer.convert_tokens_to_ids("<s>")) == (1 if tokenizer.bos_token else 0)
@@ -41,13 +42,13 @@ def test_plain_text_that_brings_a_bos_of_its_own_is_refused():
     tokenizer = make_tokenizer(bos="<s>")
     prepared = prepare({**PLAIN, "prompt": "<s>Q: hi\nA:"}, PAIR, tokenizer)
     with pytest.raises(Refused, match="two BOS"):
-        text.check_first(prepared, tokenizer, PAIR)
+        check_first(prepared, tokenizer, PAIR)
 
 
 def test_the_end_of_turn_of_the_template_becomes_eos():
     tokenizer = make_tokenizer()
     tokenizer.eos_token = "<pad>"
-    notes = text.fit_tokenizer(tokenizer, chat=True)
+    notes = template.fit_tokenizer(tokenizer, chat=True)
     assert tokenizer.eos_token == "<|im_end|>" and "ends a turn with <|im_end|>" in notes[0]
 
 
@@ -70,7 +71,7 @@ def test_every_preference_method_trains_on_the_same_tokens(tiny_model, tmp_path)
             model=kind.from_pretrained(tiny_model, **extra),
             args=config,
             processing_class=tokenizer,
-            train_dataset=text.as_dataset(prepared),
+            train_dataset=as_dataset(prepared),
         )
         row = trainer.train_dataset[0]
         whole = row.get("chosen_input_ids") or row.get("input_ids") or row.get("prompt_ids", [])
@@ -101,7 +102,7 @@ def test_every_turn_is_trained_where_the_template_rewrites_earlier_ones():
     values = {"messages": [{"role": role, "content": content} for role, content in turns]}
     tokenizer = make_tokenizer(thinks)
     prepared = prepare(values, DIALOGUE, tokenizer)
-    assert text.mark(prepared, tokenizer, colour=False) == (
+    assert mark(prepared, tokenizer, colour=False) == (
         "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n[[ok<|im_end|>]]\n<|im_start|>user\nmore<|im_end|>\n"
         "<|im_start|>assistant\n[[<think>\n\n</think>\n\nsure<|im_end|>]]"
     )
@@ -111,7 +112,7 @@ def test_rows_too_long_are_counted_by_reason_and_cut_answers_too():
     tokenizer = make_tokenizer()  # a token a byte: the prompt below is 44 tokens, the pair 47
     rows = prepare(CHAT, PAIR, tokenizer, max_length=20)
     assert (rows.rows, [reason for _, reason, _ in rows.dropped]) == ([], ["prompt longer than max_length"])
-    length = len(tokenizer(text.render(tokenizer, CHAT)[0])["input_ids"])
+    length = len(tokenizer(template.render(tokenizer, CHAT)[0])["input_ids"])
     assert prepare(CHAT, PAIR, tokenizer, max_length=length + 1).cut == 1
     ranked = prepare(CHAT, RANKED, tokenizer, max_length=length + 1)
     assert [reason for _, reason, _ in ranked.dropped] == ["longer than max_length"]
@@ -147,9 +148,9 @@ def test_a_row_that_the_template_rejects_is_named():
 def test_a_row_alone_scores_as_in_a_padded_batch(pad, tmp_path):
     tokenizer = make_tokenizer(pad=pad)
     folder = make_model(tmp_path / "model", tokenizer)
-    text.fit_tokenizer(tokenizer, chat=True)
+    template.fit_tokenizer(tokenizer, chat=True)
     long = {**CHAT, "chosen": [{"role": "assistant", "content": "a much longer answer than the other"}]}
-    texts = ["".join(text.render(tokenizer, values)[1][0]) for values in (CHAT, long)]
+    texts = ["".join(template.render(tokenizer, values)[1][0]) for values in (CHAT, long)]
     batch = tokenizer(texts, padding=True, return_tensors="pt")
     alone = tokenizer(texts[0], return_tensors="pt")
     length = alone["input_ids"].shape[1]
@@ -163,6 +164,6 @@ def test_a_row_alone_scores_as_in_a_padded_batch(pad, tmp_path):
 
 def test_plain_text_needs_no_template_and_chat_does():
     tokenizer = make_tokenizer(template=None)
-    text.fit_tokenizer(tokenizer, chat=False)
+    template.fit_tokenizer(tokenizer, chat=False)
     with pytest.raises(Refused, match="has no chat template"):
-        text.fit_tokenizer(tokenizer, chat=True)
+        template.fit_tokenizer(tokenizer, chat=True)

@@ -3,7 +3,7 @@
 from accelerate.utils import convert_to_fp32
 from trl.experimental.cpo import CPOConfig, CPOTrainer as TRLCPOTrainer
 
-from utils.text import tokenize_pair
+from utils.data.template import tokenize_pair
 
 __all__ = ["CPOConfig", "CPOTrainer", "LikeCore"]
 

@@ -14,9 +14,9 @@ from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
+from utils.data.template import template, tokenize
 from utils.judge_reward import JudgeReward
 from utils.rewards import RewardFailed, ticking
-from utils.text import template, tokenize
 
 
 class SamplesAnswers:

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy
 import torch
 
-from utils import bad_steps, checkpoints, pace
+from utils import bad_steps, checkpoints
+from utils.data import deal
 from utils.runtime import output
 from utils.runtime.errors import Failed
 from utils.stops import Left
@@ -44,7 +45,7 @@ class Safe:
             step = self._train_batch_size, args.gradient_accumulation_steps, args.world_size
             whole = getattr(loader.batch_sampler, "batch_sampler", loader.batch_sampler)  # before it is shared out
             lengths = [max(row) for row in self.sizes]
-            loader.set_sampler(pace.Dealt(whole.sampler, lengths, *step, args.dataloader_drop_last))
+            loader.set_sampler(deal.Dealt(whole.sampler, lengths, *step, args.dataloader_drop_last))
         return loader
 
     # ── checkpoints ──────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,7 +1,7 @@
 """What a training would say of data files, without one: `python -m utils.doctor_data FILE --rlhf_type DPO`.
 
---fix OUT.jsonl writes them as the rules of utils/repairs.py mend them. What no rule mends is left out, and stands in
-OUT.jsonl.dropped.jsonl with where and why. Exit status: 0 sound, 2 where a training would refuse the file (with --fix
+--fix OUT.jsonl writes them as the rules of utils/data/repairs.py mend them. What no rule mends is left out, and stands
+in OUT.jsonl.dropped.jsonl with where and why. Exit status: 0 sound, 2 where a training would refuse the file (with --fix
 the one written), or the flags are bad.
 """
 
@@ -17,9 +17,11 @@ from pathlib import Path
 
 from common_args import SharedArgs
 from rlhf_args.methods import ANSWERED, EVERY
-from utils import data
-from utils.files import find_files, read_rows, read_text
-from utils.repairs import TEXTS, is_list, is_message, repair
+from utils.data.columns import is_chat, is_halved, split_answer, text_of
+from utils.data.files import find_files, read_rows, read_text
+from utils.data.repairs import TEXTS, is_list, is_message, repair
+from utils.data.repeats import find_again, find_against, say_two, to_key, weigh
+from utils.data.rows import SHOWN, Pass, check_dropped, conclude, count_reasons, load_rows, walk
 from utils.runtime.errors import Refused, refuse_if
 from utils.runtime.paths import check_writable
 
@@ -100,8 +102,8 @@ def judge(paths, held_paths, columns, name, what):
     """Says what a training of these files says against them, its flags left as they are; whether that is nothing."""
     problems = []
     try:
-        rows = data.load_rows(paths, held_paths, columns, name)
-        data.check_dropped(rows, SharedArgs.max_drop_fraction)
+        rows = load_rows(paths, held_paths, columns, name)
+        check_dropped(rows, SharedArgs.max_drop_fraction)
     except Refused as refusal:
         problems = refusal.problems
     say(name, f"would refuse {what}:" if problems else f"takes {what}")
@@ -116,7 +118,7 @@ def judge(paths, held_paths, columns, name, what):
 def examine(rows, held_paths, columns, notes):
     """Says what stands in the rows that can be used, as the rules leave them."""
     made, dropped = convert(rows, columns, notes)
-    for reason, count in data.count_reasons(dropped).items():
+    for reason, count in count_reasons(dropped).items():
         first = next(where for where, why, _ in dropped if why == reason)
         say("dropped", f"{count} {reason}, as {first}. Mend them, or --fix leaves them out")
     for note in notes:
@@ -139,69 +141,23 @@ def examine(rows, held_paths, columns, notes):
     lacking = sum("completion" not in row for _, row in made) if columns == ANSWERED else 0
     if lacking:
         say("answers", f"{lacking} of {len(made)} rows have none. Type --lmbda 1 or --seq_kd True")
-    texts = [data.split_answer(row) if data.is_chat(row) else row for _, row in made]
+    texts = [split_answer(row) if is_chat(row) else row for _, row in made]
     for name in dict.fromkeys(name for row in texts for name in row if name in TEXTS):
-        lengths = sorted(len(data.text_of(row[name])) for row in texts if name in row)
+        lengths = sorted(len(text_of(row[name])) for row in texts if name in row)
         middle, most = (lengths[math.ceil(share * len(lengths)) - 1] for share in (0.5, 0.95))
         say("length", f"{name}: median {middle}, 95 % within {most}, longest {lengths[-1]} characters")
     if made:
-        chats = sum(data.is_chat(row) for _, row in made)
+        chats = sum(is_chat(row) for _, row in made)
         say("form", f"{chats / len(made):.0%} chats, {1 - chats / len(made):.0%} plain text")
 
 
 def convert(rows, columns, notes):
     """(the rows that a training makes of them, those that it drops); broken ones are in neither."""
-    found = data.Pass()
-    made = list(data.walk(rows, columns, notes, found))
+    found = Pass()
+    made = list(walk(rows, columns, notes, found))
     with contextlib.suppress(Refused):  # judge says it
-        data.conclude(found, columns, notes)
+        conclude(found, columns, notes)
     return made, found.dropped
-
-
-def to_key(row, without=("label", "margin", "further")):
-    """What two rows have in common that say the same: prompt and answers alone, unless told."""
-    return json.dumps([(name, row[name]) for name in sorted(row) if name not in without], default=str)
-
-
-def find_again(made):
-    """{where: where the same stood before}, by all that a row trains on, or that a reward function is given."""
-    keys, firsts = collections.defaultdict(list), {}
-    for where, row in made:
-        keys[where].append(to_key(row, ()))
-    firsts = {where: firsts.setdefault(tuple(key), where) for where, key in keys.items()}
-    return {where: first for where, first in firsts.items() if first != where}
-
-
-def find_against(made):
-    """{where: where the opposite stands}: chosen and rejected the other way round, or the other label."""
-    found, said = {}, {}
-    for where, row in made:
-        other = {"chosen": row["rejected"], "rejected": row["chosen"]} if "chosen" in row else {}
-        other |= {"label": not row["label"]} if "label" in row else {}
-        said.setdefault(to_key(row, ("margin",)), where)
-        opposite = said.get(to_key(row | other, ("margin",))) if other else None
-        found |= {where: opposite} if opposite else {}
-    return found
-
-
-def say_two(found):
-    where, other = next(iter(found.items()))
-    return f"{where} and {other}"
-
-
-def weigh(true, false):
-    """The flags that bring weight x rows of good and bad answers within 1:1 to 4:3.
-
-    Source: KTO, arXiv 2402.01306, eq. 8; trl@1.16 kto_trainer.py warns by the same rule.
-    """
-    if false <= true and 3 * true <= 4 * false:
-        return "within 1:1 to 4:3, as KTO wants them; no weights are needed"
-    if true < false:  # hundredths, rounded to the inside
-        flag, least, most = "desirable_weight", -(-100 * false // true), 400 * false // (3 * true)
-    else:
-        flag, least, most = "undesirable_weight", -(-75 * true // false), 100 * true // false
-    even, within = least if true < false else most, f"{least / 100:g} to {most / 100:g}"
-    return f"type --{flag} {even / 100:g} ({within} bring them within 1:1 to 4:3)"
 
 
 # ── the repaired file ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -220,8 +176,8 @@ def keep_raw(problem, files):
 
 def keep_usable(rows, repaired, columns, raw):
     """(the repaired rows that a training takes, each once; those left out as they were, with where and why)."""
-    found = data.Pass()
-    made = list(data.walk(repaired, columns, [], found))
+    found = Pass()
+    made = list(walk(repaired, columns, [], found))
     again, reasons = find_again(made), {where: reason for where, reason, _ in found.dropped}
     taken = {where for where, _ in made} | reasons.keys()
     broken = [where for where, _ in repaired if where not in taken]  # one problem each, in order
@@ -235,7 +191,7 @@ def write(out, rows, dropped, changed):
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     name_dropped(out).unlink(missing_ok=True)
     Path(out).write_text("".join(map(to_line, rows)), encoding="utf-8")
-    for reason, count in list(data.count_reasons(dropped).items())[: data.SHOWN]:
+    for reason, count in list(count_reasons(dropped).items())[:SHOWN]:
         say("left out", f"{count} {reason}")
     if dropped:
         lines = [{"where": where, "reason": reason, "row": row} for where, reason, row in dropped]
@@ -252,7 +208,7 @@ def name_dropped(out):
 
 def to_line(row):
     text = json.dumps(row, ensure_ascii=False, default=str)
-    return (json.dumps(row, default=str) if data.is_halved(text) else text) + "\n"
+    return (json.dumps(row, default=str) if is_halved(text) else text) + "\n"
 
 
 if __name__ == "__main__":

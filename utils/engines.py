@@ -4,7 +4,7 @@ An engine has `batch`, how many answers it takes at once unless told, and comple
 {"completion": text, "tokens": how many, "ended": by itself or cut}, or {"failed": reason}. say_end() comes last.
 """
 
-from utils import text
+from utils.data import template
 from utils.models import load, sampling
 from utils.runtime import environment
 from utils.runtime.output import say
@@ -63,7 +63,7 @@ class Transformers(Engine):
     fits = None  # how many answers the memory holds at once, once that is known
 
     def tokens(self, prompt):
-        return text.prompt_ids(self.tokenizer, prompt)
+        return template.prompt_ids(self.tokenizer, prompt)
 
     def line(self, ids, ended):
         return {
@@ -100,7 +100,7 @@ class Vllm(Engine):
         )
 
     def complete(self, requests):
-        prompts = [{"prompt_token_ids": text.prompt_ids(self.tokenizer, prompt)} for prompt, _ in requests]
+        prompts = [{"prompt_token_ids": template.prompt_ids(self.tokenizer, prompt)} for prompt, _ in requests]
         found = self.llm.generate(prompts, [self.params(seed) for _, seed in requests], use_tqdm=False)
         answers = [one.outputs[0] for one in found]
         return [

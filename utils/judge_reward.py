@@ -2,7 +2,7 @@
 
 import collections
 
-from utils.data import text_of
+from utils.data.columns import text_of
 from utils.judge import Judge
 from utils.rewards import RewardFailed, example_answers
 from utils.runtime import output

@@ -6,8 +6,8 @@ and what was left out: docs/speed.md.
 
 import random
 from dataclasses import dataclass
-from itertools import cycle, islice
 
+from utils.data.deal import deal
 from utils.models import folders
 from utils.preflight import count_batch
 from utils.runtime import environment
@@ -187,9 +187,6 @@ def times_seen(job):
     return config.max_steps * count_batch(config) * config.gradient_accumulation_steps / len(job.train.rows)
 
 
-# ── a step's rows ────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def fixed_by(job):
     """The flag, or what else of this run, for which the rows of a step cannot change places; None where they can."""
     if job.method.by_row is None:
@@ -202,41 +199,6 @@ def fixed_by(job):
     if loader.split_batches or loader.dispatch_batches or not (loader.even_batches and loader.use_seedable_sampler):
         return "this --accelerator_config"
     return "a mixture of experts" if has_experts(job) else None
-
-
-def deal(order, lengths, batch, passes, processes=1, drop_last=False):
-    """`order` with each step's rows sorted, the longest first: those of one pass, on all processes, are alike.
-
-    A pass that is not full weighs its rows more: they stay in it. With several processes the first rows of the epoch
-    fill it, and are added here, as accelerate does it, so that they are the same ones.
-    Source: accelerate 1.15.0, data_loader.py, BatchSamplerShard.
-    """
-    whole = batch * processes
-    if processes > 1 and not drop_last:
-        order = islice(cycle(order), -(-len(order) // whole) * whole)
-    order, dealt = list(order), []
-    end = len(order) // whole * whole
-    for start in range(0, end, whole * passes):
-        dealt += sorted(order[start : min(start + whole * passes, end)], key=lambda row: -lengths[row])
-    return dealt + order[end:]
-
-
-class Dealt:
-    """A sampler whose rows are dealt, each epoch anew."""
-
-    def __init__(self, sampler, lengths, *shape):
-        self.sampler, self.lengths, self.shape = sampler, lengths, shape
-        self.count = len(deal(range(len(sampler)), lengths, *shape))
-
-    def __iter__(self):
-        return iter(deal(list(self.sampler), self.lengths, *self.shape))
-
-    def __len__(self):
-        return self.count
-
-    def set_epoch(self, epoch):
-        if hasattr(self.sampler, "set_epoch"):
-            self.sampler.set_epoch(epoch)
 
 
 def padding(job, dealt):

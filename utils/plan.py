@@ -407,7 +407,9 @@ class Longest:
     """The longest row of the data, or one as long as the flags allow. `lengths`: tokens of its prompt and answer."""
 
     def __init__(self, common, config, method, name):
-        from utils import cache, data, text
+        from utils.data import cache, columns
+        from utils.data.rows import load_rows
+        from utils.data.template import fit_tokenizer
 
         path, limit = common.model_name_or_path, checks.length_limit(config, common.model_name_or_path)
         known = shapes.find_shape(path) is None
@@ -416,12 +418,12 @@ class Longest:
         )
         packed = getattr(config, "packing", False)  # a pass is full then, whatever the rows are
         if common.train_data_path and known and not packed:
-            rows = data.load_rows(common.train_data_path, None, method.columns, name, common.max_samples).train
-            text.fit_tokenizer(self.tokenizer, chat=data.is_chat(rows[0][1]))
+            rows = load_rows(common.train_data_path, None, method.columns, name, common.max_samples).train
+            fit_tokenizer(self.tokenizer, chat=columns.is_chat(rows[0][1]))
             prepared = cache.prepare_rows(rows, self.tokenizer, method.columns, limit)
             where = "the longest of the data"
         else:
-            text.fit_tokenizer(self.tokenizer, chat=False)
+            fit_tokenizer(self.tokenizer, chat=False)
             prepared = self.make_up(method, limit or PROMPTED)
             where = "packed" if packed else "made up, as no data is given" if known else "made up"
         if not prepared.rows:
@@ -440,7 +442,7 @@ class Longest:
     def make_up(self, method, limit):
         """A row that is as long as `limit` allows; of prompts alone, no longer than PROMPTED."""
         from rlhf_args.methods import PROMPT
-        from utils import text
+        from utils.data import prepare
 
         if method.columns == PROMPT:
             limit = min(limit, PROMPTED)
@@ -459,7 +461,7 @@ class Longest:
             values = {column: values[column] for column in ("prompt", *method.columns) if column in values}
             if "messages" in method.columns:
                 values["completion"] = answer
-            prepared = text.prepare_rows(
+            prepared = prepare.prepare_rows(
                 [("made up", values | {"further": {}})], self.tokenizer, method.columns, limit
             )
             if prepared.rows and not prepared.cut:
@@ -467,7 +469,7 @@ class Longest:
         return prepared
 
     def batch(self, rows):
-        from utils.text import Prepared
+        from utils.data.prepare import Prepared
 
         return Prepared(rows=[self.row] * rows)
 
@@ -478,7 +480,7 @@ def count_prompt(row, tokenizer):
         return len(row["input_ids"])
     if "prompt_ids" in row:
         return len(row["prompt_ids"])
-    from utils.text import template
+    from utils.data.template import template
 
     prompt = row.get("prompt", "")
     text = prompt if isinstance(prompt, str) else template(tokenizer, prompt, add_generation_prompt=True)

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy
 
-from utils import data, text
+from utils.data import columns, template
+from utils.data.rows import Pass, conclude, count_held, walk
 from utils.runtime import environment
 from utils.runtime.errors import Refused
 
@@ -37,7 +38,7 @@ class Prompts:
         self.handle = open(file, "rb")
         self.offsets = numpy.cumsum([0, *lengths[:-1]], dtype=numpy.int64)
         self.tokens = numpy.array(tokens, dtype=numpy.int32)
-        held = set(random.Random(seed).sample(range(len(tokens)), data.count_held(len(tokens), eval_fraction)))
+        held = set(random.Random(seed).sample(range(len(tokens)), count_held(len(tokens), eval_fraction)))
         self.numbers = numpy.array([n for n in range(len(tokens)) if (n in held) == held_out], dtype=numpy.int64)
 
     def __len__(self):
@@ -56,17 +57,17 @@ def empty(folder):
 
 
 def write_prompts(file, rows, notes, tokenizer=None, system=None, longest=None, reference=None):
-    """Writes the prompts of `rows` (utils.files.FileRows), each once.
+    """Writes the prompts of `rows` (utils.data.files.FileRows), each once.
 
     (prompts, dropped, duplicates), two numbers and a data.Pass. `file` None: nothing is written. Raises Refused.
     `longest`: tokens that a prompt may have. `reference`: a column whose values are answers.
     """
     from rlhf_args.methods import PROMPT
 
-    found, seen, count, duplicates = data.Pass(), set(), 0, 0
+    found, seen, count, duplicates = Pass(), set(), 0, 0
     part = Path(f"{file}.part") if file else Path(os.devnull)
     with open(part, "w", encoding="utf-8") as handle:
-        for where, values in data.walk(rows, PROMPT, notes, found):
+        for where, values in walk(rows, PROMPT, notes, found):
             prompt = values["prompt"]
             if system and isinstance(prompt, str):
                 found.problems.append(f"{where}: plain text, and --system_prompt is for chats. Leave it out")
@@ -83,11 +84,11 @@ def write_prompts(file, rows, notes, tokenizer=None, system=None, longest=None, 
                 continue
             seen.add(key)
             if tokenizer and len(seen) == 1:
-                notes += text.fit_tokenizer(tokenizer, chat=isinstance(prompt, list))
+                notes += template.fit_tokenizer(tokenizer, chat=isinstance(prompt, list))
             try:
-                tokens = len(text.prompt_ids(tokenizer, prompt)) if tokenizer else len(data.text_of(prompt))
+                tokens = len(template.prompt_ids(tokenizer, prompt)) if tokenizer else len(columns.text_of(prompt))
             except Exception as error:  # noqa: BLE001  templates raise what they like
-                found.problems.append(f"{where}: the chat template refuses it ({text.say_error(error)})")
+                found.problems.append(f"{where}: the chat template refuses it ({template.say_error(error)})")
                 continue
             if longest is not None and tokens > longest:
                 found.dropped.append((where, "prompt leaves no room for an answer", values))
@@ -97,7 +98,7 @@ def write_prompts(file, rows, notes, tokenizer=None, system=None, longest=None, 
             count += 1
     found.problems += rows.problems
     try:
-        data.conclude(found, PROMPT, notes)
+        conclude(found, PROMPT, notes)
     except Refused:
         if file:
             part.unlink()
@@ -113,7 +114,7 @@ def check_reference(prompt, answer, name):
         return None
     if isinstance(answer, list) and isinstance(prompt, str):
         return f'"{name}" is a list, and the prompt is plain text'
-    return data.check_text(answer, name)
+    return columns.check_text(answer, name)
 
 
 def text_key(*values):

@@ -11,7 +11,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils import checks, doctor_data
+from utils import checks
+from utils.data import repeats
 from utils.models.folders import (
     base_of,
     count_trained,
@@ -200,19 +201,19 @@ def check_tokens(train, held_out):
 def check_rows(rows):
     """Warnings of rows that stand twice, in both parts, or against each other."""
     mend, total = "python -m utils.doctor_data FILE --fix OUT.jsonl", len(dict(rows.train))
-    again, against = doctor_data.find_again(rows.train), doctor_data.find_against(rows.train)
+    again, against = repeats.find_again(rows.train), repeats.find_against(rows.train)
     if again:
-        two = doctor_data.say_two(again)
+        two = repeats.say_two(again)
         yield f"{len(again)} of {total} rows repeat another, as {two}. `{mend}` keeps the first of each"
     if against:
-        two = doctor_data.say_two(against)
+        two = repeats.say_two(against)
         yield f"{len(against)} of {total} rows contradict another, as {two}. Take out the wrong ones"
-    known = {doctor_data.to_key(row): where for where, row in rows.train} if rows.held_out else {}
-    held = {where: known[key] for where, row in rows.held_out if (key := doctor_data.to_key(row)) in known}
+    known = {repeats.to_key(row): where for where, row in rows.train} if rows.held_out else {}
+    held = {where: known[key] for where, row in rows.held_out if (key := repeats.to_key(row)) in known}
     if held:
         yield (
             f"{len(held)} of {len(dict(rows.held_out))} held-out rows are trained on too, as "
-            f"{doctor_data.say_two(held)}: the result would look better than it is. Take them out of one of the two; "
+            f"{repeats.say_two(held)}: the result would look better than it is. Take them out of one of the two; "
             f"`{mend}` leaves each once in a file"
         )
 
@@ -225,7 +226,7 @@ def check_balance(config, rows):
         return
     good, bad = true * config.desirable_weight, false * config.undesirable_weight
     if not bad <= good <= bad * 4 / 3 + 1e-9:
-        way_out = doctor_data.weigh(true, false)
+        way_out = repeats.weigh(true, false)
         way_out = way_out if way_out.startswith("type") else "leave both weights out"
         yield (
             f"{true} rows are labelled true and {false} false, which --desirable_weight {config.desirable_weight:g} "

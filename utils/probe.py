@@ -10,7 +10,8 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import SaveStrategy
 
-from utils import memory, preflight, text
+from utils import memory, preflight
+from utils.data import prepare
 from utils.runtime import environment, output
 from utils.runtime.environment import GIB, peak_memory
 from utils.runtime.errors import Failed, Refused
@@ -68,7 +69,7 @@ def shorten(config, method, train):
     config.eval_strategy, config.eval_on_start = "no", False
     config.report_to, config.resume_from_checkpoint = [], None
     chosen = [longest[number % len(longest)] for number in range(needed)]
-    return whole, dataclasses.replace(train, rows=[train.rows[at] for at in chosen], sizes=[]), text.Prepared()
+    return whole, dataclasses.replace(train, rows=[train.rows[at] for at in chosen], sizes=[]), prepare.Prepared()
 
 
 def run(trainer, whole, common, method):

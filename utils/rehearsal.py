@@ -281,7 +281,7 @@ def rehearse(
     from transformers import set_seed
 
     from rlhf_args.methods import load
-    from utils import text
+    from utils.data import prepare
     from utils.gpu_kernels import as_on_gpu
     from utils.models.load import fit_config
 
@@ -310,7 +310,7 @@ def rehearse(
             model=model,
             args=config,
             processing_class=tokenizer,
-            train_dataset=text.as_dataset(rows),
+            train_dataset=prepare.as_dataset(rows),
             peft_config=lora,
             **given,
             **frozen,

@@ -9,7 +9,9 @@ import shutil
 import numpy
 
 from rlhf_args.methods import PROMPT
-from utils import best_of_n, data, engines, files, pool, rejection_checks, rewards, saves, scoring, selection
+from utils import best_of_n, engines, pool, rejection_checks, rewards, saves, scoring, selection
+from utils.data import files
+from utils.data.rows import Rows, check_dropped, count_reasons, make_rows
 from utils.models import folders, load, sampling
 from utils.runtime import environment, output
 from utils.runtime.errors import Failed, Refused
@@ -71,14 +73,14 @@ def check_prompts(common, config, file=None, tokenizer=None):
     longest = longest_prompt(common, config)
     asked = config.system_prompt, longest, config.reference_column
     count, found, twice = pool.write_prompts(file, rows, notes, tokenizer, *asked)
-    seen = data.Rows([], dropped=found.dropped, total=count + twice + len(found.dropped), notes=notes)
-    data.check_dropped(seen, common.max_drop_fraction)
+    seen = Rows([], dropped=found.dropped, total=count + twice + len(found.dropped), notes=notes)
+    check_dropped(seen, common.max_drop_fraction)
     if config.reference_column and config.reference_column not in found.names:
         known = ", ".join(name for name in found.names if name != "prompt") or "none beside the prompt"
         raise Refused([f"--reference_column {config.reference_column}: no such column. There are {known}"])
     if count < 2 and common.eval_fraction:
         raise Refused([f"--eval_fraction {common.eval_fraction:g}: of one prompt nothing can be held out"])
-    refused = ", ".join(f"{number} {reason}" for reason, number in data.count_reasons(found.dropped).items()) or "none"
+    refused = ", ".join(f"{number} {reason}" for reason, number in count_reasons(found.dropped).items()) or "none"
     doubled = f"; {twice} repeated ones left out" if twice else ""
     if file:
         saves.prepare_output_dir(file.parent, False, found.dropped)
@@ -90,7 +92,7 @@ def check(common, config):
     tokenizer = load_tokenizer(common, config)
     check_prompts(common, config, tokenizer=tokenizer)
     if "generate" in config.stages and "score" in config.stages:
-        rows, _ = data.make_rows(list(files.FileRows(common.train_data_path, "--train_data_path", 4)), PROMPT, [])
+        rows, _ = make_rows(list(files.FileRows(common.train_data_path, "--train_data_path", 4)), PROMPT, [])
         rewards.load_functions(common.reward_funcs, rows, tokenizer or scoring.no_tokens, common.reward_timeout)
     output.say("checked   nothing stands in the way; no model was loaded, nothing was written")
     return 0
@@ -128,9 +130,9 @@ class Work:
         self.first = [self.prompts[number] for number in self.prompts.numbers[:4]]
         self.failed_share = 0.0
         if tokenizer is not None:
-            from utils import text
+            from utils.data import template
 
-            text.fit_tokenizer(tokenizer, chat=isinstance(self.first[0]["prompt"], list))
+            template.fit_tokenizer(tokenizer, chat=isinstance(self.first[0]["prompt"], list))
 
     def generate(self):
         """Answers what is not answered, the longest prompts first: what does not fit fails at once."""

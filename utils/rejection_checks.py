@@ -5,7 +5,8 @@ import math
 from pathlib import Path
 
 from rlhf_args.methods import METHODS, REJECTION, find_method
-from utils import checks, files, judge, pool, scoring, selection
+from utils import checks, judge, pool, scoring, selection
+from utils.data import files
 from utils.models import folders, sampling
 from utils.runtime import environment
 from utils.runtime.errors import Refused

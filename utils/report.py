@@ -12,12 +12,12 @@ from pathlib import Path
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from utils.data import count_reasons, hash_rows
+from utils.data.rows import count_reasons, hash_rows
+from utils.data.template import render, tokenize
 from utils.runtime import secrets
 from utils.runtime.environment import peak_memory
 from utils.runtime.output import say
 from utils.runtime.paths import write_whole
-from utils.text import render, tokenize
 from utils.watch import Watch
 
 SAMPLES = 2

@@ -4,7 +4,7 @@ import math
 import sys
 from pathlib import Path
 
-from utils.data import text_of
+from utils.data.columns import text_of
 from utils.models.folders import check_folder, is_reward_model, read_header
 from utils.rewards import TRIED, RewardFailed, example_answers
 from utils.runtime import environment
@@ -72,7 +72,7 @@ class RewardModel:
 
     def tokens(self, prompt, completion) -> dict:
         """{"input_ids": at most `longest` tokens}. Of a longer text the front goes, but for the BOS."""
-        from utils.text import render, tokenize
+        from utils.data.template import render, tokenize
 
         text, (answer,), _ = render(self.tokenizer, {"prompt": prompt, "completion": completion})
         ids = tokenize(self.tokenizer, text + answer)
@@ -281,9 +281,10 @@ def load_reward_model(path, rows, dtype, device, batch_size, trust_remote_code=F
 
 def load_reward_tokenizer(path, rows, trust_remote_code=False):
     """The reward model's tokenizer, able to write every row's prompt. Raises Refused where its template cannot."""
-    from utils.data import is_chat, refuse_rows
+    from utils.data.columns import is_chat
+    from utils.data.rows import refuse_rows
+    from utils.data.template import fit_tokenizer, render, say_error
     from utils.models.load import load_tokenizer
-    from utils.text import fit_tokenizer, render, say_error
 
     tokenizer = load_tokenizer(path, None, trust_remote_code, flag="--reward_model_path")
     if is_encoder(path, tokenizer):

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from utils import reward_files
-from utils.data import text_of
+from utils.data.columns import text_of
 from utils.runtime import environment
 from utils.runtime.errors import Failed, Refused
 from utils.runtime.paths import near_path

@@ -16,7 +16,9 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 
 from rlhf_args.methods import PROMPT, find_method
-from utils import data, files, pool, selection
+from utils import pool, selection
+from utils.data import files
+from utils.data.rows import make_rows
 from utils.rejection import check
 from utils.rejection_checks import TRAINING
 from utils.runtime.errors import Failed, Refused, refuse_if
@@ -165,7 +167,7 @@ def train_command(common, config, method, model, path, output_dir, words):
 def check_training(common, config, method, file, words):
     """Lets the training check itself on a few rows of the kind that it will get, before anything is sampled."""
     rows = files.FileRows(common.train_data_path, "--train_data_path", 8)
-    made, _ = data.make_rows(list(rows), PROMPT, [])
+    made, _ = make_rows(list(rows), PROMPT, [])
     good, bad = (
         [{"completion": word, "sample": 0, "score": score, "scores": {}}] for word, score in (("a", 1), ("b", 0))
     )

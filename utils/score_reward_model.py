@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 from rlhf_args.methods import RANKED
-from utils import data
+from utils.data import columns
+from utils.data.rows import count_reasons, hash_rows, load_rows
 from utils.runtime import environment
 from utils.runtime.errors import Refused
 
@@ -33,8 +34,8 @@ def main(argv=None):
     except Refused as refusal:
         Refused([say_here(problem) for problem in refusal.problems]).say()
         return 2
-    found = {"model": asked.model, "data": asked.data, "data_hash": data.hash_rows(rows.train)}
-    found |= {"dropped_rows": data.count_reasons(rows.dropped)} | measure(**scored)
+    found = {"model": asked.model, "data": asked.data, "data_hash": hash_rows(rows.train)}
+    found |= {"dropped_rows": count_reasons(rows.dropped)} | measure(**scored)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "reward_model.json").write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     draw(folder / "reward_model.png", found, **scored)
@@ -58,7 +59,7 @@ def load(model, paths, folder):
     above = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         problems.append(f"--output_dir {folder}: nothing can be written in {above}. Name another folder")
-    rows = data.load_rows(paths, None, RANKED, "Reward", problems=problems)
+    rows = load_rows(paths, None, RANKED, "Reward", problems=problems)
     # as prompts with their answers beside them, which is how a reward is tried
     tried = [(where, {"prompt": pair["prompt"], "further": pair}) for where, pair in rows.train]
     dtype, device = ("bfloat16" if environment.has_bf16() else "float32"), "cuda" if environment.has_gpu() else "cpu"
@@ -88,7 +89,7 @@ def score_pairs(reward, rows):
 
 
 def tokens_of(tokenizer, answer):
-    return tokenizer(data.text_of(answer), add_special_tokens=False)["input_ids"]
+    return tokenizer(columns.text_of(answer), add_special_tokens=False)["input_ids"]
 
 
 def measure(scores, lengths, cut):

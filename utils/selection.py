@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 from rlhf_args.methods import METHODS, PAIR, PROMPT, RANKED, UNPAIRED
-from utils import data
+from utils.data.columns import check_text
 from utils.scoring import as_completion
 
 # {columns: the first method that trains on them}, which names the file of such rows
@@ -72,7 +72,7 @@ def unusable(answer, seen):
     if "failed" in answer:
         return "failed"
     written = answer["completion"]
-    if data.check_text(written, "completion"):
+    if check_text(written, "completion"):
         return "unreadable"  # a list of messages turned into text, which train_rlhf.py would refuse
     return "empty" if not written else "duplicate" if written in seen else None
 

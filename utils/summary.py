@@ -4,8 +4,9 @@ import os
 import shlex
 import sys
 
-from utils import reward_models, text
-from utils.data import count_reasons
+from utils import reward_models
+from utils.data import prepare
+from utils.data.rows import count_reasons
 from utils.models import folders, load, sampling
 from utils.runtime import environment
 from utils.runtime.output import say
@@ -43,7 +44,7 @@ def say_plan(common, config, name, method, tokenizer, rows, train, held_out, fur
     for note in [*rows.notes, *getattr(config, "notes", ()), *unseen]:
         say(f"note      {note}")
     say_findings(rows)
-    say(f"first row {text.mark(train, tokenizer, sys.stdout.isatty())}")
+    say(f"first row {prepare.mark(train, tokenizer, sys.stdout.isatty())}")
 
 
 def say_findings(rows):

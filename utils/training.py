@@ -48,12 +48,14 @@ def prepare_text(common, config, method, rows, **limits):
 
     What preflight.py finds, which the main process looks for, goes to rows.findings.
     """
-    from utils import cache, data, pace, preflight, text
+    from utils import pace, preflight
+    from utils.data import cache, columns, prepare, template
+    from utils.data.rows import check_dropped
     from utils.models import load
 
     refuse_if(folders.check_folder(common.model_name_or_path, "--model_name_or_path")[0])
     tokenizer = load.load_tokenizer(common.model_name_or_path, common.model_revision, config.trust_remote_code)
-    rows.notes += text.fit_tokenizer(tokenizer, chat=data.is_chat(rows.train[0][1]))
+    rows.notes += template.fit_tokenizer(tokenizer, chat=columns.is_chat(rows.train[0][1]))
     limit = checks.length_limit(config, common.model_name_or_path)
     train = cache.prepare_rows(rows.train, tokenizer, method.columns, limit, **limits)
     held_out = cache.prepare_rows(rows.held_out, tokenizer, method.columns, limit, **limits)
@@ -62,8 +64,8 @@ def prepare_text(common, config, method, rows, **limits):
     if environment.is_main() and train.rows:
         rows.findings += [preflight.Finding("pace", line) for line in faster]
         rows.findings += preflight.findings(common, config, method, rows, tokenizer, train, held_out)
-    data.check_dropped(rows, common.max_drop_fraction)
-    text.check_first(train, tokenizer, method.columns)
+    check_dropped(rows, common.max_drop_fraction)
+    prepare.check_first(train, tokenizer, method.columns)
     return tokenizer, train, held_out
 
 
@@ -106,7 +108,7 @@ def make_lora(common, method):
 def make_trainer(trainer_class, policy, config, tokenizer, train, held_out, lora, **others):
     """The trainer, of all the processes that were asked for. Raises Refused where TRL refuses these flags."""
     from trainers.safe_trainer import make_safe
-    from utils import text
+    from utils.data import prepare
     from utils.runtime import output
 
     try:
@@ -114,8 +116,8 @@ def make_trainer(trainer_class, policy, config, tokenizer, train, held_out, lora
             model=policy,
             args=config,
             processing_class=tokenizer,
-            train_dataset=text.as_dataset(train),
-            eval_dataset=text.as_dataset(held_out),
+            train_dataset=prepare.as_dataset(train),
+            eval_dataset=prepare.as_dataset(held_out),
             peft_config=lora,
             **others,
         )
@@ -136,7 +138,8 @@ def fit_bucket(trainer):
 
 def train_and_report(trainer, start, common, method, tokenizer, rows, train, held_out):
     """Trains from `start` on, evaluates, draws; returns the Report of it."""
-    from utils import bad_steps, report, saves, stops, text
+    from utils import bad_steps, report, saves, stops
+    from utils.data import prepare
     from utils.models import load
     from utils.runtime import output
 
@@ -145,7 +148,7 @@ def train_and_report(trainer, start, common, method, tokenizer, rows, train, hel
     if environment.is_main():
         saves.prepare_output_dir(config.output_dir, common.overwrite_output_dir, rows.dropped)
     trainer.accelerator.wait_for_everyone()  # nobody looks for a checkpoint before the folder is what it will be
-    text.check_none_lost(trainer, train, held_out)
+    prepare.check_none_lost(trainer, train, held_out)
     checkpoints.load_adapter(trainer.model, start)
     bad_steps.refuse_broken(trainer.model, common.model_name_or_path)
     trainer.run, trainer.rows, trainer.max_bad_steps = start.run, rows.train, common.max_bad_steps

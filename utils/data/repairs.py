@@ -10,14 +10,14 @@ import re
 from dataclasses import dataclass
 
 from rlhf_args.methods import ANSWERED, DIALOGUE, PAIR, PROMPT, RANKED, UNPAIRED
-from utils import data
-from utils.files import MESSAGES
+from utils.data import columns as data_columns
+from utils.data.files import MESSAGES
 
 TWO, ONE = (PAIR, RANKED, UNPAIRED), (DIALOGUE, ANSWERED)  # methods of two kinds of answers, and of one
 ANY = (*TWO, *ONE, PROMPT)
 
 ROLES = {
-    **{name: name for name in data.ROLES},
+    **{name: name for name in data_columns.ROLES},
     **dict.fromkeys(("human", "prompter"), "user"),
     **dict.fromkeys(("gpt", "bot", "chatbot", "chatgpt", "ai", "model", "function_call", "tool_call"), "assistant"),
     **dict.fromkeys(("observation", "function", "function_response", "tool_response", "ipython"), "tool"),
@@ -62,7 +62,7 @@ def look(rows, columns, repaired):
 
 
 def to_word(value):
-    number = None if isinstance(value, bool) else data.to_number(value)
+    number = None if isinstance(value, bool) else data_columns.to_number(value)
     return str(value).strip().lower() if number is None else f"{number:g}"
 
 
@@ -217,7 +217,9 @@ def take_rated(row, seen):
     if has(row, "chosen") or has(row, "rejected") or not is_list(answers):
         return None
     ratings = [next((one[name] for name in RATINGS if one.get(name) is not None), None) for one in answers]
-    rated = [(data.to_number(rating), one.get("response")) for rating, one in zip(ratings, answers, strict=True)]
+    rated = [
+        (data_columns.to_number(rating), one.get("response")) for rating, one in zip(ratings, answers, strict=True)
+    ]
     if any(rating is None or not isinstance(text, str) for rating, text in rated):
         return None
     best, worst = (pick(rated, key=lambda one: one[0]) for pick in (max, min))
@@ -260,7 +262,7 @@ def split_prompt(row, seen):
     sides = {name: row[name] for name in SIDES if has(row, name)}
     if not isinstance(row.get("prompt"), str) or not sides or not all(map(is_chat, sides.values())):
         return None
-    start = data.common_start(*sides.values()) if len(sides) == 2 else [*sides.values()][0][:-1]
+    start = data_columns.common_start(*sides.values()) if len(sides) == 2 else [*sides.values()][0][:-1]
     if not any(message["content"].strip() == row["prompt"].strip() for message in start):
         return None
     if seen.columns == RANKED:
@@ -277,7 +279,7 @@ def split_whole(row, seen):
     sides = {name: row.get(name) for name in RANKED}
     alike = all(map(is_chat, sides.values())) or all(isinstance(value, str) for value in sides.values())
     if alike and not has(row, "prompt") and (seen.repaired or "prompt" in seen.filled):
-        start = data.common_start(*sides.values())
+        start = data_columns.common_start(*sides.values())
         return row | {"prompt": start} | cut(sides, start, seen)
 
 
@@ -306,16 +308,16 @@ def make_turns(row, seen):
 
 def take_label(row, seen):
     names = ["label"] if has(row, "label") else [name for name in THUMBS if has(row, name)]
-    if len(names) != 1 or not has(row, "completion") or data.check_label(row.get("label")) is None:
+    if len(names) != 1 or not has(row, "completion") or data_columns.check_label(row.get("label")) is None:
         return None
     found = seen.words[names[0]]
     for words in WORDS:  # of numbers both are needed: a lone 1 may be one of five
-        if found <= set(words) and (len(found) == 2 or data.to_number(words[0]) is None):
+        if found <= set(words) and (len(found) == 2 or data_columns.to_number(words[0]) is None):
             return put(row, names, label=to_word(row[names[0]]) == words[0])
 
 
 def free_names(row, seen):
-    taken = [name for name in row if name in data.RESERVED and "image" not in name]
+    taken = [name for name in row if name in data_columns.RESERVED and "image" not in name]
     return put(row, taken, **{f"given_{name}": row[name] for name in taken}) if taken else None
 
 

@@ -4,14 +4,14 @@ TRL's trainers get this as plain text, which each of them tokenises the same way
 `...ok<|im_end|>\\n` where CPO trains `...ok<|im_end|>\\n<|im_end|>`.
 """
 
-import functools
 import os
 import re
 from dataclasses import dataclass, field
 from itertools import groupby
 
 from rlhf_args.methods import ANSWERED, DIALOGUE, PROMPT, RANKED
-from utils.data import refuse_rows
+from utils.data.rows import refuse_rows
+from utils.data.template import count_ends, label_turns, render, say_error, split_tokens, template, tokenize
 from utils.runtime.errors import Refused
 
 CHUNK = 512  # rows whose texts are tokenised at once
@@ -205,158 +205,7 @@ def marks_of(tokenizer):
 # ── one row ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def render(tokenizer, values):
-    """(prompt, [answer, ...], reshaped): texts, each answer with exactly one end of turn behind it.
-
-    Of a row that has a prompt alone, the answer is "".
-    """
-    names = [name for name in ("chosen", "rejected", "completion") if name in values]
-    if "messages" in values:
-        if isinstance(values["messages"], str):
-            return "", [end_turn(tokenizer, values["messages"])], False
-        last = max(i for i, message in enumerate(values["messages"]) if message["role"] == "assistant")
-        messages, names, sides = values["messages"][:last], ["messages"], [values["messages"][last : last + 1]]
-    else:
-        messages, sides = values["prompt"], [values[name] for name in names]
-    if not sides:
-        chat = isinstance(messages, list)
-        return template(tokenizer, messages, add_generation_prompt=True) if chat else messages, [""], False
-    if not isinstance(sides[0], list):
-        return messages, [end_turn(tokenizer, side) for side in sides], False
-    prompt = template(tokenizer, messages, add_generation_prompt=True) if messages else ""
-    whole = [end_turn(tokenizer, template(tokenizer, messages + side)) for side in sides]
-    shared = min(shared_length(prompt, text) for text in whole)
-    return whole[0][:shared], [text[shared:] for text in whole], shared < len(prompt)
-
-
-def template(tokenizer, messages, **kwargs):
-    """The chat template's text, without the BOS that the tokenizer will put in front of it again."""
-    text = tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
-    return text.removeprefix(tokenizer.bos_token) if tokenizer.bos_token and adds_bos(tokenizer) else text
-
-
-@functools.lru_cache(maxsize=8)  # asked for every text
-def adds_bos(tokenizer):
-    return tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-
-
-def end_turn(tokenizer, text):
-    """`text` up to and with its last end of turn (templates add a newline behind it), or with one put there."""
-    eos = tokenizer.eos_token
-    stripped = text.rstrip()
-    return stripped if stripped.endswith(eos) else text + eos
-
-
-def shared_length(a, b):
-    if a == b[: len(a)]:
-        return len(a)
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def tokenize(tokenizer, text, **kwargs):
-    return tokenizer(text, **kwargs)["input_ids"]
-
-
-def prompt_ids(tokenizer, prompt):
-    """The tokens of a prompt that is to be answered."""
-    return tokenize(tokenizer, render(tokenizer, {"prompt": prompt})[0])
-
-
-def tokenize_pair(tokenizer, prompt, chosen, rejected):
-    """Token ids (prompt, chosen, rejected). A token that spans prompt and answer belongs to the answer, as in DPO.
-
-    Source: trl 1.16.0, trainer/dpo_trainer.py, _prepare_dataset.
-    """
-    alone, *whole = (tokenize(tokenizer, text) for text in (prompt, prompt + chosen, prompt + rejected))
-    start = min(shared_length(alone, ids) for ids in whole)
-    return alone[:start], whole[0][start:], whole[1][start:]
-
-
-def split_tokens(alone, whole):
-    """{prompt_ids, completion_ids} of a prompt's tokens alone and with its answer; no completion_ids without one."""
-    start = shared_length(alone, whole)
-    return {"prompt_ids": whole[:start], "completion_ids": whole[start:]}
-
-
-def label_turns(tokens, values, text):
-    """{input_ids, labels} of a dialogue: every assistant turn is trained with its end of turn, the rest is -100."""
-    ids = tokens(text)
-    labels = [-100] * len(ids)
-    for start, stop in assistant_spans(tokens.tokenizer, values, text):
-        first = shared_length(tokens(text[:start]), ids)
-        last = len(tokens(text[:stop]))
-        labels[first:last] = ids[first:last]
-    return {"input_ids": ids, "labels": labels}
-
-
-def assistant_spans(tokenizer, values, text):
-    """(start, stop) in `text` of what the assistant says, each with its end of turn."""
-    if isinstance(values.get("messages"), str):
-        return [(0, len(text))]
-    if "messages" not in values:
-        return [(len(values["prompt"]), len(text))]
-    spans = []
-    for i, message in enumerate(values["messages"]):
-        if message["role"] == "assistant":
-            before = template(tokenizer, values["messages"][:i], add_generation_prompt=True) if i else ""
-            after = end_turn(tokenizer, template(tokenizer, values["messages"][: i + 1]))
-            start = shared_length(before, text)
-            # some templates write a turn differently once it is no longer the last (Qwen3 takes the thoughts out)
-            end = text.find(tokenizer.eos_token, start) + len(tokenizer.eos_token)
-            spans.append((start, len(after) if text.startswith(after) else end))
-    return spans
-
-
 # ── the tokenizer ────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def fit_tokenizer(tokenizer, chat):
-    """Set pad and end of turn on the tokenizer; the notes say what was changed. Raises Refused without a template."""
-    notes = []
-    if chat and not tokenizer.chat_template:
-        raise Refused(
-            [
-                "the data are chats, and this model's tokenizer has no chat template. Take the instruct model, "
-                "save a chat_template.jinja in its folder, or write the data as plain text"
-            ]
-        )
-    if chat:
-        try:
-            end = end_of_turn(tokenizer)
-        except Exception as error:  # noqa: BLE001  as above: of a broken template anything
-            raise Refused(
-                [
-                    f"this model's chat template cannot write a question and its answer ({say_error(error)}). "
-                    "Mend chat_template.jinja in the model's folder"
-                ]
-            ) from None
-        if end and end != tokenizer.eos_token:
-            notes.append(
-                f"the chat template ends a turn with {end}: set as eos_token in place of {tokenizer.eos_token}"
-            )
-            tokenizer.eos_token = end
-    if tokenizer.eos_token is None:
-        raise Refused(
-            ["this model's tokenizer has no eos_token, so no answer could end. Set one in tokenizer_config.json"]
-        )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-        notes.append(f"the tokenizer has no pad token: {tokenizer.pad_token} pads")
-    tokenizer.padding_side = "right"  # the score of a reward model stands on the last token that is not padding
-    return notes
-
-
-def say_error(error):
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-def end_of_turn(tokenizer):
-    """The special token that the template puts behind an answer, or None if it puts none."""
-    answer = "ANSWER"
-    text = template(tokenizer, [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": answer}])
-    tail = tokenizer(text[text.rindex(answer) + len(answer) :], add_special_tokens=False)["input_ids"]
-    special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
-    return next((tokenizer.convert_ids_to_tokens(token) for token in tail if token in special), None)
 
 
 # ── what the trainer gets ────────────────────────────────────────────────────────────────────────────────────────────
@@ -377,11 +226,6 @@ def check_first(prepared, tokenizer, columns):
                 "Check add_bos_token, add_eos_token and the chat template"
             ]
         )
-
-
-def count_ends(ids, eos):
-    """How many end-of-turn tokens stand last."""
-    return next((n for n, token in enumerate(reversed(ids)) if token != eos), len(ids))
 
 
 def as_dataset(prepared):

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from rlhf_args.methods import PROMPT
-from utils import data, text
+from utils.data import prepare
 
 ROOM = 4 * 1024**3  # bytes that all entries may take; one that would take half of it is not kept
 
@@ -25,7 +25,7 @@ def prepare_rows(rows, tokenizer, columns, max_length, max_prompt=lambda values:
     file = folder() / f"{made_of}.json" if made_of else None
     prepared = read(file, rows, columns) if file else None
     if prepared is None:
-        prepared = text.prepare_rows(rows, tokenizer, columns, max_length, max_prompt)
+        prepared = prepare.prepare_rows(rows, tokenizer, columns, max_length, max_prompt)
         if file and os.environ.get("LOCAL_RANK", "0") == "0":
             write(file, rows, columns, prepared)
     return prepared
@@ -44,7 +44,7 @@ def describe(rows, tokenizer, columns, max_length, max_prompt):
     versions = [importlib.metadata.version(name) for name in ("transformers", "tokenizers", "jinja2")]
     today = time.strftime("%Y-%m-%d") if "strftime_now" in template else ""  # a template may write the date
     parts = [columns, max_length, template, special, versions, today, tokenizer.backend_tokenizer.to_str()]
-    parts += [Path(module.__file__).read_text(encoding="utf-8") for module in (text, data)]
+    parts += [file.read_text(encoding="utf-8") for file in sorted(Path(__file__).parent.glob("*.py"))]
     total = hashlib.sha256()
     for part in parts:
         total.update(hashlib.sha256(json.dumps(part).encode()).digest())
@@ -72,7 +72,7 @@ def read(file, rows, columns):
     if columns == PROMPT:
         kept = [values for place, (_, values) in enumerate(rows) if place not in dropped]
         held["rows"] = [{"prompt": values["prompt"], **values["further"]} for values in kept]
-    return text.Prepared(**held)
+    return prepare.Prepared(**held)
 
 
 def write(file, rows, columns, prepared):

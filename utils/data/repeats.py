@@ -1,0 +1,50 @@
+"""Rows that repeat or contradict each other."""
+
+import collections
+import json
+
+
+def to_key(row, without=("label", "margin", "further")):
+    """What two rows have in common that say the same: prompt and answers alone, unless told."""
+    return json.dumps([(name, row[name]) for name in sorted(row) if name not in without], default=str)
+
+
+def find_again(made):
+    """{where: where the same stood before}, by all that a row trains on, or that a reward function is given."""
+    keys, firsts = collections.defaultdict(list), {}
+    for where, row in made:
+        keys[where].append(to_key(row, ()))
+    firsts = {where: firsts.setdefault(tuple(key), where) for where, key in keys.items()}
+    return {where: first for where, first in firsts.items() if first != where}
+
+
+def find_against(made):
+    """{where: where the opposite stands}: chosen and rejected the other way round, or the other label."""
+    found, said = {}, {}
+    for where, row in made:
+        other = {"chosen": row["rejected"], "rejected": row["chosen"]} if "chosen" in row else {}
+        other |= {"label": not row["label"]} if "label" in row else {}
+        said.setdefault(to_key(row, ("margin",)), where)
+        opposite = said.get(to_key(row | other, ("margin",))) if other else None
+        found |= {where: opposite} if opposite else {}
+    return found
+
+
+def say_two(found):
+    where, other = next(iter(found.items()))
+    return f"{where} and {other}"
+
+
+def weigh(true, false):
+    """The flags that bring weight x rows of good and bad answers within 1:1 to 4:3.
+
+    Source: KTO, arXiv 2402.01306, eq. 8; trl@1.16 kto_trainer.py warns by the same rule.
+    """
+    if false <= true and 3 * true <= 4 * false:
+        return "within 1:1 to 4:3, as KTO wants them; no weights are needed"
+    if true < false:  # hundredths, rounded to the inside
+        flag, least, most = "desirable_weight", -(-100 * false // true), 400 * false // (3 * true)
+    else:
+        flag, least, most = "undesirable_weight", -(-75 * true // false), 100 * true // false
+    even, within = least if true < false else most, f"{least / 100:g} to {most / 100:g}"
+    return f"type --{flag} {even / 100:g} ({within} bring them within 1:1 to 4:3)"
