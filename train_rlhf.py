@@ -31,8 +31,9 @@ def run(argv):
     common, config, name, rows, problems = parse_and_check(argv)
     method = METHODS[name]
 
-    from utils import judge_reward, probe, reward_models, rewards, summary
+    from utils import probe, summary
     from utils.models.load import load_other_models, load_policy, needs_reference
+    from utils.rewards import functions, judge_reward, models
 
     # ── the text that is trained on ──────────────────────────────────────────────────────────────────────────────────
     with collecting(problems):
@@ -43,7 +44,7 @@ def run(argv):
     else:
         summary.say_findings(rows)
     with collecting(problems):
-        judges = rewards.load_functions(common.reward_funcs, rows.train, tokenizer, common.reward_timeout)
+        judges = functions.load_functions(common.reward_funcs, rows.train, tokenizer, common.reward_timeout)
     with collecting(problems):
         judge = judge_reward.load(config, rows.train) if method.sample_reward and not problems else None
     if common.probe and not problems:
@@ -61,7 +62,7 @@ def run(argv):
         others["reward_funcs"] = judges
         if common.reward_model_path:
             judges.append(
-                reward_models.load_model(
+                models.load_model(
                     common.reward_model_path,
                     rows.train,
                     policy_path=common.model_name_or_path,

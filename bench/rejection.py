@@ -136,7 +136,7 @@ def measure_scoring(asked):
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from utils import reward_models
+    from utils.rewards import models
 
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
@@ -144,7 +144,7 @@ def measure_scoring(asked):
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(MODEL).save_pretrained(folder)
         rows = [("", {"prompt": prompt, "further": {}}) for prompt in prompts_of(4)]
-        reward = reward_models.load_reward_model(folder, rows, "float32", "cpu", 16)
+        reward = models.load_reward_model(folder, rows, "float32", "cpu", 16)
     words = "the answer to this is that one has to look at it with some care before anything is said".split()
     draw = random.Random(0)
     pairs = [

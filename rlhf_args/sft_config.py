@@ -5,4 +5,4 @@ import trl
 
 @dataclass
 class SFTConfig(trl.SFTConfig):
-    """SFT as TRL has it, on rows whose tokens utils/data/template.py has labelled: only the assistant's turns are trained."""
+    """TRL's own. utils/data/template.py labels the rows beforehand: only the assistant's turns are trained."""

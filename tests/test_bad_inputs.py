@@ -17,8 +17,8 @@ import pytest
 import train_gkd
 import train_rlhf
 from tests.conftest import ROOT, make_model, make_tokenizer
-from utils import reward_models
 from utils.models import load as models_load
+from utils.rewards import models
 
 SCRIPTS = {"rlhf": train_rlhf, "gkd": train_gkd}
 MESSAGES = [{"role": "user", "content": "Say hi."}, {"role": "assistant", "content": "Hi."}]
@@ -288,7 +288,7 @@ def type_it(tmp_path, tiny_model, teacher, monkeypatch, capsys):
     def load(*args, **kwargs):
         raise Loaded
 
-    for module, name in ((models_load, "load_policy"), (models_load, "load_model"), (reward_models, "load_model")):
+    for module, name in ((models_load, "load_policy"), (models_load, "load_model"), (models, "load_model")):
         monkeypatch.setattr(module, name, load)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(ROOT)

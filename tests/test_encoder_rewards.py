@@ -20,8 +20,9 @@ from transformers import (
 
 import train_rlhf
 from tests.conftest import TEMPLATE, read_rows, write_rows
-from utils import reward_models, score_reward_model
+from utils import score_reward_model
 from utils.models.load import load_tokenizer
+from utils.rewards import models
 from utils.runtime.errors import Refused
 
 ASKED = ["Say hi.", "What is 2 + 2?", "Name a colour.", "Why?", "Spell cat.", "Sing!", "Who are you?", "Count."]
@@ -83,7 +84,7 @@ def encoder(request, tmp_path_factory):
 
 def load(folder, batch_size=8):
     rows = [(f"row:{number}", {**row, "further": {}}) for number, row in enumerate(CHATS)]
-    return reward_models.load_reward_model(folder, rows, "float32", "cpu", batch_size)
+    return models.load_reward_model(folder, rows, "float32", "cpu", batch_size)
 
 
 def says(text):

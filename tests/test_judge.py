@@ -31,8 +31,8 @@ from tests.test_servers import (
     waits,
 )
 from trainers import online_trainer, ppo_trainer
-from utils import judge, judge_reward, server
 from utils.models import load
+from utils.rewards import judge, judge_reward, server
 
 CHATS = [{"prompt": [{"role": "user", "content": f"What is {n} + {n}?"}]} for n in range(8)]
 FAST = "--max_completion_length 8 --num_generations 2 --per_device_train_batch_size 4 --max_steps 2 --logging_steps 1 "

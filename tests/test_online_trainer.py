@@ -31,7 +31,7 @@ from utils import training
 from utils.data import template
 from utils.data.prepare import prepare_rows
 from utils.models.load import load_tokenizer
-from utils.rewards import RewardFailed
+from utils.rewards.functions import RewardFailed
 from utils.stops import Left
 
 ONLINE = ["RLOO", "GRPO", "PPO"]

@@ -22,12 +22,13 @@ import train_rlhf
 from rlhf_args.methods import DIALOGUE, METHODS, PROMPT, UNPAIRED, load
 from tests.conftest import make_model, read_rows, slow_but, write_rows
 from tests.matrix.cells import run_cell
-from utils import checkpoints, pace, report, rewards, training
+from utils import checkpoints, pace, report, training
 from utils.cli import arguments, recipes
 from utils.data import deal, prepare, template
 from utils.data.rows import load_rows
 from utils.models import folders
 from utils.models.load import load_tokenizer, make_lora
+from utils.rewards.functions import load_functions
 from utils.runtime import environment
 from utils.runtime.errors import Refused
 
@@ -123,7 +124,7 @@ def run_trl(name, mode, place, out):
     flags = {"bf16": False, "use_cpu": True, "report_to": "none", "disable_tqdm": True, "dataloader_pin_memory": False}
     flags |= flags_of(name, place)
     if functions := flags.pop("reward_funcs", None):
-        more["reward_funcs"] = rewards.load_functions([functions], rows.train, tokenizer)
+        more["reward_funcs"] = load_functions([functions], rows.train, tokenizer)
     config = load(method.config)(output_dir=str(out), **flags)
     assert config.gradient_checkpointing  # as TRL has it, on a CPU too
     torch.manual_seed(config.seed)

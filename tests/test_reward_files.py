@@ -13,7 +13,8 @@ import pytest
 import rejection_sampling
 import train_rlhf
 from tests.conftest import command, read_rows, slow_but, write_rows
-from utils import report, reward_files, rewards, scoring
+from utils import report, scoring
+from utils.rewards import files as rewards_files, functions
 from utils.runtime import environment
 from utils.runtime.errors import Refused
 
@@ -40,7 +41,7 @@ def write(tmp_path, monkeypatch):
 
 def load(file, *names, timeout=None):
     rows = [("row", {**row, "further": {}}) for row in CHATS]
-    return rewards.load_functions([f"{file}:{name}" for name in names], rows, scoring.no_tokens, timeout)
+    return functions.load_functions([f"{file}:{name}" for name in names], rows, scoring.no_tokens, timeout)
 
 
 def ask(function, *texts):
@@ -60,7 +61,7 @@ def words(tiny_model, tmp_path, *further):
 def test_two_functions_of_a_file_share_what_the_file_holds(write):
     count = "calls = []\n\ndef NAME(completions, **columns):\n    calls.append('NAME')\n    return [len(calls)]\n"
     file = write({"own.py": count.replace("NAME", "one") + count.partition("\n\n")[2].replace("NAME", "two")})
-    one, two = (rewards.load_reward_function(f"{file}:{name}") for name in ("one", "two"))
+    one, two = (functions.load_reward_function(f"{file}:{name}") for name in ("one", "two"))
     assert [ask(one, "a"), ask(two, "a"), ask(one, "a")] == [[1.0], [2.0], [3.0]]
     assert one.function.__module__ == two.function.__module__
 
@@ -107,7 +108,7 @@ def test_a_file_of_any_name_is_found_by_the_name_of_its_module(name, write, tmp_
     write({name: "def grade(text):\n    return len(text)\n\n" + JUDGE})
     (function,) = load(tmp_path / name, "judge")
     pickled = pickle.dumps(function.function)
-    kept = {name: module for name, module in sys.modules.items() if not name.startswith("utils.reward_files.")}
+    kept = {name: module for name, module in sys.modules.items() if not name.startswith("utils.rewards.files.")}
     monkeypatch.setattr(sys, "modules", kept)  # as in a process that has not read the file
     assert pickle.loads(pickled)([[{"content": "four"}]]) == [4.0]
 
@@ -135,7 +136,7 @@ def test_a_file_that_was_edited_is_read_again_with_all_of_its_folder(edited, wri
 
 def test_a_file_without_py_is_refused(write, tmp_path):
     write({"own.txt": JUDGE})
-    (problem,) = rewards.check_reward_functions([f"{tmp_path}/own.txt:judge"])
+    (problem,) = functions.check_reward_functions([f"{tmp_path}/own.txt:judge"])
     assert f"--reward_funcs {tmp_path}/own.txt:judge: " in problem and "FILE.py:FUNCTION" in problem
 
 
@@ -175,7 +176,7 @@ def test_a_helper_may_have_any_name(case, name, write):
     (function,) = load(write({**files, "own.py": text.replace("NAME", name) + "\n" + JUDGE}), "judge")
     assert ask(function, "four", "") == [4.0, 0.0]
     assert {name: sys.modules.get(name) for name in OURS} == ours
-    assert rewards.reward_files is reward_files
+    assert functions.files is rewards_files
 
 
 def test_a_helper_that_imports_the_file_gets_the_same_module(write):
@@ -196,7 +197,7 @@ def test_installed_packages_stay_what_they_are(write):
 
 
 def test_a_file_in_the_projects_own_folder_sees_the_project(write, tmp_path, monkeypatch):
-    monkeypatch.setattr(reward_files, "ROOT", tmp_path)
+    monkeypatch.setattr(rewards_files, "ROOT", tmp_path)
     file = write(
         {
             "own.py": "from utils.data.template import shared_length as _\n\ngrade = len\n" + JUDGE,
@@ -226,7 +227,7 @@ def test_a_helper_that_cannot_be_seen_is_refused_with_its_name_and_the_folder(ca
 
 
 def test_an_import_that_fails_in_the_users_own_files_is_not_explained(write, tmp_path, monkeypatch):
-    monkeypatch.setattr(reward_files, "ROOT", tmp_path)  # the reward file is in a folder of the project, as data/ is
+    monkeypatch.setattr(rewards_files, "ROOT", tmp_path)  # the reward file is in a folder of the project, as data/ is
     write({"data/own.py": "from helper import grade\n\n" + JUDGE, "data/helper.py": "size = len\n"})
     with pytest.raises(Refused, match=f"cannot import name 'grade' .* at {tmp_path}/data/own.py:1$"):
         load(tmp_path / "data" / "own.py", "judge")
@@ -264,7 +265,7 @@ plain = lambda completions, **columns: judged(completions)
 @pytest.mark.parametrize("name", ["judge", "partial", "of_a_class", "partial_of_a_class", "plain"])
 def test_an_async_function_of_any_form_keeps_its_event_loop(name, write):
     (function,) = load(write({"own.py": LIMITED}), name)
-    assert not rewards.inspect.iscoroutinefunction(function)
+    assert not functions.inspect.iscoroutinefunction(function)
     for _ in range(3):  # beside the trial; more answers than the semaphore lets through
         assert ask(function, "four", "") == ([5.0, 1.0] if name == "partial" else [4.0, 0.0])
 

@@ -16,8 +16,9 @@ from transformers import AutoTokenizer, LlamaForSequenceClassification
 
 import train_rlhf
 from tests.conftest import command, read_rows, write_rows
-from utils import reward_models, score_reward_model
+from utils import score_reward_model
 from utils.models import load
+from utils.rewards import models
 
 ASKED = [
     "Say hi.",
@@ -88,7 +89,7 @@ def padded_judge(request, tmp_path_factory):
 
 def load_judge(folder, rows=CHATS, batch_size=8):
     tried = [(f"row:{number}", {**row, "further": {}}) for number, row in enumerate(rows)]
-    return reward_models.load_reward_model(folder, tried, "float32", "cpu", batch_size)
+    return models.load_reward_model(folder, tried, "float32", "cpu", batch_size)
 
 
 def by_hand(folder, prompt, answer):
@@ -276,12 +277,10 @@ def test_a_lora_judge_on_the_policys_base_needs_no_second_base(
         raise AssertionError("a second base")
 
     policy = {"base": tiny_model, "adapter": lora_policy}[start]
-    assert reward_models.shares_base(lora_judge, policy, "lora") and not reward_models.shares_base(
-        lora_judge, policy, "full"
-    )
+    assert models.shares_base(lora_judge, policy, "lora") and not models.shares_base(lora_judge, policy, "full")
     saved = "--save_strategy steps --save_steps 1" + " --num_iterations 1" * (method == "PPO")
     with monkeypatch.context() as patched:
-        patched.setattr(reward_models, "load_reward_model", load_reward_model)
+        patched.setattr(models, "load_reward_model", load_reward_model)
         status, out, _ = run(f"--reward_model_path {lora_judge} {saved}", method, CHATS, policy)
     assert status == 0 and "preferred (an adapter on the policy's own base: no second copy)" in out
 
@@ -332,7 +331,7 @@ def test_a_run_that_goes_on_says_no_answer_twice(stopped):
 
 def test_a_lora_judge_is_loaded_whole_for_another_policy(run, lora_judge, tiny_model, tmp_path):
     other = shutil.copytree(tiny_model, tmp_path / "other")
-    assert not reward_models.shares_base(lora_judge, str(other), "lora")
+    assert not models.shares_base(lora_judge, str(other), "lora")
     status, out, _ = run(f"--reward_model_path {lora_judge}", rows=CHATS, model=str(other))
     assert status == 0 and "no second copy" not in out.partition("rollouts")[0].partition("reward ")[2]
     lines = recorded(tmp_path)

@@ -31,8 +31,9 @@ import pytest
 import rejection_sampling
 from rlhf_args.rejection_config import RejectionConfig
 from tests.conftest import ROOT, command, read_rows, write_rows
-from utils import best_of_n, engines, judge, server
-from utils.pool import text_key
+from utils import best_of_n, engines
+from utils.data.rows import text_key
+from utils.rewards import judge, server
 from utils.runtime.errors import Failed
 
 KEY = "TEST_SERVER_KEY"

@@ -15,8 +15,8 @@ from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
 from utils.data.template import template, tokenize
-from utils.judge_reward import JudgeReward
-from utils.rewards import RewardFailed, ticking
+from utils.rewards.functions import RewardFailed, ticking
+from utils.rewards.judge_reward import JudgeReward
 
 
 class SamplesAnswers:

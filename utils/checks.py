@@ -117,13 +117,13 @@ def check_rewards(common, name, method, judged):
             f"no reward: {name} needs one. Type --reward_funcs {method.sample_reward} to try, "
             "--reward_model_path FOLDER or --judge_model NAME"
         ]
-    from utils import judge, reward_models, rewards, scoring  # they build upon this module
+    from utils.rewards import functions, judge, models  # they build upon this module
 
-    problems = [*rewards.check_reward_functions(common.reward_funcs or ()), *rewards.check_timeout(common)]
-    names = scoring.name_rewards(common) + judge.name_numbers(judged)
+    problems = [*functions.check_reward_functions(common.reward_funcs or ()), *functions.check_timeout(common)]
+    names = functions.name_rewards(common) + judge.name_numbers(judged)
     for twice in sorted({one for one in names if names.count(one) > 1}):
         problems.append(f"two rewards are called {twice}, which the log would add up. Rename one")
-    return problems + (reward_models.check_reward_model(common.reward_model_path) if common.reward_model_path else [])
+    return problems + (models.check_reward_model(common.reward_model_path) if common.reward_model_path else [])
 
 
 def check_config(common, config, name, method):
@@ -207,7 +207,8 @@ def check_best(config, name, method):
 
 def check_rollouts(common, config):
     """Problems of how answers are sampled and judged."""
-    from utils import judge, scoring, server  # they build upon this module
+    from utils import scoring
+    from utils.rewards import judge, server  # they build upon this module
 
     judges = len(scoring.name_scorers(common, config))
     if config.reward_weights and len(config.reward_weights) != judges:
@@ -327,7 +328,7 @@ def check_critic(common, config, kind):
 
 def check_value_model(path, common, kind):
     """Problems of the weights that a critic with a trunk of its own starts from. It reads the policy's tokens."""
-    from utils.reward_models import shares_base
+    from utils.rewards.models import shares_base
 
     flag = f"--value_model_path {path}"
     if looks_local(path) or Path(path).exists():

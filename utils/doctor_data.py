@@ -1,8 +1,8 @@
 """What a training would say of data files, without one: `python -m utils.doctor_data FILE --rlhf_type DPO`.
 
 --fix OUT.jsonl writes them as the rules of utils/data/repairs.py mend them. What no rule mends is left out, and stands
-in OUT.jsonl.dropped.jsonl with where and why. Exit status: 0 sound, 2 where a training would refuse the file (with --fix
-the one written), or the flags are bad.
+in OUT.jsonl.dropped.jsonl with where and why. Exit status: 0 sound, 2 where a training would refuse the file (with
+--fix the one written), or the flags are bad.
 """
 
 import argparse

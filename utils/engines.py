@@ -6,9 +6,9 @@ An engine has `batch`, how many answers it takes at once unless told, and comple
 
 from utils.data import template
 from utils.models import load, sampling
+from utils.rewards.server import GivenUp, Server
 from utils.runtime import environment
 from utils.runtime.output import say
-from utils.server import GivenUp, Server
 
 
 class Engine:

@@ -10,10 +10,11 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-from utils import checks, pace, reward_models
+from utils import checks, pace
 from utils.cli import arguments, recipes
 from utils.models import folders, shapes, teacher
 from utils.models.load import load_tokenizer, make_lora, needs_reference
+from utils.rewards import models
 from utils.runtime import output
 from utils.runtime.environment import GIB
 from utils.runtime.errors import Refused, refuse_if
@@ -206,7 +207,7 @@ class Planner:
         if common.train_mode == "full" and needs_reference(config, self.method):
             yield from ((name, self.shape, False) for name in self.method.models)
         judge = getattr(common, "reward_model_path", None)
-        if judge and not reward_models.shares_base(judge, self.path, common.train_mode, common.model_revision):
+        if judge and not models.shares_base(judge, self.path, common.train_mode, common.model_revision):
             yield "reward_model", find_config(judge, None, config.trust_remote_code), False
         path = getattr(config, "teacher_model_name_or_path", None)
         if path and not teacher.shares_base(common, config):

@@ -7,7 +7,6 @@ list of all lines is ever held: two numbers a sample say where its line is.
 
 import contextlib
 import fcntl
-import hashlib
 import itertools
 import json
 import os
@@ -19,7 +18,7 @@ from pathlib import Path
 import numpy
 
 from utils.data import columns, template
-from utils.data.rows import Pass, conclude, count_held, walk
+from utils.data.rows import Pass, conclude, count_held, text_key, walk
 from utils.runtime import environment
 from utils.runtime.errors import Refused
 
@@ -115,11 +114,6 @@ def check_reference(prompt, answer, name):
     if isinstance(answer, list) and isinstance(prompt, str):
         return f'"{name}" is a list, and the prompt is plain text'
     return columns.check_text(answer, name)
-
-
-def text_key(*values):
-    written = json.dumps(values, sort_keys=True, ensure_ascii=False, default=str)
-    return int.from_bytes(hashlib.sha256(written.encode()).digest()[:8], "little")
 
 
 class Lines:

@@ -9,10 +9,11 @@ import shutil
 import numpy
 
 from rlhf_args.methods import PROMPT
-from utils import best_of_n, engines, pool, rejection_checks, rewards, saves, scoring, selection
+from utils import best_of_n, engines, pool, rejection_checks, saves, scoring, selection
 from utils.data import files
 from utils.data.rows import Rows, check_dropped, count_reasons, make_rows
 from utils.models import folders, load, sampling
+from utils.rewards import functions
 from utils.runtime import environment, output
 from utils.runtime.errors import Failed, Refused
 
@@ -93,7 +94,7 @@ def check(common, config):
     check_prompts(common, config, tokenizer=tokenizer)
     if "generate" in config.stages and "score" in config.stages:
         rows, _ = make_rows(list(files.FileRows(common.train_data_path, "--train_data_path", 4)), PROMPT, [])
-        rewards.load_functions(common.reward_funcs, rows, tokenizer or scoring.no_tokens, common.reward_timeout)
+        functions.load_functions(common.reward_funcs, rows, tokenizer or scoring.no_tokens, common.reward_timeout)
     output.say("checked   nothing stands in the way; no model was loaded, nothing was written")
     return 0
 

@@ -5,13 +5,14 @@ import math
 from pathlib import Path
 
 from rlhf_args.methods import METHODS, REJECTION, find_method
-from utils import checks, judge, pool, scoring, selection
+from utils import checks, pool, scoring, selection
 from utils.data import files
 from utils.models import folders, sampling
+from utils.rewards import judge
+from utils.rewards.server import check_failed_fraction, check_server
 from utils.runtime import environment
 from utils.runtime.errors import Refused
 from utils.runtime.paths import check_overwrite, check_writable
-from utils.server import check_failed_fraction, check_server
 
 STAGES = ("generate", "score", "select")
 TRAINING = (

@@ -53,7 +53,7 @@ def main(argv=None):
 
 def load(model, paths, folder):
     """(Rows of pairs, RewardModel), tried on a few of them. Raises Refused."""
-    from utils.reward_models import check_reward_model, load_reward_model, try_reward_model
+    from utils.rewards.models import check_reward_model, load_reward_model, try_reward_model
 
     problems = check_reward_model(model)
     above = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())

@@ -1,23 +1,17 @@
 """What judges the completions of a rejection sampling, and how much each judge weighs."""
 
 import math
-from pathlib import Path
 
-from utils import judge as llm_judge, reward_models, rewards
-from utils.server import GivenUp
+from utils.rewards import functions, judge, models
+from utils.rewards.functions import name_rewards
+from utils.rewards.server import GivenUp
 
 AT_ONCE = 64  # answers, or a little more: scored and kept together
 
 
 def name_scorers(common, config):
     """The names of what judges, in the order of --reward_weights."""
-    return name_rewards(common) + ([llm_judge.name_judge(config)] if config.judge_model else [])
-
-
-def name_rewards(common):
-    """The names of the reward functions and of the reward model, without the judge."""
-    names = [spec.rpartition(":")[2] for spec in common.reward_funcs or ()]
-    return names + ([Path(common.reward_model_path).name] if common.reward_model_path else [])
+    return name_rewards(common) + ([judge.name_judge(config)] if config.judge_model else [])
 
 
 class Scorers:
@@ -30,11 +24,11 @@ class Scorers:
 
     def __init__(self, common, config, rows, tokenizer, device):
         self.tokenizer, self.judge = tokenizer, None
-        self.functions = rewards.load_functions(
+        self.functions = functions.load_functions(
             common.reward_funcs, rows, tokenizer or no_tokens, common.reward_timeout
         )
         if common.reward_model_path:
-            model = reward_models.load_reward_model(
+            model = models.load_reward_model(
                 common.reward_model_path,
                 rows,
                 common.dtype,
@@ -42,10 +36,10 @@ class Scorers:
                 config.score_batch_size,
                 config.trust_remote_code,
             )
-            reward_models.try_reward_model(model, rows, common.dtype)
+            models.try_reward_model(model, rows, common.dtype)
             self.functions.append(model)
         if config.judge_model:
-            self.judge = llm_judge.Judge(config)
+            self.judge = judge.Judge(config)
         weights = config.reward_weights or [1.0] * len(name_scorers(common, config))
         self.weights = dict(zip(name_rewards(common), weights, strict=False))
         if self.judge:
@@ -73,7 +67,7 @@ class Scorers:
         def tell(seconds):
             self.show("" if seconds is None else f"{function.__name__} {seconds:.0f} s")
 
-        with rewards.ticking(tell):
+        with functions.ticking(tell):
             return function(**columns)
 
     def columns(self, lines):

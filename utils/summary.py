@@ -4,10 +4,10 @@ import os
 import shlex
 import sys
 
-from utils import reward_models
 from utils.data import prepare
 from utils.data.rows import count_reasons
 from utils.models import folders, load, sampling
+from utils.rewards import models
 from utils.runtime import environment
 from utils.runtime.output import say
 
@@ -65,7 +65,7 @@ def describe_sampling(common, config):
 
 def describe_reward(common, config):
     judges = [*(common.reward_funcs or ()), *([common.reward_model_path] if common.reward_model_path else [])]
-    if common.reward_model_path and reward_models.shares_base(
+    if common.reward_model_path and models.shares_base(
         common.reward_model_path, common.model_name_or_path, common.train_mode, common.model_revision
     ):
         judges[-1] += " (an adapter on the policy's own base: no second copy)"

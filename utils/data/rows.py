@@ -228,3 +228,8 @@ def hash_rows(rows):
     """sha256 over the rows in sorted order: the same data has the same hash, whatever file and order it stands in."""
     lines = sorted(json.dumps(values, sort_keys=True, ensure_ascii=False) for _, values in rows)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def text_key(*values):
+    written = json.dumps(values, sort_keys=True, ensure_ascii=False, default=str)
+    return int.from_bytes(hashlib.sha256(written.encode()).digest()[:8], "little")

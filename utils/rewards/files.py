@@ -1,6 +1,6 @@
 """A user's reward file as a module: imported once, under a name that a spawned process can import too.
 
-The folder of the file is a package, `utils.reward_files.FOLDER`, and its name holds the folder's path: a process that
+The folder of the file is a package, `utils.rewards.files.FOLDER`, and its name holds the folder's path: a process that
 unpickles a function of the file finds the file by the name. The modules in the folder import each other under their
 plain names: `import utils` in the file is the `utils.py` beside it, and not the package `utils` of this project.
 """
@@ -17,7 +17,7 @@ from types import ModuleType
 from urllib.parse import quote, unquote_to_bytes
 
 __path__ = []  # makes a package of this module; Finder finds what is in it
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def import_file(file: Path) -> ModuleType:
@@ -52,7 +52,7 @@ def decode(part):
 
 
 class Finder:
-    """Finds `utils.reward_files.FOLDER` and the modules in it."""
+    """Finds `utils.rewards.files.FOLDER` and the modules in it."""
 
     @staticmethod
     def find_spec(name, path=None, target=None):

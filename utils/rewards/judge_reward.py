@@ -3,11 +3,11 @@
 import collections
 
 from utils.data.columns import text_of
-from utils.judge import Judge
-from utils.rewards import RewardFailed, example_answers
+from utils.rewards.functions import RewardFailed, example_answers
+from utils.rewards.judge import Judge
+from utils.rewards.server import GivenUp, Unusable
 from utils.runtime import output
 from utils.runtime.errors import Failed, Refused
-from utils.server import GivenUp, Unusable
 
 FEW = 8  # fewer failed answers than this end no run, unless they are a whole rollout
 LATEST = 1000  # answers over which the failed share is taken

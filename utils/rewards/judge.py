@@ -13,8 +13,8 @@ from dataclasses import fields
 from pathlib import Path
 
 from rlhf_args.judge_config import JudgeConfig
-from utils.pool import text_key
-from utils.server import GivenUp, Server, Unusable, check_server
+from utils.data.rows import text_key
+from utils.rewards.server import GivenUp, Server, Unusable, check_server
 
 TEMPLATES = {"score": "data/judge_score.txt", "pick": "data/judge_pick.txt"}
 PLACES = {"score": ("{prompt}", "{completion}"), "pick": ("{prompt}", "{completions}")}

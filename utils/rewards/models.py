@@ -6,7 +6,7 @@ from pathlib import Path
 
 from utils.data.columns import text_of
 from utils.models.folders import check_folder, is_reward_model, read_header
-from utils.rewards import TRIED, RewardFailed, example_answers
+from utils.rewards.functions import TRIED, RewardFailed, example_answers
 from utils.runtime import environment
 from utils.runtime.errors import Refused, refuse_if
 

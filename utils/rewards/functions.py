@@ -20,8 +20,8 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from utils import reward_files
 from utils.data.columns import text_of
+from utils.rewards import files
 from utils.runtime import environment
 from utils.runtime.errors import Failed, Refused
 from utils.runtime.paths import near_path
@@ -91,7 +91,7 @@ def load_reward_function(spec: str, timeout: float | None = None) -> "RewardFunc
     path, _, name = spec.rpartition(":")
     file = Path(path).expanduser().resolve()
     try:
-        function = getattr(reward_files.import_file(file), name)
+        function = getattr(files.import_file(file), name)
     except (Exception, SystemExit) as error:  # a user's file may raise anything
         raise Refused([f"--reward_funcs {spec}: {say_where(error, file)}"]) from error
     if not callable(function):
@@ -301,7 +301,7 @@ def say_where(error, file):
     """The exception on one line with its place in the user's file."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == file]
     place = f" at {file}:{frames[-1].lineno}" if frames else f" ({file})"
-    explained = reward_files.explain_import(error, file)
+    explained = files.explain_import(error, file)
     return f"{type(error).__name__}: {' '.join(str(error).split())}{place}{explained}"
 
 
@@ -348,3 +348,9 @@ def example_answers(values):
         return [answer[-1:] if chat else answer for answer in found]
     texts = ["Yes.", "I am not sure what you mean. Could you say it again, with a few more words?"]
     return [[{"role": "assistant", "content": text}] for text in texts] if chat else texts
+
+
+def name_rewards(common):
+    """The names of the reward functions and of the reward model, without the judge."""
+    names = [spec.rpartition(":")[2] for spec in common.reward_funcs or ()]
+    return names + ([Path(common.reward_model_path).name] if common.reward_model_path else [])
