@@ -79,7 +79,8 @@ def write_pairs(file, count):
 def time_checkpoint(folder, steps):
     import train_rlhf
     from trainers.safe_trainer import Safe
-    from utils import checkpoints, report
+    from utils import report
+    from utils.survival import checkpoints
 
     taken = {"save": 0.0, "hash": 0.0, "steps": 0.0}
 

@@ -21,10 +21,11 @@ import train_rlhf
 from rlhf_args.methods import EVERY
 from tests.conftest import ROOT, make_model, read_rows, write_rows
 from trainers.safe_trainer import Safe
-from utils import bad_steps, launch, memory, report, training
+from utils import launch, report, training
 from utils.models import load as models_load
 from utils.runtime import secrets
 from utils.runtime.errors import Failed, Refused
+from utils.survival import bad_steps, memory
 
 BAD = 5  # the line whose row holds "~"
 

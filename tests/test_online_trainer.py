@@ -32,7 +32,7 @@ from utils.data import template
 from utils.data.prepare import prepare_rows
 from utils.models.load import load_tokenizer
 from utils.rewards.functions import RewardFailed
-from utils.stops import Left
+from utils.survival.stops import Left
 
 ONLINE = ["RLOO", "GRPO", "PPO"]
 END = WORDS.index("</s>")

@@ -22,7 +22,7 @@ import train_rlhf
 from rlhf_args.methods import DIALOGUE, METHODS, PROMPT, UNPAIRED, load
 from tests.conftest import make_model, read_rows, slow_but, write_rows
 from tests.matrix.cells import run_cell
-from utils import checkpoints, pace, report, training
+from utils import pace, report, training
 from utils.cli import arguments, recipes
 from utils.data import deal, prepare, template
 from utils.data.rows import load_rows
@@ -31,6 +31,7 @@ from utils.models.load import load_tokenizer, make_lora
 from utils.rewards.functions import load_functions
 from utils.runtime import environment
 from utils.runtime.errors import Refused
+from utils.survival import resume
 
 # A sum in another order is off by some 1e-7 of its size, float32's rounding, and a loss here by ten times that: it
 # hangs on differences of sums. Adam divides a gradient by its size, and noise by the size of noise: hence its epsilon.
@@ -459,9 +460,9 @@ def test_a_run_goes_on_from_its_checkpoint_with_other_defaults_of_speed(chosen, 
     described = []
     for more in ([], ["--plain"], ["--num_train_epochs", "1"]):
         common, config, _ = chosen("DPO", *more)
-        described.append(checkpoints.describe_run(common, config, "DPO", rows))
-    assert checkpoints.differences(described[0], described[1]) == []
-    assert checkpoints.differences(described[0], described[2]) == []
+        described.append(resume.describe_run(common, config, "DPO", rows))
+    assert resume.differences(described[0], described[1]) == []
+    assert resume.differences(described[0], described[2]) == []
 
 
 @pytest.mark.slow

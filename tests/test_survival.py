@@ -24,8 +24,9 @@ import train_gkd
 import train_rlhf
 from rlhf_args.methods import EVERY
 from tests.conftest import ROOT, make_model, read_rows, write_rows
-from utils import checkpoints, report, stops
+from utils import report
 from utils.runtime.errors import Failed, Refused
+from utils.survival import checkpoints, resume, stops
 
 LETTERS = "def letters(completions, **kwargs):\n    return [float(sum(map(ord, str(c))) % 7) for c in completions]\n"
 ROLLOUT = {"max_completion_length": 8, "num_iterations": 2, "num_generations": 4, "steps_per_generation": 2}
@@ -236,8 +237,8 @@ def start_of(models, folder, monkeypatch, *, name="DPO", mode="lora", **more):
         raise Refused(["seen"])
 
     with monkeypatch.context() as patch:
-        real = checkpoints.find_start
-        patch.setattr(checkpoints, "find_start", stop)
+        real = resume.find_start
+        patch.setattr(resume, "find_start", stop)
         assert train(models, folder, name, mode, **more) == 2
     return seen[0] if seen else None
 
@@ -310,7 +311,7 @@ def test_the_launch_is_part_of_a_run(function, value, said, whole, tmp_path, mon
     there = checkpoints.read_manifest(whole / "checkpoint-1")["run"]
     key = {"processes_asked": "processes", "engine": "engine"}[function]
     assert f"{key} {there[key]} there, {value} here" == said
-    assert checkpoints.differences(there, there | {key: value}) == [said]
+    assert resume.differences(there, there | {key: value}) == [said]
 
 
 def test_a_longer_run_goes_on_and_its_schedule_is_said(models, whole, tmp_path, monkeypatch):

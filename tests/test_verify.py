@@ -218,7 +218,7 @@ def test_an_index_names_what_is_there(in_pieces, capsys):
 
 
 def test_a_checkpoint_is_verified_by_its_files_and_its_manifest(in_pieces, capsys):
-    from utils import checkpoints
+    from utils.survival import checkpoints
 
     (in_pieces / "optimizer.pt").write_bytes(b"pickled, and no weights")
     (in_pieces / "training_args.bin").write_bytes(b"neither")

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy
 import torch
 
-from utils import bad_steps, checkpoints
 from utils.data import deal
 from utils.runtime import output
 from utils.runtime.errors import Failed
-from utils.stops import Left
+from utils.survival import checkpoints
+from utils.survival.bad_steps import diagnose, explain
+from utils.survival.stops import Left
 
 # What TRL's trainers count from log to log and from rollout to rollout, which transformers' checkpoints leave out.
 PROGRESS = (
@@ -186,7 +187,7 @@ class Safe:
                 raise
             prompts = self._tokenize_prompts([row.get("prompt", row.get("prompt_ids")) for row in inputs])[0]
             self.broken = prompts, "the likelihood of the next token is nan"
-            raise Failed(bad_steps.diagnose(self)[1]) from error
+            raise Failed(diagnose(self)[1]) from error
         self.in_pass = False
         if self.broken is None and not torch.isfinite(loss):
             self.broken = self.prepared, f"the loss is {float(loss):g}"
@@ -201,7 +202,7 @@ class Safe:
         if self.args.fp16 and not self.of_any_process(self.broken is not None):
             return norm  # its loss scaler leaves such a step out and goes on with a smaller scale
         self.bad_steps += 1
-        said = bad_steps.explain(self, norm)
+        said = explain(self, norm)
         if self.bad_steps >= self.max_bad_steps:
             raise Failed(said)
         output.warn(f"{said}. The step is left out, {self.bad_steps} of fewer than --max_bad_steps")

@@ -22,9 +22,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils import memory
 from utils.cli import recipes
 from utils.runtime.errors import Refused
+from utils.survival import memory
 
 CONFIGS = Path("accelerate_configs")
 

@@ -10,11 +10,12 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import SaveStrategy
 
-from utils import memory, preflight
+from utils import preflight
 from utils.data import prepare
 from utils.runtime import environment, output
 from utils.runtime.environment import GIB, peak_memory
 from utils.runtime.errors import Failed, Refused
+from utils.survival import memory
 
 
 @dataclasses.dataclass

@@ -3,11 +3,12 @@
 import signal
 import sys
 
-from utils import checkpoints, checks, memory
+from utils import checks
 from utils.models import folders
 from utils.runtime import environment, secrets
 from utils.runtime.environment import is_out_of_memory
 from utils.runtime.errors import Again, Failed, Refused, Stopped, refuse_if
+from utils.survival import checkpoints, memory, resume
 
 
 def guard(run, argv, onward="the same command with --resume_from_checkpoint auto goes on from there"):
@@ -89,7 +90,7 @@ def find_start(common, config, name, rows):
     """The checkpoints.Start of this run, said. Raises Refused where there is one of another run."""
     from utils.runtime import output
 
-    start, said = checkpoints.find_start(common, config, name, rows)
+    start, said = resume.find_start(common, config, name, rows)
     for line in said:
         output.say(f"note      {line}")
     return start
@@ -138,18 +139,19 @@ def fit_bucket(trainer):
 
 def train_and_report(trainer, start, common, method, tokenizer, rows, train, held_out):
     """Trains from `start` on, evaluates, draws; returns the Report of it."""
-    from utils import bad_steps, report, saves, stops
+    from utils import report, saves
     from utils.data import prepare
     from utils.models import load
     from utils.runtime import output
+    from utils.survival import bad_steps, stops
 
     config = trainer.args
-    start = checkpoints.set_aside(config.output_dir, start)
+    start = resume.set_aside(config.output_dir, start)
     if environment.is_main():
         saves.prepare_output_dir(config.output_dir, common.overwrite_output_dir, rows.dropped)
     trainer.accelerator.wait_for_everyone()  # nobody looks for a checkpoint before the folder is what it will be
     prepare.check_none_lost(trainer, train, held_out)
-    checkpoints.load_adapter(trainer.model, start)
+    resume.load_adapter(trainer.model, start)
     bad_steps.refuse_broken(trainer.model, common.model_name_or_path)
     trainer.run, trainer.rows, trainer.max_bad_steps = start.run, rows.train, common.max_bad_steps
     trainer.sizes = train.sizes if common.deal_by_length else ()

@@ -324,7 +324,7 @@ def check_files(folder):
     """(problems, tensors, bytes of the weights) of a model's or adapter's folder, or of a checkpoint."""
     problems, described = folders.check_folder(str(folder), "folder")
     if (folder / "manifest.json").exists():
-        from utils import checkpoints
+        from utils.survival import checkpoints
 
         problems += checkpoints.problems_of(folder)
     problems += [
