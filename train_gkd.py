@@ -11,7 +11,8 @@ Exit status: as train_rlhf.py.
 import sys
 
 from rlhf_args.methods import DISTILLATION, load
-from utils import checks, training
+from utils import training
+from utils.checks import flags
 from utils.cli import arguments, recipes
 from utils.data.rows import hold_out, load_rows
 from utils.runtime.errors import Refused, collecting, refuse_if
@@ -82,19 +83,19 @@ def parse_and_check(argv):
     common, found = arguments.peek(words, load(method.arguments))
     problems = [] if common.check else None
     if not recipes.asks_help(words):
-        found += checks.check_common(common, NAME, method)
+        found += flags.check_common(common, NAME, method)
         paths = common.train_data_path, common.eval_data_path
         rows = load_rows(*paths, method.columns, NAME, common.max_samples, found, problems)
     with collecting(problems):
         common, config = arguments.parse(words, NAME)
     if config is None:
         raise Refused(problems)
-    from utils import preflight
+    from utils.checks import folders
     from utils.models import teacher
 
     with collecting(problems):
-        found = checks.check_config(common, config, NAME, method)
-        found += [*teacher.check_distillation(common, config, rows), *preflight.check_folders(common, config)]
+        found = flags.check_config(common, config, NAME, method)
+        found += [*teacher.check_distillation(common, config, rows), *folders.check_folders(common, config)]
         refuse_if(found)
     with collecting(problems):
         hold_out(rows, common.eval_fraction, config.seed)

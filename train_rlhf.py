@@ -12,7 +12,8 @@ import sys
 
 from rlhf_args.judge_config import JudgeConfig
 from rlhf_args.methods import METHODS, load
-from utils import checks, training
+from utils import training
+from utils.checks import flags
 from utils.cli import arguments, recipes
 from utils.data.rows import check_labels, hold_out, load_rows
 from utils.runtime import environment
@@ -38,7 +39,7 @@ def run(argv):
     # ── the text that is trained on ──────────────────────────────────────────────────────────────────────────────────
     with collecting(problems):
         tokenizer, train, held_out = training.prepare_text(common, config, method, rows)
-        checks.check_rollout_fits(config, len(train.rows))
+        flags.check_rollout_fits(config, len(train.rows))
     if not problems:
         summary.say_plan(common, config, name, method, tokenizer, rows, train, held_out)
     else:
@@ -107,18 +108,18 @@ def parse_and_check(argv):
     words = recipes.translate(words, dict(method.renamed))
     if not recipes.asks_help(words):
         judged, _ = arguments.peek(words, JudgeConfig)
-        found = checks.check_common(common, name, method) + checks.check_rewards(common, name, method, judged)
+        found = flags.check_common(common, name, method) + flags.check_rewards(common, name, method, judged)
         paths = common.train_data_path, common.eval_data_path
         rows = load_rows(*paths, method.columns, name, common.max_samples, found, problems)
     with collecting(problems):
         common, config = arguments.parse(words, name)
     if config is None:
         raise Refused(problems)
-    from utils import preflight
+    from utils.checks import folders
 
     with collecting(problems):
-        found = checks.check_config(common, config, name, method)
-        refuse_if(found + preflight.check_folders(common, config))
+        found = flags.check_config(common, config, name, method)
+        refuse_if(found + folders.check_folders(common, config))
     with collecting(problems):
         hold_out(rows, common.eval_fraction, config.seed)
         check_labels(rows.train, name)

@@ -135,7 +135,7 @@ class PPOConfig(OnlineConfig, trl.GRPOConfig):
         return self.critic or ("model" if train_mode == "full" or whole else "lora")
 
     def check_critic(self, common):
-        from utils.checks import check_critic
+        from utils.checks.flags import check_critic
 
         return check_critic(common, self, self.critic_kind(common.train_mode))
 

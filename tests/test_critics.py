@@ -14,7 +14,7 @@ from tests.conftest import make_model, make_tokenizer
 from tests.test_ppo import make_step, make_trainer as make_bigram_trainer, near, roll_out, tensor
 from trainers import critics
 from trainers.critics import SCALE, ReturnScale, clip_apart
-from utils.checks import check_critic
+from utils.checks.flags import check_critic
 from utils.runtime.errors import Refused
 
 WIDTH = 64  # the hidden size of conftest's tiny model

@@ -15,7 +15,8 @@ import train_gkd
 import train_rlhf
 from rlhf_args.methods import ANSWERED, DIALOGUE, EVERY, METHODS, PAIR, PROMPT, RANKED, UNPAIRED
 from tests.conftest import TEMPLATE, make_model, make_tokenizer, write_rows
-from utils import preflight
+from utils.checks import findings
+from utils.checks.folders import check_folders
 from utils.data import cache, prepare as data_prepare, template as data_template
 from utils.data.rows import load_rows
 from utils.models import folders
@@ -168,9 +169,9 @@ def test_lengths_are_counted_in_tokens_of_every_row_that_was_read(check):
 
 
 def test_percentiles_are_those_of_the_rows():
-    assert preflight.percentiles(range(1, 101)) == [50, 95, 100]
-    assert preflight.percentiles([3]) == [3, 3, 3]
-    assert preflight.percentiles([9, 1]) == [1, 9, 9]  # half of the rows have 1 or less
+    assert findings.percentiles(range(1, 101)) == [50, 95, 100]
+    assert findings.percentiles([3]) == [3, 3, 3]
+    assert findings.percentiles([9, 1]) == [1, 9, 9]  # half of the rows have 1 or less
 
 
 def test_max_length_that_cuts_rows_is_named_with_the_one_that_does_not(warnings):
@@ -205,7 +206,7 @@ def test_a_token_that_spans_prompt_and_answer_is_counted():
     rows = [("rows:1", {"prompt": "a ", **sides}), ("rows:2", {"prompt": "a", "chosen": " b", "rejected": "a"})]
     prepared = data_prepare.prepare_rows(rows, tokenizer, PAIR, 64)
     assert prepared.spanned == 1  # "a", " " alone, "a", " b" with the answer
-    (warning,) = preflight.check_tokens(prepared, data_prepare.Prepared())
+    (warning,) = findings.check_tokens(prepared, data_prepare.Prepared())
     assert warning.startswith("in 1 of 2 rows (50%) a token spans prompt and answer")
 
 
@@ -313,7 +314,7 @@ def test_a_package_of_another_version_than_the_pinned_one_is_named(monkeypatch, 
         return versions[name]
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    assert list(preflight.check_versions(pins)) == [
+    assert list(findings.check_versions(pins)) == [
         "two 2.1 is installed, pinned 2.0. Type pip install -r requirements.txt",
         "three is not installed, pinned 3.0. Type pip install -r requirements.txt",
     ]
@@ -392,7 +393,7 @@ def test_a_teacher_and_a_reward_model_are_looked_at_too(tmp_path, tiny_model):
     file.write_bytes(file.read_bytes()[:-1])
     for flag in ("reward_model_path", "teacher_model_name_or_path", "value_model_path"):
         both = [collections.namedtuple("Flags", ("model_name_or_path", flag))(tiny_model, str(cut))] * 2
-        (problem,) = preflight.check_folders(*both)
+        (problem,) = check_folders(*both)
         assert problem.startswith(f"{file}: has ")
 
 

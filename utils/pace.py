@@ -7,9 +7,9 @@ and what was left out: docs/speed.md.
 import random
 from dataclasses import dataclass
 
+from utils.checks.schedule import count_batch
 from utils.data.deal import deal
 from utils.models import folders
-from utils.preflight import count_batch
 from utils.runtime import environment
 from utils.runtime.errors import Refused
 

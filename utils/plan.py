@@ -10,7 +10,8 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-from utils import checks, pace
+from utils import pace
+from utils.checks import flags
 from utils.cli import arguments, recipes
 from utils.models import folders, shapes, teacher
 from utils.models.load import load_tokenizer, make_lora, needs_reference
@@ -97,7 +98,7 @@ class Planner:
         self.memory, visible = read_memory(shared.gpu_memory)
         self.room = visible - CONTEXT
         common, config = self.parse(words)
-        refuse_if([*checks.check_mode(common, self.name, self.method), *check_models(common, config)])
+        refuse_if([*flags.check_mode(common, self.name, self.method), *check_models(common, config)])
         self.path = common.model_name_or_path
         self.shape = find_config(self.path, common.model_revision, config.trust_remote_code)
         refuse_if(list(self.check_critic(config)))
@@ -412,7 +413,7 @@ class Longest:
         from utils.data.rows import load_rows
         from utils.data.template import fit_tokenizer
 
-        path, limit = common.model_name_or_path, checks.length_limit(config, common.model_name_or_path)
+        path, limit = common.model_name_or_path, flags.length_limit(config, common.model_name_or_path)
         known = shapes.find_shape(path) is None
         self.tokenizer = (
             load_tokenizer(path, common.model_revision, config.trust_remote_code) if known else shapes.make_tokenizer()

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import SaveStrategy
 
-from utils import preflight
+from utils.checks import schedule
 from utils.data import prepare
 from utils.runtime import environment, output
 from utils.runtime.environment import GIB, peak_memory
@@ -35,7 +35,7 @@ def shorten(config, method, train):
     """(the run as it was to be, the rows to probe with, none held out): the longest of one pass, as often as two steps
     take them; where the policy answers itself, two rollouts with all their steps, and answers as long as they may be.
     """
-    tokens, a_pass = [sum(row) for row in train.sizes], preflight.count_batch(config)
+    tokens, a_pass = [sum(row) for row in train.sizes], schedule.count_batch(config)
     longest = sorted(range(len(tokens)), key=tokens.__getitem__)[-a_pass:]
     probed, share = sum(tokens[at] for at in longest) / len(longest), None
     a_step, lmbda = a_pass * config.gradient_accumulation_steps, getattr(config, "lmbda", 0)
@@ -54,7 +54,7 @@ def shorten(config, method, train):
             ["--probe with --seq_kd: the teacher's answers are not there yet. Type --lmbda 0 and data with some"]
         )
     else:
-        steps, share = preflight.count_steps(config, method, len(tokens)), sum(tokens) / len(tokens) / probed
+        steps, share = schedule.count_steps(config, method, len(tokens)), sum(tokens) / len(tokens) / probed
         if lmbda:
             mixed = lmbda < 1
             cycle, share = math.ceil(1 / min(lmbda, 1 - lmbda)) if mixed else 1, None

@@ -5,7 +5,8 @@ import math
 from pathlib import Path
 
 from rlhf_args.methods import METHODS, REJECTION, find_method
-from utils import checks, pool, scoring, selection
+from utils import pool, scoring, selection
+from utils.checks import flags
 from utils.data import files
 from utils.models import folders, sampling
 from utils.rewards import judge
@@ -50,7 +51,7 @@ def check_flags(common, config, words):
     asked = [flag for flag in ("plan", "probe") if getattr(common, flag)]
     problems += [f"--{flag}: of a training alone. Give it to train_rlhf.py" for flag in asked]
     if needs_model(config):
-        problems += checks.check_common(common, "Rejection sampling", REJECTION)
+        problems += flags.check_common(common, "Rejection sampling", REJECTION)
     return problems + check_output_dir(common, config)
 
 
@@ -103,7 +104,7 @@ def check_generation(common, config):
             if getattr(config, name) and not (name == "api_base_url" and config.judge_model):
                 yield f"--{name}: is for --engine openai, and this is {config.engine}. Add --engine openai"
     if config.engine == "vllm":
-        yield from checks.check_vllm("--engine vllm")
+        yield from flags.check_vllm("--engine vllm")
         if environment.processes_asked() > 1:
             yield "--engine vllm with several processes: one engine is one process here. Type NUM_PROCESSES=1"
         path = common.model_name_or_path
@@ -121,7 +122,7 @@ def check_scorers(common, config):
             "--reward_model_path FOLDER or --judge_model NAME"
         )
     else:
-        yield from checks.check_rewards(common, "Rejection sampling", REJECTION, config)
+        yield from flags.check_rewards(common, "Rejection sampling", REJECTION, config)
     if config.reward_weights and len(config.reward_weights) != len(names):
         yield f"--reward_weights: {len(config.reward_weights)} of them for {len(names)} rewards. Give each its weight"
     if not all(abs(weight) < float("inf") for weight in config.reward_weights or ()):

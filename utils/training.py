@@ -3,7 +3,7 @@
 import signal
 import sys
 
-from utils import checks
+from utils.checks import flags
 from utils.models import folders
 from utils.runtime import environment, secrets
 from utils.runtime.environment import is_out_of_memory
@@ -49,7 +49,8 @@ def prepare_text(common, config, method, rows, **limits):
 
     What preflight.py finds, which the main process looks for, goes to rows.findings.
     """
-    from utils import pace, preflight
+    from utils import pace
+    from utils.checks import findings
     from utils.data import cache, columns, prepare, template
     from utils.data.rows import check_dropped
     from utils.models import load
@@ -57,14 +58,14 @@ def prepare_text(common, config, method, rows, **limits):
     refuse_if(folders.check_folder(common.model_name_or_path, "--model_name_or_path")[0])
     tokenizer = load.load_tokenizer(common.model_name_or_path, common.model_revision, config.trust_remote_code)
     rows.notes += template.fit_tokenizer(tokenizer, chat=columns.is_chat(rows.train[0][1]))
-    limit = checks.length_limit(config, common.model_name_or_path)
+    limit = flags.length_limit(config, common.model_name_or_path)
     train = cache.prepare_rows(rows.train, tokenizer, method.columns, limit, **limits)
     held_out = cache.prepare_rows(rows.held_out, tokenizer, method.columns, limit, **limits)
     rows.dropped += train.dropped + held_out.dropped
     faster = pace.choose(common, config, method, train, held_out)
     if environment.is_main() and train.rows:
-        rows.findings += [preflight.Finding("pace", line) for line in faster]
-        rows.findings += preflight.findings(common, config, method, rows, tokenizer, train, held_out)
+        rows.findings += [findings.Finding("pace", line) for line in faster]
+        rows.findings += findings.findings(common, config, method, rows, tokenizer, train, held_out)
     check_dropped(rows, common.max_drop_fraction)
     prepare.check_first(train, tokenizer, method.columns)
     return tokenizer, train, held_out

@@ -4,7 +4,7 @@ import gc
 import math
 
 from rlhf_args.methods import DISTILLATION
-from utils import checks
+from utils.checks import flags
 from utils.models import folders, load, sampling
 from utils.models.folders import count_numbers, vocabulary_rows
 from utils.runtime import environment
@@ -24,7 +24,7 @@ def check_distillation(common, config, rows):
         yield f"--answers_batch_size {config.answers_batch_size}: 1 or more"
     if config.teacher_model_init_kwargs:
         yield "--teacher_model_init_kwargs: not used here. --dtype and --teacher_load_in_4bit say how it is held"
-    yield from checks.check_sampling(common, config)
+    yield from flags.check_sampling(common, config)
     if config.lmbda == 0:
         for flag in sorted(common.typed & {"min_p", "repetition_penalty", "generation_kwargs"}):
             yield f"--{flag}: of the student's own answers, and --lmbda 0 learns from none. Leave it out"

@@ -1,43 +1,23 @@
 """What is refused before anything is loaded. Each check returns its problems, one line each; the caller shows all."""
 
 import difflib
-import importlib.metadata
 import math
 from fnmatch import fnmatch
 from pathlib import Path
 
 from rlhf_args.methods import METHODS
+from utils.checks.folders import check_model, check_output_dir, check_value_model
+from utils.checks.launch import check_launch, check_versions
 from utils.models import sampling
 from utils.models.folders import (
-    check_adapter,
-    check_folder,
-    first_difference,
-    is_reward_model,
     is_safetensors,
     model_positions,
     read_header,
-    read_vocabulary,
 )
 from utils.runtime import environment
 from utils.runtime.errors import Refused
-from utils.runtime.paths import check_overwrite, check_writable, looks_local
 
-# (package, the first version with what is used here of it, what that is)
-OLDEST = (
-    ("transformers", "5.0", "train_sampling_strategy and warm-up as a share"),
-    ("trl", "1.0", "trl.experimental as it is imported here"),
-)
 VLLM = "0.22.0", "0.31.0"  # the versions that trl 1.16.0 takes (trl/import_utils.py)
-
-
-def check_versions():
-    """Problems of libraries that are too old for what is used of them."""
-    from packaging.version import Version
-
-    for name, oldest, used in OLDEST:
-        found = importlib.metadata.version(name)
-        if Version(found) < Version(oldest):
-            yield f"{name} {found}: has no {used}. Type pip install -r requirements.txt, which pins what was tested"
 
 
 def check_common(common, name, method):
@@ -78,25 +58,6 @@ def check_mode(common, name, method):
         yield f"--train_mode {common.train_mode}: {name} takes {', '.join(method.train_modes)}"
     if common.use_dora and common.train_mode == "full":
         yield "--use_dora with --train_mode full: DoRA is a kind of adapter. Type --train_mode lora"
-
-
-def check_model(path, name, method):
-    """Problems of the policy's folder; a Hub id is left to the loader."""
-    problems, described = check_folder(path, "--model_name_or_path")
-    if described is None:
-        return problems
-    quantised = described.get("quantization_config")
-    if quantised:
-        problems.append(
-            f"{path}: its weights are quantised already ({quantised.get('quant_method', 'unknown')}). Take the "
-            "original; --train_mode qlora holds it in 4 bits"
-        )
-    if method.task == "CAUSAL_LM" and is_reward_model(described):
-        problems.append(
-            f"{path}: a trained reward model, which scores and cannot answer. {name} starts from a language model"
-        )
-    adapter = (Path(path) / "adapter_config.json").exists()
-    return problems + check_adapter(path, described, name, method) if adapter else problems
 
 
 def check_rewards(common, name, method, judged):
@@ -283,7 +244,6 @@ def check_rollout_fits(config, prompts):
 
 
 def check_vllm(flag="--use_vllm"):
-    import importlib.metadata
     import importlib.util
 
     if importlib.util.find_spec("vllm") is None:
@@ -324,88 +284,3 @@ def check_critic(common, config, kind):
         yield f"--critic_path {file}: no such file. A run with --save_critic True leaves OUTPUT_DIR/critic.safetensors"
     elif file is not None and (not is_safetensors(Path(file)) or "return_scale" not in read_header(Path(file))):
         yield f"--critic_path {file}: not a critic that a run of PPO saved"
-
-
-def check_value_model(path, common, kind):
-    """Problems of the weights that a critic with a trunk of its own starts from. It reads the policy's tokens."""
-    from utils.rewards.models import shares_base
-
-    flag = f"--value_model_path {path}"
-    if looks_local(path) or Path(path).exists():
-        yield from check_folder(path, "--value_model_path")[0]
-    else:
-        yield f"{flag}: not a folder here. Download it and name its folder: its tokenizer and head are looked at first"
-    adapter = (Path(path) / "adapter_config.json").exists()
-    if kind == "model" and adapter:
-        yield f"{flag}: an adapter. Merge it first: python -m utils.merge_lora {path} MERGED"
-    if kind == "lora" and not adapter:
-        yield f"{flag}: a whole model. --critic lora takes an adapter on the policy's base. Type --critic model"
-    elif kind == "lora" and not shares_base(path, common.model_name_or_path, common.train_mode, common.model_revision):
-        yield f"{flag}: an adapter on another base than the policy's. Merge it, and type --critic model"
-    different = first_difference(read_vocabulary(common.model_name_or_path), read_vocabulary(path))
-    if different:
-        yield f"{flag}: its tokenizer is not the policy's: {different}. A critic reads the policy's tokens"
-
-
-def check_launch(common, config):
-    """Problems of these flags under the engine and the processes that are asked for, with the nearest that works."""
-    engine, processes, mode = environment.engine(), environment.processes_asked(), common.train_mode
-    problems = []
-    if not common.check and config.world_size != processes:
-        problems.append(
-            f"{processes} processes were asked for, and {config.world_size} found each other. Type the same "
-            "NUM_PROCESSES on every node"
-        )
-    for flag in ("deepspeed", "fsdp", "fsdp_config"):
-        if getattr(config, flag):
-            problems.append(f"--{flag}: the launch chooses the engine. Type LAUNCH=zero3 (or zero2, fsdp2, ...)")
-    if engine in ("zero3", "fsdp2") and mode == "qlora" and common.use_dora:
-        problems.append(
-            f"--use_dora with qlora under {engine}: DoRA needs whole weights, and 4-bit ones are in pieces there. "
-            "Type LAUNCH=zero2, or --train_mode lora"
-        )
-    if engine == "zero3" and mode == "full" and (Path(common.model_name_or_path) / "adapter_config.json").exists():
-        path = common.model_name_or_path
-        problems.append(
-            f"{path}: an adapter, and {engine} holds its base in pieces, into which it cannot be merged. "
-            f"Type python -m utils.merge_lora {path} {path}-merged, and give that; or LAUNCH=zero2"
-        )
-    if processes > 1 and getattr(config, "precompute_ref_log_probs", False):
-        problems.append(
-            f"--precompute_ref_log_probs with {processes} processes: each would look for the values in a cache of its "
-            "own. Leave it out (LAUNCH=zero3 shards the reference), or type NUM_PROCESSES=1"
-        )
-    if common.max_bad_steps < 1:
-        problems.append(f"--max_bad_steps {common.max_bad_steps}: 1 or more; 1 stops at the first")
-    elif common.max_bad_steps > 1 and engine.startswith("zero"):
-        problems.append(
-            f"--max_bad_steps {common.max_bad_steps} under {engine}: DeepSpeed has taken the step before it can be "
-            "left out. Leave the flag out, or type LAUNCH=multi_gpu"
-        )
-    if environment.offloads() and config.optim not in ("adamw_torch", "adamw_torch_fused"):
-        problems.append(
-            f"--optim {config.optim.value} with the optimizer offloaded: DeepSpeed's CPU optimizer is AdamW. "
-            f"Leave --optim out, or type LAUNCH={engine}"
-        )
-    return problems
-
-
-def check_output_dir(common, config):
-    folder = Path(config.output_dir)
-    if problems := check_writable(folder):
-        return problems
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return []
-    if not any((folder / trace).exists() for trace in ("metrics.jsonl", "run_card.json", "dropped.jsonl")):
-        return [f"--output_dir {folder}: holds files that no run of ours made. Name another folder"]
-    if common.overwrite_output_dir:
-        read = common.model_name_or_path, *common.train_data_path, *(common.eval_data_path or ())
-        return check_overwrite(folder, read)
-    if (folder / "run_card.json").exists():
-        return [f"--output_dir {folder}: holds a finished run. Name another folder, or add --overwrite_output_dir"]
-    if not config.resume_from_checkpoint:
-        return [
-            f"--output_dir {folder}: holds an unfinished run. Add --resume_from_checkpoint auto to finish it, "
-            "or --overwrite_output_dir to start afresh"
-        ]
-    return []

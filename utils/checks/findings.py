@@ -1,0 +1,155 @@
+"""What can be known of a run before a model is loaded, beyond what is refused: its weights, lengths, rows, disk.
+
+`findings` is what a run says at its start, what `--check` says, and what stands in run_card.json.
+"""
+
+import importlib.metadata
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.checks import flags
+from utils.checks.folders import check_vocabulary
+from utils.checks.schedule import check_disk, check_schedule
+from utils.data import repeats
+from utils.models.folders import (
+    describe_weights,
+    model_positions,
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`kind`: "warning", or the head of a line that informs. `text` is one line; that of a warning ends in its fix."""
+
+    kind: str
+    text: str
+
+
+def findings(common, config, method, rows, tokenizer, train, held_out):
+    """The Findings of a run whose text is prepared. Raises Refused where it could not work."""
+    check_vocabulary(common, tokenizer, max(train.highest, held_out.highest))
+    warnings = [
+        *check_versions(),
+        *check_lengths(common, config, train, held_out),
+        *check_tokens(train, held_out),
+        *check_rows(rows),
+        *check_balance(config, rows),
+        *check_schedule(common, config, method, len(train.rows)),
+    ]
+    disk, further = check_disk(common, config, method, len(train.rows))
+    told = [("weights", describe_weights(common.model_name_or_path)), ("lengths", describe_lengths(train)), disk]
+    told = [Finding(kind, text) for kind, text in told if text]
+    return told + [Finding("warning", text) for text in [*warnings, *further]]
+
+
+# ── the installation ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def check_versions(file=Path(__file__).parent.parent / "requirements.txt"):
+    """Warnings of packages that are not in the version that requirements.txt pins."""
+    from packaging.version import Version
+
+    for name, pinned in re.findall(r"^([\w-]+)==([\w.]+)", file.read_text(encoding="utf-8"), re.MULTILINE):
+        try:
+            installed = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            yield f"{name} is not installed, pinned {pinned}. Type pip install -r {file.name}"
+            continue
+        if Version(installed).public != pinned:
+            yield f"{name} {installed} is installed, pinned {pinned}. Type pip install -r {file.name}"
+
+
+# ── the weights ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+# ── the text ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def describe_lengths(train):
+    """ "prompt 17, 40, 93; chosen ..., in tokens: median, 95 %, longest" of all rows read."""
+    said = [f"{name} {', '.join(map(str, percentiles(lengths)))}" for name, lengths in train.lengths.items()]
+    return f"{'; '.join(said)} tokens (median, 95 %, longest)" if said else ""
+
+
+def percentiles(lengths):
+    """(median, 95th percentile, longest): the smallest length that so many of the rows do not exceed."""
+    ordered = sorted(lengths)
+    return [ordered[math.ceil(share * len(ordered)) - 1] for share in (0.5, 0.95, 1)]
+
+
+def check_lengths(common, config, train, held_out):
+    """A warning where max_length cuts or drops rows, with the one that would not."""
+    flag = "max_prompt_length" if hasattr(config, "max_prompt_length") else "max_length"
+    dropped = sum("longer than" in reason for _, reason, _ in train.dropped + held_out.dropped)
+    cut, longest = train.cut + held_out.cut, max(train.longest, held_out.longest)
+    if not cut and not dropped:
+        return
+    total = sum(len(part.rows) + len(part.dropped) for part in (train, held_out))
+    held = model_positions(common.model_name_or_path)
+    room = held and held - (config.max_completion_length if flag == "max_prompt_length" else 0)
+    way_out = f"--{flag} {longest} would take all rows whole"
+    if room and room < longest:
+        way_out = f"the longest has {longest} tokens, and the model holds {room}: --{flag} {room} would take the most"
+    limit = flags.length_limit(config, common.model_name_or_path)
+    yield f"--{flag} {limit} drops {dropped} and cuts {cut} of {total} rows; {way_out}"
+
+
+def check_tokens(train, held_out):
+    """Warnings of tokens between prompt and answer that a row has once and another time, or not once."""
+    total = len(train.rows) + len(held_out.rows)
+    spanned = train.spanned + held_out.spanned
+    if spanned:
+        yield (
+            f"in {spanned} of {total} rows ({spanned / max(total, spanned):.0%}) a token spans prompt and answer, "
+            "which is not so when the model answers by itself. End the prompts without a space, and begin the answers "
+            "with it"
+        )
+    odd = train.odd + held_out.odd
+    if odd:
+        (where, what), *_ = odd
+        yield (
+            f"{len(odd)} rows have more or less than one BOS and one end of turn, as {where} ({what}). Take the "
+            "template's own tokens out of the data: it writes them"
+        )
+
+
+def check_rows(rows):
+    """Warnings of rows that stand twice, in both parts, or against each other."""
+    mend, total = "python -m utils.doctor_data FILE --fix OUT.jsonl", len(dict(rows.train))
+    again, against = repeats.find_again(rows.train), repeats.find_against(rows.train)
+    if again:
+        two = repeats.say_two(again)
+        yield f"{len(again)} of {total} rows repeat another, as {two}. `{mend}` keeps the first of each"
+    if against:
+        two = repeats.say_two(against)
+        yield f"{len(against)} of {total} rows contradict another, as {two}. Take out the wrong ones"
+    known = {repeats.to_key(row): where for where, row in rows.train} if rows.held_out else {}
+    held = {where: known[key] for where, row in rows.held_out if (key := repeats.to_key(row)) in known}
+    if held:
+        yield (
+            f"{len(held)} of {len(dict(rows.held_out))} held-out rows are trained on too, as "
+            f"{repeats.say_two(held)}: the result would look better than it is. Take them out of one of the two; "
+            f"`{mend}` leaves each once in a file"
+        )
+
+
+def check_balance(config, rows):
+    """A warning where KTO's weights x rows, good to bad, are not within 1:1 to 4:3. Source: doctor_data.weigh."""
+    labels = [values["label"] for _, values in rows.train if "label" in values]
+    true, false = labels.count(True), labels.count(False)
+    if not true or not false or not hasattr(config, "desirable_weight"):
+        return
+    good, bad = true * config.desirable_weight, false * config.undesirable_weight
+    if not bad <= good <= bad * 4 / 3 + 1e-9:
+        way_out = repeats.weigh(true, false)
+        way_out = way_out if way_out.startswith("type") else "leave both weights out"
+        yield (
+            f"{true} rows are labelled true and {false} false, which --desirable_weight {config.desirable_weight:g} "
+            f"and --undesirable_weight {config.undesirable_weight:g} make {good:g} to {bad:g}; KTO wants 1:1 to 4:3: "
+            f"{way_out}"
+        )
+
+
+# ── the training ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,0 +1,65 @@
+"""TODO utils/checks/launch.py"""
+
+import importlib.metadata
+from pathlib import Path
+
+from utils.runtime import environment
+
+# (package, the first version with what is used here of it, what that is)
+OLDEST = (
+    ("transformers", "5.0", "train_sampling_strategy and warm-up as a share"),
+    ("trl", "1.0", "trl.experimental as it is imported here"),
+)
+
+
+def check_versions():
+    """Problems of libraries that are too old for what is used of them."""
+    from packaging.version import Version
+
+    for name, oldest, used in OLDEST:
+        found = importlib.metadata.version(name)
+        if Version(found) < Version(oldest):
+            yield f"{name} {found}: has no {used}. Type pip install -r requirements.txt, which pins what was tested"
+
+
+def check_launch(common, config):
+    """Problems of these flags under the engine and the processes that are asked for, with the nearest that works."""
+    engine, processes, mode = environment.engine(), environment.processes_asked(), common.train_mode
+    problems = []
+    if not common.check and config.world_size != processes:
+        problems.append(
+            f"{processes} processes were asked for, and {config.world_size} found each other. Type the same "
+            "NUM_PROCESSES on every node"
+        )
+    for flag in ("deepspeed", "fsdp", "fsdp_config"):
+        if getattr(config, flag):
+            problems.append(f"--{flag}: the launch chooses the engine. Type LAUNCH=zero3 (or zero2, fsdp2, ...)")
+    if engine in ("zero3", "fsdp2") and mode == "qlora" and common.use_dora:
+        problems.append(
+            f"--use_dora with qlora under {engine}: DoRA needs whole weights, and 4-bit ones are in pieces there. "
+            "Type LAUNCH=zero2, or --train_mode lora"
+        )
+    if engine == "zero3" and mode == "full" and (Path(common.model_name_or_path) / "adapter_config.json").exists():
+        path = common.model_name_or_path
+        problems.append(
+            f"{path}: an adapter, and {engine} holds its base in pieces, into which it cannot be merged. "
+            f"Type python -m utils.merge_lora {path} {path}-merged, and give that; or LAUNCH=zero2"
+        )
+    if processes > 1 and getattr(config, "precompute_ref_log_probs", False):
+        problems.append(
+            f"--precompute_ref_log_probs with {processes} processes: each would look for the values in a cache of its "
+            "own. Leave it out (LAUNCH=zero3 shards the reference), or type NUM_PROCESSES=1"
+        )
+    if common.max_bad_steps < 1:
+        problems.append(f"--max_bad_steps {common.max_bad_steps}: 1 or more; 1 stops at the first")
+    elif common.max_bad_steps > 1 and engine.startswith("zero"):
+        problems.append(
+            f"--max_bad_steps {common.max_bad_steps} under {engine}: DeepSpeed has taken the step before it can be "
+            "left out. Leave the flag out, or type LAUNCH=multi_gpu"
+        )
+    if environment.offloads() and config.optim not in ("adamw_torch", "adamw_torch_fused"):
+        problems.append(
+            f"--optim {config.optim.value} with the optimizer offloaded: DeepSpeed's CPU optimizer is AdamW. "
+            f"Leave --optim out, or type LAUNCH={engine}"
+        )
+    return problems
