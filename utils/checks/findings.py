@@ -47,7 +47,7 @@ def findings(common, config, method, rows, tokenizer, train, held_out):
 # ── the installation ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def check_versions(file=Path(__file__).parent.parent / "requirements.txt"):
+def check_versions(file=Path(__file__).parents[2] / "requirements.txt"):
     """Warnings of packages that are not in the version that requirements.txt pins."""
     from packaging.version import Version
 

@@ -1,4 +1,4 @@
-"""TODO utils/checks/folders.py"""
+"""The folders that a run reads and writes: models, adapters, tokenizers, output."""
 
 import json
 import re

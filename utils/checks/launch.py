@@ -1,4 +1,4 @@
-"""TODO utils/checks/launch.py"""
+"""Versions of libraries, and methods and models that an engine cannot train."""
 
 import importlib.metadata
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""TODO utils/checks/schedule.py"""
+"""Steps, learning rate, checkpoints and disk space."""
 
 import math
 import shutil

@@ -1,121 +1,12 @@
 """The teacher of a distillation: checked before it is loaded, asked for its answers once, held beside the student."""
 
 import gc
-import math
 
-from rlhf_args.methods import DISTILLATION
-from utils.checks import flags
 from utils.models import folders, load, sampling
 from utils.models.folders import count_numbers, vocabulary_rows
-from utils.runtime import environment
-from utils.runtime.errors import Failed, Refused
+from utils.runtime.errors import Failed
 from utils.runtime.output import say
 from utils.summary import describe_sampling
-
-
-def check_distillation(common, config, rows):
-    """Problems of the distillation's own flags, of the teacher's folder, and of rows that lack an answer."""
-    if config.seq_kd and config.lmbda == 1:
-        yield (
-            "--seq_kd True with --lmbda 1: every step would be on the student's own answers, and none on the "
-            "teacher's. Type --lmbda 0 for SeqKD, or leave --seq_kd out"
-        )
-    if config.answers_batch_size < 1:
-        yield f"--answers_batch_size {config.answers_batch_size}: 1 or more"
-    if config.teacher_model_init_kwargs:
-        yield "--teacher_model_init_kwargs: not used here. --dtype and --teacher_load_in_4bit say how it is held"
-    yield from flags.check_sampling(common, config)
-    if config.lmbda == 0:
-        for flag in sorted(common.typed & {"min_p", "repetition_penalty", "generation_kwargs"}):
-            yield f"--{flag}: of the student's own answers, and --lmbda 0 learns from none. Leave it out"
-    if config.learns_from_data():
-        lacking = [where for where, values in rows.train if "completion" not in values]
-        if lacking:
-            yield (
-                f"{lacking[0]}: no answer, and so {len(lacking)} of {len(rows.train)} rows; --lmbda {config.lmbda:g} "
-                "learns from the answers in the data. Type --seq_kd True for the teacher's, or --lmbda 1 for the "
-                "student's own"
-            )
-    yield from check_teacher(common, config)
-
-
-def check_teacher(common, config):
-    path = config.teacher_model_name_or_path
-    flag = f"--teacher_model_name_or_path {path}"
-    if not path:
-        yield "--teacher_model_name_or_path: missing. A model folder or Hub id with the student's tokenizer"
-        return
-    problems, described = folders.check_folder(path, "--teacher_model_name_or_path")
-    yield from problems
-    if described is None:
-        return
-    if folders.is_reward_model(described):
-        yield f"{flag}: a trained reward model, which scores and cannot answer. A teacher is a language model"
-    adapter = folders.read_adapter(path)
-    if adapter:
-        problems = folders.check_adapter(path, adapter, "GKD", DISTILLATION["GKD"])
-        yield from problems
-        if problems:
-            return  # what follows looks into its base
-        if environment.engine() == "zero3" and not config.teacher_load_in_4bit:
-            yield (
-                f"{flag}: an adapter, and zero3 holds its base in pieces, into which it cannot be merged. Type python "
-                f"-m utils.merge_lora {path} MERGED, and give that; or LAUNCH=zero2"
-            )
-    if folders.same_path(common.model_name_or_path, path) and common.model_revision == config.teacher_model_revision:
-        yield (
-            f"{flag}: the model that the student starts from, of which there is nothing to learn. A base teaches an "
-            "adapter that has moved away from it: give that as --model_name_or_path"
-        )
-    if described.get("quantization_config"):
-        yield f"{flag}: quantised already. Take the original; --teacher_load_in_4bit holds it in 4 bits"
-    if config.teacher_load_in_4bit and common.train_mode == "lora" and shares_base(common, config):
-        yield (
-            "--teacher_load_in_4bit: the teacher is the student's own base, which lora holds once and whole. Leave it "
-            "out, or type --train_mode qlora"
-        )
-    different = folders.first_difference(
-        folders.read_vocabulary(common.model_name_or_path), folders.read_vocabulary(path)
-    )
-    if different:
-        yield different_tokenizers(flag, different)
-
-    student, teacher = vocabulary_rows(common.model_name_or_path), vocabulary_rows(path)
-    if environment.engine() == "zero3" and student and teacher and student > teacher:
-        yield (
-            f"{flag}: has embeddings of {teacher} rows, fewer than the student's {student}, and zero3 holds those in "
-            "pieces, which cannot be cut to the shared ones. Type LAUNCH=fsdp2 or LAUNCH=zero2"
-        )
-
-
-def different_tokenizers(flag, different):
-    return (
-        f"{flag}: its tokenizer is not the student's: {different}. Distillation compares the two token by token: take "
-        "a teacher of the student's family"
-    )
-
-
-def check_tokens(common, config, tokenizer, train, held_out):
-    """Raises Refused where the teacher cannot read the rows; its tokenizer, of a Hub id, is known only now."""
-    path = config.teacher_model_name_or_path
-    flag = f"--teacher_model_name_or_path {path}"
-    theirs = load.load_tokenizer(path, config.teacher_model_revision, config.trust_remote_code, "the teacher's")
-    different = folders.first_difference(tokenizer.get_vocab(), theirs.get_vocab())
-    if different:
-        raise Refused([different_tokenizers(flag, different)])
-    highest = max(max(row["prompt_ids"] + row["completion_ids"]) for row in train.rows + held_out.rows)
-    if highest >= (vocabulary_rows(path) or math.inf):
-        token = tokenizer.convert_ids_to_tokens(highest)
-        raise Refused([f"{flag}: has no token {highest} ({token!r}), which the student's template or data use"])
-
-
-def prompt_room(common, config):
-    """A function of a row's values: the tokens of its prompt beside which a sampled answer has its room."""
-    held = [folders.model_positions(path) for path in (common.model_name_or_path, config.teacher_model_name_or_path)]
-    room = min((positions - config.max_completion_length for positions in held if positions), default=math.inf)
-    sampled = config.lmbda > 0 or config.seq_kd
-    return lambda values: room if sampled or "completion" not in values else math.inf
-
 
 # ── what is said of it ───────────────────────────────────────────────────────────────────────────────────────────────
 

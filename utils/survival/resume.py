@@ -1,4 +1,4 @@
-"""TODO utils/survival/resume.py"""
+"""Which checkpoint a run may go on from, and what must be the same for that."""
 
 import hashlib
 import json
