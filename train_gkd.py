@@ -32,9 +32,10 @@ def run(argv):
     common, config, rows, problems = parse_and_check(argv)
     method = DISTILLATION[NAME]
 
-    from utils import probe, summary
+    from utils import probe
     from utils.models import teacher
     from utils.models.load import load_policy
+    from utils.results import summary
 
     # ── the text that is trained on ──────────────────────────────────────────────────────────────────────────────────
     with collecting(problems):

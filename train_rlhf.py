@@ -32,8 +32,9 @@ def run(argv):
     common, config, name, rows, problems = parse_and_check(argv)
     method = METHODS[name]
 
-    from utils import probe, summary
+    from utils import probe
     from utils.models.load import load_other_models, load_policy, needs_reference
+    from utils.results import summary
     from utils.rewards import functions, judge_reward, models
 
     # ── the text that is trained on ──────────────────────────────────────────────────────────────────────────────────

@@ -53,7 +53,7 @@ def measure(model, folder, mode, launch):
 def train(argv):
     """One of the processes: trains as train_rlhf.py does, and writes what it holds when training ends."""
     import train_rlhf
-    from utils import report
+    from utils.results import report
 
     def weigh(self, *args, **kwargs):
         optimizer = self.trainer.optimizer

@@ -79,7 +79,7 @@ def write_pairs(file, count):
 def time_checkpoint(folder, steps):
     import train_rlhf
     from trainers.safe_trainer import Safe
-    from utils import report
+    from utils.results import report
     from utils.survival import checkpoints
 
     taken = {"save": 0.0, "hash": 0.0, "steps": 0.0}

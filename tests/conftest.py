@@ -12,7 +12,7 @@ import pytest
 from tests.matrix.cells import Outcome, width
 from tests.matrix.page import write_page
 from tests.matrix.warm_python import warm_python
-from utils import verify
+from utils.results import proof
 
 MATRIX = {}  # (method, mode, launch) -> Outcome
 ROOT = Path(__file__).resolve().parent.parent
@@ -97,7 +97,7 @@ def reopened_here(request, monkeypatch):
     In a process of its own in tests/test_verify.py, and in whatever runs the command.
     """
     if request.module.__name__ != "tests.test_verify":
-        monkeypatch.setattr(verify, "verify_in_fresh_process", verify.verify)
+        monkeypatch.setattr(proof, "verify_in_fresh_process", proof.verify)
 
 
 @pytest.fixture(scope="session")

@@ -21,8 +21,9 @@ import train_rlhf
 from rlhf_args.methods import EVERY
 from tests.conftest import ROOT, make_model, read_rows, write_rows
 from trainers.safe_trainer import Safe
-from utils import launch, report, training
+from utils import launch, training
 from utils.models import load as models_load
+from utils.results import report
 from utils.runtime import secrets
 from utils.runtime.errors import Failed, Refused
 from utils.survival import bad_steps, memory

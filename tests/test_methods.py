@@ -20,7 +20,7 @@ from tests.matrix.cells import rollout_flags
 from utils.data import prepare, template
 from utils.data.rows import hold_out, load_rows
 from utils.models.load import load_tokenizer, make_lora
-from utils.report import SAMPLE_TOKENS
+from utils.results.report import SAMPLE_TOKENS
 
 MODES = {
     "full": ["--train_mode", "full"],

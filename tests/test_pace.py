@@ -22,12 +22,13 @@ import train_rlhf
 from rlhf_args.methods import DIALOGUE, METHODS, PROMPT, UNPAIRED, load
 from tests.conftest import make_model, read_rows, slow_but, write_rows
 from tests.matrix.cells import run_cell
-from utils import pace, report, training
+from utils import pace, training
 from utils.cli import arguments, recipes
 from utils.data import deal, prepare, template
 from utils.data.rows import load_rows
 from utils.models import folders
 from utils.models.load import load_tokenizer, make_lora
+from utils.results import report
 from utils.rewards.functions import load_functions
 from utils.runtime import environment
 from utils.runtime.errors import Refused

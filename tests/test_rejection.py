@@ -45,6 +45,7 @@ from tests.test_losses import LN2, POLICY, WORDS, make_bigram
 from utils import best_of_n, pool, rejection, rounds, selection
 from utils.data.rows import load_rows, make_rows
 from utils.models import load as models_load, sampling
+from utils.results import plots
 from utils.runtime.errors import Refused
 
 # ── the draws ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -488,7 +489,7 @@ def quick():
 
 @pytest.fixture
 def no_picture(monkeypatch):
-    monkeypatch.setattr(best_of_n, "draw", lambda *args: None)
+    monkeypatch.setattr(plots, "draw", lambda *args: None)
 
 
 @pytest.fixture
@@ -541,7 +542,7 @@ def scored(tiny_model, tmp_path_factory):
         words += f"--reward_funcs {folder / 'reward.py'}:total {FAST} "
         (folder / kind).mkdir()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(best_of_n, "draw", lambda *args: None)
+            patch.setattr(plots, "draw", lambda *args: None)
             assert rejection_sampling.main(f"{words} --output_dir {folder / kind}".split()) == 0
         made[kind] = folder / kind, words
     return made

@@ -12,8 +12,9 @@ import train_rlhf
 from rlhf_args.methods import METHODS
 from tests.conftest import command, make_model, read_rows, slow_but, write_rows
 from tests.matrix.cells import rollout_flags
-from utils import chat, merge_lora, report, saves, verify
+from utils import chat, merge_lora
 from utils.models import load
+from utils.results import proof, report, saves
 
 DATA = {
     "DPO": "data/preference.jsonl",
@@ -152,7 +153,7 @@ def test_an_adapter_as_model_is_its_own_reference(method, mode, sft_adapter, tmp
 def test_an_adapter_needs_no_second_copy_of_the_base(mode, loads, tiny_model, tmp_path, monkeypatch):
     made, load_model = [], load.load_model
     monkeypatch.setattr(load, "load_model", lambda *a, **k: made.append(1) or load_model(*a, **k))
-    monkeypatch.setattr(verify, "verify_in_fresh_process", lambda folder: "")  # which loads in a process of its own
+    monkeypatch.setattr(proof, "verify_in_fresh_process", lambda folder: "")  # which loads in a process of its own
     assert train(tiny_model, tmp_path / "out", "--train_mode", mode) == 0
     assert len(made) == loads
 

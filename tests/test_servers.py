@@ -31,8 +31,9 @@ import pytest
 import rejection_sampling
 from rlhf_args.rejection_config import RejectionConfig
 from tests.conftest import ROOT, command, read_rows, write_rows
-from utils import best_of_n, engines
+from utils import engines
 from utils.data.rows import text_key
+from utils.results import plots
 from utils.rewards import judge, server
 from utils.runtime.errors import Failed
 
@@ -283,7 +284,7 @@ def words_for(api, prompts, out, flags="", samples=3):
 def run(tmp_path, waits, clients, capsys, monkeypatch):
     """run(api, flags, ...): (status, lines of stdout, stderr as it is); the folder is tmp_path / out."""
 
-    monkeypatch.setattr(best_of_n, "draw", lambda *_: None)  # the picture takes longer than all else
+    monkeypatch.setattr(plots, "draw", lambda *_: None)  # the picture takes longer than all else
 
     def run(api, flags="", rows=CHATS, out="out", **options):
         prompts = write_rows(tmp_path / "prompts.jsonl", rows)

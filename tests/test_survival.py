@@ -24,7 +24,7 @@ import train_gkd
 import train_rlhf
 from rlhf_args.methods import EVERY
 from tests.conftest import ROOT, make_model, read_rows, write_rows
-from utils import report
+from utils.results import report
 from utils.runtime.errors import Failed, Refused
 from utils.survival import checkpoints, resume, stops
 

@@ -16,6 +16,7 @@ import train_rlhf
 from tests.conftest import command, make_model
 from utils import chat, merge_lora, verify
 from utils.models import load
+from utils.results import proof
 from utils.runtime.errors import Failed
 
 KINDS = [
@@ -48,7 +49,7 @@ def make_trained(base, task, mode, dtype="float32"):
 def save(model, tokenizer, folder, task, mode):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    verify.record(model, tokenizer, folder, task=task, four_bit=mode == "qlora")
+    proof.record(model, tokenizer, folder, task=task, four_bit=mode == "qlora")
     return folder
 
 
@@ -106,7 +107,7 @@ def test_what_trl_and_ppo_attach_to_a_model_is_no_part_of_the_probe(sound, tiny_
     model, tokenizer = make_trained(tiny_model, "CAUSAL_LM", "lora")
     add_fused_lm_head(model.get_base_model(), temperature=0.5)
     add_critic(model.get_base_model(), Critic(64), PolicyOutput)
-    verify.record(model, tokenizer, tmp_path, task="CAUSAL_LM")
+    proof.record(model, tokenizer, tmp_path, task="CAUSAL_LM")
     assert (tmp_path / "probe.json").read_text() == (sound / "probe.json").read_text()
 
 
@@ -119,10 +120,10 @@ def test_the_probe_is_computed_as_the_weights_are_held_not_under_autocast(sound,
     model, tokenizer = make_trained(tiny_model, "CAUSAL_LM", "lora")
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     model = accelerator.prepare(model)
-    under_autocast = verify.ask(model.eval(), json.loads((sound / "probe.json").read_text())["input_ids"], "CAUSAL_LM")
-    verify.record(model, tokenizer, tmp_path, task="CAUSAL_LM", accelerator=accelerator)
+    under_autocast = proof.ask(model.eval(), json.loads((sound / "probe.json").read_text())["input_ids"], "CAUSAL_LM")
+    proof.record(model, tokenizer, tmp_path, task="CAUSAL_LM", accelerator=accelerator)
     assert (tmp_path / "probe.json").read_text() == (sound / "probe.json").read_text()
-    again = verify.ask(model.eval(), json.loads((sound / "probe.json").read_text())["input_ids"], "CAUSAL_LM")
+    again = proof.ask(model.eval(), json.loads((sound / "probe.json").read_text())["input_ids"], "CAUSAL_LM")
     assert again.equal(under_autocast)  # the autocast is back in its place
     best = torch.tensor(json.loads((sound / "probe.json").read_text())["values"])
     assert not under_autocast.topk(64).values.equal(best)  # and it would have made a difference
@@ -132,7 +133,7 @@ def test_a_model_that_answers_with_nan_is_not_recorded(tiny_model, tmp_path):
     model, tokenizer = make_trained(tiny_model, "CAUSAL_LM", "full")
     model.lm_head.weight.data[5] = math.nan
     with pytest.raises(Failed, match="answers the probe with NaN"):
-        verify.record(model, tokenizer, tmp_path, task="CAUSAL_LM")
+        proof.record(model, tokenizer, tmp_path, task="CAUSAL_LM")
     assert not (tmp_path / "probe.json").exists()
 
 
@@ -251,14 +252,14 @@ def test_how_near_is_near_enough_depends_on_the_rounding(exact_to, off, status):
     found = torch.tensor([[-1.0, -3.0, -0.5 + off]])
     probe = make_probe(exact_to, [[-0.5, -1.0]])
     if status:
-        assert verify.compare("out", probe, found).endswith(status)
+        assert proof.compare("out", probe, found).endswith(status)
     else:
         with pytest.raises(Failed, match=f"Rounding to {exact_to} allows"):
-            verify.compare("out", probe, found)
-    here = verify.name_device(torch.device("cpu"))
+            proof.compare("out", probe, found)
+    here = proof.name_device(torch.device("cpu"))
     near = off / 2 < (1e-3 if exact_to == "float32" else 0.05) / 4  # TOLERANCE of float32, else SAME_DEVICE
     with contextlib.nullcontext() if near else pytest.raises(Failed, match=f"Rounding to {exact_to} allows"):
-        verify.compare("out", probe | {"device": here}, found)
+        proof.compare("out", probe | {"device": here}, found)
 
 
 @pytest.mark.parametrize(("mode", "same"), [("lora", False), ("qlora", True)])
@@ -267,27 +268,27 @@ def test_fsdp2_rounds_an_adapter_that_is_held_in_float32(tiny_model, mode, same,
     precision = types.SimpleNamespace(mixed_precision_policy=types.SimpleNamespace(param_dtype=torch.bfloat16))
     state = types.SimpleNamespace(fsdp_plugin=precision)
     accelerator = types.SimpleNamespace(state=state, is_main_process=True, autocast=contextlib.nullcontext)
-    monkeypatch.setattr(verify, "unwrapped", lambda model, accelerator: contextlib.nullcontext(model))
-    verify.record(model, tokenizer, tmp_path, task="CAUSAL_LM", four_bit=mode == "qlora", accelerator=accelerator)
-    assert bool(verify.read_probe(tmp_path)["device"]) == same
+    monkeypatch.setattr(proof, "unwrapped", lambda model, accelerator: contextlib.nullcontext(model))
+    proof.record(model, tokenizer, tmp_path, task="CAUSAL_LM", four_bit=mode == "qlora", accelerator=accelerator)
+    assert bool(proof.read_probe(tmp_path)["device"]) == same
 
 
 def test_another_likeliest_token_is_a_tie_or_another_model():
     probe = make_probe("bfloat16", [[-1.0, -1.25]] * 4)  # token 2 before token 0, at four positions
     same, tie = [-1.25, -5.0, -1.0], [-1.0, -5.0, -1.1]  # token 0 is the likeliest now, as likely as token 2 was
-    said = verify.compare("out", probe, torch.tensor([tie, same, same, same]))
+    said = proof.compare("out", probe, torch.tensor([tie, same, same, same]))
     assert said.endswith("(another token is the likeliest at 1 of 4 positions, where they tie)")
     with pytest.raises(Failed, match="another token is the likeliest at 2 of 4 positions"):  # 2 / 4 > 0.25
-        verify.compare("out", probe, torch.tensor([tie, tie, same, same]))
+        proof.compare("out", probe, torch.tensor([tie, tie, same, same]))
     with pytest.raises(Failed, match="another token is the likeliest at 1 of 4 positions"):  # token 1, by 0.5 + 1 > 1
-        verify.compare("out", probe, torch.tensor([[-1.25, 0.5, -1.0], same, same, same]))
+        proof.compare("out", probe, torch.tensor([[-1.25, 0.5, -1.0], same, same, same]))
 
 
 def test_scores_may_differ_in_proportion_to_their_size():
     probe = make_probe("float32", [[1000.0]], task="SEQ_CLS")  # 1e-3 x 1000 = 1, a quarter in the mean
-    assert verify.compare("out", probe, torch.tensor([[1000.2]])).startswith("scores of a fresh process equal")
+    assert proof.compare("out", probe, torch.tensor([[1000.2]])).startswith("scores of a fresh process equal")
     with pytest.raises(Failed):
-        verify.compare("out", probe, torch.tensor([[1000.5]]))
+        proof.compare("out", probe, torch.tensor([[1000.5]]))
 
 
 @pytest.mark.parametrize(
@@ -305,10 +306,10 @@ def test_what_is_no_model_is_a_bad_argument(words, capsys):
 
 
 def test_a_fresh_process_says_what_it_found(copy):
-    assert verify.verify_in_fresh_process(copy).endswith("logits of a fresh process equal those in memory exactly")
+    assert proof.verify_in_fresh_process(copy).endswith("logits of a fresh process equal those in memory exactly")
     change_tensor(copy, "lora_B", lambda t: t * 1.5)
     with pytest.raises(Failed, match=f"^{copy} is not sound: logits of a fresh process differ"):
-        verify.verify_in_fresh_process(copy)
+        proof.verify_in_fresh_process(copy)
 
 
 def test_it_stands_outside_the_launch_and_starts_no_trainer(sound):
@@ -327,9 +328,9 @@ def test_it_stands_outside_the_launch_and_starts_no_trainer(sound):
         "ROLE_NAME": "x",
     }
     kept = {"HOME": "/home", "HF_HOME": "/hub", "OMP_NUM_THREADS": "1", "RANKING": "1"}
-    env = verify.clean_environment(launched | kept | {"CUDA_VISIBLE_DEVICES": "3"})
+    env = proof.clean_environment(launched | kept | {"CUDA_VISIBLE_DEVICES": "3"})
     assert env.pop("PYTHONPATH") and env == kept | {"CUDA_VISIBLE_DEVICES": ""}
-    assert verify.clean_environment({"CUDA_VISIBLE_DEVICES": "3"}, "cuda")["CUDA_VISIBLE_DEVICES"] == "3"
+    assert proof.clean_environment({"CUDA_VISIBLE_DEVICES": "3"}, "cuda")["CUDA_VISIBLE_DEVICES"] == "3"
     loaded = "print({'trl', 'deepspeed', 'datasets'} & set(sys.modules))"
     done = command("-c", f"import sys; from utils import verify; print(verify.main([{str(sound)!r}])); {loaded}")
     assert done.stdout.splitlines()[1:] == ["0", "set()"]
@@ -337,7 +338,7 @@ def test_it_stands_outside_the_launch_and_starts_no_trainer(sound):
 
 def test_it_works_from_another_folder_than_the_projects(sound, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert verify.verify_in_fresh_process(sound).startswith("verified  ")
+    assert proof.verify_in_fresh_process(sound).startswith("verified  ")
 
 
 def test_one_that_was_killed_proves_nothing_and_breaks_nothing(sound, tmp_path, monkeypatch):
@@ -345,7 +346,7 @@ def test_one_that_was_killed_proves_nothing_and_breaks_nothing(sound, tmp_path, 
     killed.write_text("#!/bin/sh\nkill -KILL $$\n")
     killed.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(killed))
-    said = verify.verify_in_fresh_process(sound)
+    said = proof.verify_in_fresh_process(sound)
     assert said.startswith(f"not verified: the process that reopened {sound} was killed (signal 9: out of memory?)")
     assert said.endswith(f"type python -m utils.verify {sound}")
 

@@ -12,8 +12,8 @@ import train_rlhf
 from rlhf_args.methods import DPO_LOSSES, METHODS
 from tests.conftest import read_rows, slow_but
 from tests.test_losses import POLICY, ROWS, losses
-from utils import report, watch
-from utils.watch import Watch
+from utils.results import report, watch
+from utils.results.watch import Watch
 
 LN2 = math.log(2)
 REWARDS = """

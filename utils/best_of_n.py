@@ -105,31 +105,6 @@ def say_report(found, keep_cut, say):
     say(f"left out  answers: {left}; prompts: {dropped}")
 
 
-def draw(folder, found, shown):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(15, 4), layout="constrained")
-    curve = found["best_of_n"]
-    left.plot([point["n"] for point in curve], [point["reward"] for point in curve], marker="o", label="reward")
-    left.set_xlabel("n")
-    left.set_title("reward of best-of-n")
-    bound = left.twinx()
-    bound.plot([p["n"] for p in curve], [p["kl_bound"] for p in curve], color="gray", linestyle="--")
-    bound.set_ylabel("KL bound log n - (n - 1)/n, nats (dashed)")
-    scores, lengths = [score for score, _ in shown], [length for _, length in shown]
-    middle.hist(scores, bins=40)
-    middle.set_title(f"score of {len(shown)} of {found['answers']} answers")
-    right.scatter(lengths, scores, s=8, alpha=0.5)
-    right.set_xlabel("answer tokens")
-    r = found["score_length_correlation"]
-    right.set_title("score and length" + ("" if r is None else f": correlation {r:+.2f}"))
-    figure.savefig(Path(folder) / "report.png", dpi=120)
-    pyplot.close(figure)
-
-
 def write_report(folder, found):
     file = Path(folder) / "report.json"
     file.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

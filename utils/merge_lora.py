@@ -11,9 +11,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from utils import verify
 from utils.models.folders import check_folder, read_adapter
 from utils.models.load import load_tokenizer
+from utils.results import proof
 from utils.runtime import environment
 from utils.runtime.errors import Failed, Refused, refuse_if
 from utils.runtime.output import first_line
@@ -36,7 +36,7 @@ def merge(adapter, output, dtype="auto"):
     scores = described["task_type"] == "SEQ_CLS"
     kind, extra = (AutoModelForSequenceClassification, {"num_labels": 1}) if scores else (AutoModelForCausalLM, {})
     tokenizer = load_tokenizer(adapter)
-    task, ids = described["task_type"], tokenizer(verify.TEXT)["input_ids"]
+    task, ids = described["task_type"], tokenizer(proof.TEXT)["input_ids"]
 
     base = described["base_model_name_or_path"]
     safely = {"use_safetensors": True, "trust_remote_code": False}
@@ -47,9 +47,9 @@ def merge(adapter, output, dtype="auto"):
     base.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     own_dtype, base = base.dtype, base.float()
     model = PeftModel.from_pretrained(base, adapter).eval()
-    trained = verify.ask(model, ids, task)
+    trained = proof.ask(model, ids, task)
     with model.disable_adapter():
-        untrained = verify.ask(model, ids, task)
+        untrained = proof.ask(model, ids, task)
     effect = float((trained - untrained).abs().mean())
     if not effect:
         raise Refused([f"{adapter}: changes nothing in what its base answers. Nothing to merge"])
@@ -65,11 +65,11 @@ def merge(adapter, output, dtype="auto"):
         merged.save_pretrained(output, state_dict=state)
         tokenizer.save_pretrained(output)
         del once, state
-        found = verify.ask(kind.from_pretrained(output, dtype=torch.float32, **safely).eval(), ids, task)
+        found = proof.ask(kind.from_pretrained(output, dtype=torch.float32, **safely).eval(), ids, task)
         kept = 1 - float((found - trained).abs().mean()) / effect
         name = str(target).removeprefix("torch.")
         if kept >= ENOUGH or dtype != "auto" or target == torch.float32:
-            verify.write(output, trained, tokenizer, task=task, dtype="float32", exact_to=name, same=name == "float32")
+            proof.write(output, trained, tokenizer, task=task, dtype="float32", exact_to=name, same=name == "float32")
             return name, kept, notes
         notes.append(f"in {name} the merge keeps {max(kept, 0):.0%} of what the adapter does")
 
@@ -98,7 +98,7 @@ def main(argv=None):
         return 1
     print(f"merged    {asked.output}, {dtype}: reopened, and keeps {kept:.1%} of what the adapter does")
     try:
-        print(verify.verify_in_fresh_process(asked.output))
+        print(proof.verify_in_fresh_process(asked.output))
     except Failed as error:
         print(error, file=sys.stderr)
         return 1

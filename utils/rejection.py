@@ -9,10 +9,11 @@ import shutil
 import numpy
 
 from rlhf_args.methods import PROMPT
-from utils import best_of_n, engines, pool, rejection_checks, saves, scoring, selection
+from utils import best_of_n, engines, pool, rejection_checks, scoring, selection
 from utils.data import files
 from utils.data.rows import Rows, check_dropped, count_reasons, make_rows
 from utils.models import folders, load, sampling
+from utils.results import plots, saves
 from utils.rewards import functions
 from utils.runtime import environment, output
 from utils.runtime.errors import Failed, Refused
@@ -265,7 +266,7 @@ class Work:
                         out.add(name, made | {"provenance": whence})
         found = tally.report(out.counts) | {"select": config.select, "scored_by": kept.get("score")}
         best_of_n.write_report(self.folder, found)
-        best_of_n.draw(self.folder, found, tally.shown)
+        plots.draw(self.folder, found, tally.shown)
         best_of_n.say_report(found, config.keep_cut, output.say)
         for name in names:
             path = selection.path_of(self.folder, name, config.chunk_size)

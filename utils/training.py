@@ -140,9 +140,9 @@ def fit_bucket(trainer):
 
 def train_and_report(trainer, start, common, method, tokenizer, rows, train, held_out):
     """Trains from `start` on, evaluates, draws; returns the Report of it."""
-    from utils import report, saves
     from utils.data import prepare
     from utils.models import load
+    from utils.results import log, report, saves
     from utils.runtime import output
     from utils.survival import bad_steps, stops
 
@@ -164,7 +164,7 @@ def train_and_report(trainer, start, common, method, tokenizer, rows, train, hel
     try:
         with checkpoints.says_when_full(config.output_dir, "the newest line of the log"):
             stops.train(trainer, onward)
-            evaluated = trainer.state.global_step in report.evaluated_at(trainer.state)
+            evaluated = trainer.state.global_step in log.evaluated_at(trainer.state)
             if held_out.rows and (config.load_best_model_at_end or not evaluated):
                 trainer.evaluate()
     except Exception as error:
@@ -180,14 +180,15 @@ def train_and_report(trainer, start, common, method, tokenizer, rows, train, hel
 
 def save_and_verify(trainer, follow, argv, name, common, method, tokenizer, rows, train, held_out, again):
     """Saves the result, has a fresh process reopen it, and says what came out. `again`: the run script's variables."""
-    from utils import saves, summary, verify
     from utils.models import folders
+    from utils.results import saves, summary
+    from utils.results.proof import record, verify_in_fresh_process
 
     config, after = trainer.args, follow.sample()
     with checkpoints.says_when_full(config.output_dir, "the result"):
         expected = saves.save(trainer, tokenizer)
     kept = {"task": method.task, "four_bit": common.train_mode == "qlora", "accelerator": trainer.accelerator}
-    verify.record(trainer.model_wrapped, tokenizer, config.output_dir, **kept)
+    record(trainer.model_wrapped, tokenizer, config.output_dir, **kept)
     if environment.is_main():
         start = folders.starting_weights(common.model_name_or_path, common.model_revision, common.train_mode)
         try:
@@ -197,7 +198,7 @@ def save_and_verify(trainer, follow, argv, name, common, method, tokenizer, rows
                 raise
             follow.write_run_card(argv, common, config, name, rows, train, held_out, after)
             raise Failed(reason) from None
-        proof = verify.verify_in_fresh_process(config.output_dir)
+        proof = verify_in_fresh_process(config.output_dir)
         follow.write_run_card(argv, common, config, name, rows, train, held_out, after)
         follow.say_end(after)
         summary.say_result(common, config, method, proof, again)

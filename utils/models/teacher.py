@@ -4,9 +4,9 @@ import gc
 
 from utils.models import folders, load, sampling
 from utils.models.folders import count_numbers, vocabulary_rows
+from utils.results.summary import describe_sampling
 from utils.runtime.errors import Failed
 from utils.runtime.output import say
-from utils.summary import describe_sampling
 
 # ── what is said of it ───────────────────────────────────────────────────────────────────────────────────────────────
 

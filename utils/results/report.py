@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import shlex
 import sys
 import time
@@ -14,11 +13,13 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from utils.data.rows import count_reasons, hash_rows
 from utils.data.template import render, tokenize
+from utils.results.log import append_line, evaluated_at, keep, read_lines
+from utils.results.plots import draw_report
+from utils.results.watch import Watch
 from utils.runtime import secrets
 from utils.runtime.environment import peak_memory
 from utils.runtime.output import say
 from utils.runtime.paths import write_whole
-from utils.watch import Watch
 
 SAMPLES = 2
 SAMPLE_TOKENS = 48
@@ -291,37 +292,6 @@ class Report(TrainerCallback):
                 say(f"{name:{width}}{before[name]:10.4f}{after[name]:10.4f}{notes.get(name, '')}")
 
 
-def draw_report(folder, method):
-    train, held = read_lines(folder / "metrics.jsonl"), read_lines(folder / "eval.jsonl")
-    if not train:
-        return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    panels = [("loss", "loss"), *method.metrics, *method.curves, ("learning rate", "learning_rate")]
-    seen = {key.removeprefix("eval_") for line in [*train, *held] for key, value in line.items() if value is not None}
-    panels = [(title, key) for title, key in panels if key in seen]
-    columns = min(len(panels), 5)
-    rows = -(-len(panels) // columns)
-    size = 4 * columns, 3.2 * rows
-    figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    for axis in axes.flat[len(panels) :]:
-        axis.set_visible(False)
-    for axis, (title, key) in zip(axes.flat, panels, strict=False):
-        lines = [line for line in train if line.get(key) is not None]
-        axis.plot([line["step"] for line in lines], [line[key] for line in lines], label="training")
-        points = [line for line in held if line.get(f"eval_{key}") is not None]
-        if points:
-            axis.plot([p["step"] for p in points], [p[f"eval_{key}"] for p in points], "o-", label="held out")
-            axis.legend()
-        axis.set_title(title)
-        axis.set_xlabel("step")
-    figure.savefig(folder / "report.png", dpi=120)
-    pyplot.close(figure)
-
-
 def versions():
     from importlib.metadata import PackageNotFoundError, version
 
@@ -335,29 +305,6 @@ def versions():
 
 
 # ── jsonl files of one run ───────────────────────────────────────────────────────────────────────────────────────────
-
-
-def evaluated_at(state):
-    """The steps after which the trainer has evaluated, as its own log has them."""
-    return {line["step"] for line in state.log_history if "eval_loss" in line}
-
-
-def append_line(path, values):
-    with open(path, "a", encoding="utf-8") as handle:
-        handle.write(json.dumps(values, ensure_ascii=False) + "\n")
-
-
-def read_lines(path):
-    """The lines of a file, without a last one that a kill cut short."""
-    lines = open(path, encoding="utf-8").readlines() if os.path.exists(path) else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def keep(path, wanted):
-    """Leaves the lines of the steps that are wanted: a run that goes on logs the others again."""
-    if path.exists():
-        kept = [line for line in read_lines(path) if wanted(line["step"])]
-        write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
 
 
 def last_words(values):

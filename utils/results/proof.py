@@ -1,0 +1,300 @@
+"""TODO utils/results/proof.py"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from utils.models import folders, load
+from utils.results.soundness import check_files
+from utils.runtime import output, paths
+from utils.runtime.errors import Failed, Refused
+
+TEXT = "The quick brown fox jumps over the lazy dog. 1 + 1 = 2. 今天天气很好。 def f(x): return x"
+FILE = "probe.json"
+LIKELIEST = 64  # tokens a position whose log-probabilities are kept
+# How far log-probabilities may lie apart, by the coarsest rounding between the two models; their mean a quarter of it.
+# On the same kind of device sums mostly come out the same to the last digit, in 4 bits too: there SAME_DEVICE holds.
+# Elsewhere they are added in another order. SmolLM2-135M on a CPU, eager against sdpa attention: float32 4e-5 (mean
+# 6e-6), bfloat16 0.48 (0.09), nf4 in bfloat16 0.69 (0.09); float16 has 8 times bfloat16's precision.
+TOLERANCE = {"float32": 1e-3, "float16": 0.2, "bfloat16": 1.0, "nf4": 1.5}
+SAME_DEVICE = 0.05  # below float32 on the same kind of device: an engine may add in another order (5e-3 seen)
+OUT_OF_MEMORY = 137  # the exit status where there was too little to reopen it: that is no fault of what was saved
+TIES = 0.25  # share of positions where another token may be the likeliest: by rounding it was 2 of 41
+OF_A_LAUNCH = re.compile(
+    r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|DS_ACCELERATOR|(MASTER|ACCELERATE|FSDP|TORCHELASTIC|LAUNCH)_.*"
+)
+
+
+def record(model, tokenizer, folder, *, task, four_bit=False, accelerator=None):
+    """Writes probe.json: what the model answers to the probe. Every process calls it, the main one writes.
+
+    `model` as the engine of `accelerator` wraps it; computed in the precision it is held in, without autocast.
+    Raises Failed where it answers with NaN.
+    """
+    was_training = model.training
+    model.eval()
+    with unwrapped(model, accelerator) as inner:
+        mixed = is_mixed(inner)
+        # float32 norms between 4-bit layers meet a bfloat16 head, which only autocast brings together
+        with accelerator.autocast() if mixed else contextlib.nullcontext():
+            values = ask(inner, tokenizer(TEXT)["input_ids"], task)
+        held_in = inner.get_input_embeddings().weight.dtype
+        kinds = {p.dtype for p in inner.parameters() if p.is_floating_point()}
+    model.train(was_training)
+    # FSDP2 alone computes in another precision than it holds, an adapter's float32 beside a bfloat16 base too
+    plugin = getattr(accelerator.state, "fsdp_plugin", None) if accelerator else None
+    computed_in = getattr(getattr(plugin, "mixed_precision_policy", None), "param_dtype", None)
+    dtype, exact_to = (str(one).removeprefix("torch.") for one in (held_in, computed_in or held_in))
+    exact_to = "bfloat16" if mixed else exact_to
+    same = exact_to == dtype and (computed_in is None or kinds == {computed_in})
+    if accelerator is None or accelerator.is_main_process:
+        write(folder, values, tokenizer, task=task, dtype=dtype, exact_to=exact_to, same=same, four_bit=four_bit)
+
+
+def is_mixed(model):
+    """Whether the weights that no adapter trains are held in more than one precision."""
+    frozen = [p for name, p in model.named_parameters() if "lora_" not in name and "score" not in name]
+    return len({p.dtype for p in frozen if p.is_floating_point()}) > 1
+
+
+@contextlib.contextmanager
+def unwrapped(model, accelerator):
+    """The model inside what accelerate and the engine wrap it in, to be called by every process."""
+    if accelerator is None:
+        yield model
+        return
+    from trl.models.utils import unwrap_model_for_generation
+
+    # as in report.Report.sample: on a CPU there is room for a whole model, and gloo is slow
+    gather = accelerator.device.type == "cpu"
+    with unwrap_model_for_generation(model, accelerator, gather_deepspeed3_params=gather) as inner:
+        with_autocast, plain = inner.forward, vars(inner).get("_original_forward")
+        if plain is not None:
+            inner.forward = plain
+        try:
+            yield inner
+        finally:
+            if plain is not None:
+                inner.forward = with_autocast
+
+
+def ask(model, ids, task):
+    """What `model` answers to `ids` (T,), in float32: log-probabilities (T, V), or a score a token (T, 1)."""
+    import torch
+
+    ids = torch.tensor([ids], device=model.device)
+    heard = []
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    # a reward model hands out the last token's score alone, which two models may share by chance
+    hook = base.score.register_forward_hook(lambda head, _, out: heard.append(out)) if task == "SEQ_CLS" else None
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")  # no TF32
+    try:
+        with torch.no_grad():
+            out = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        if hook:
+            hook.remove()
+    return heard[0][0].float() if hook else out.logits[0].float().log_softmax(-1)
+
+
+def write(folder, values, tokenizer, *, task, dtype, exact_to, same, four_bit=False):
+    """Writes probe.json of what `ask` returned.
+
+    `exact_to`: the coarsest precision between it and what is read. `same`: whether what is read computes as it did.
+    """
+    import torch
+
+    kept = values if task == "SEQ_CLS" else values.topk(min(LIKELIEST, values.shape[1])).values
+    if not torch.isfinite(kept).all():
+        raise Failed("the trained model answers the probe with NaN")
+    probe = {
+        "task": task,
+        "dtype": dtype,
+        "four_bit": four_bit,
+        "exact_to": "nf4" if four_bit else exact_to,
+        "device": name_device(values.device) if same else None,  # the sums are not the same anywhere
+        "chat_template": hash_template(tokenizer),
+        "input_ids": tokenizer(TEXT)["input_ids"],
+        "tokens": None if task == "SEQ_CLS" else values.topk(kept.shape[1]).indices.tolist(),
+        "values": [[float(f"{value:.9g}") for value in row] for row in kept.tolist()],  # all that float32 holds
+    }
+    Path(folder, FILE).write_text(json.dumps(probe) + "\n", encoding="utf-8")
+
+
+def name_device(device):
+    """What the order of sums depends on: the model of a GPU, the instructions of a CPU."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+
+
+def hash_template(tokenizer):
+    template = tokenizer.chat_template
+    return None if template is None else hashlib.sha256(str(template).encode()).hexdigest()
+
+
+def verify_in_fresh_process(folder, device="cpu"):
+    """The line that `python -m utils.verify FOLDER` prints, or one that says the process was killed. Raises Failed."""
+    words = ["-m", "utils.verify", str(folder), *(["--device", device] if device != "cpu" else [])]
+    done = subprocess.run(
+        [sys.executable, *words], env=clean_environment(os.environ, device), capture_output=True, text=True
+    )
+    if done.returncode < 0 or done.returncode == OUT_OF_MEMORY:
+        how = "ran out of memory" if done.returncode > 0 else f"was killed (signal {-done.returncode}: out of memory?)"
+        return (
+            f"not verified: the process that reopened {folder} {how}. Where there is more of it, type "
+            f"python {shlex.join(words)}"
+        )
+    if done.returncode:
+        said = done.stderr.strip() or f"python {shlex.join(words)} ended with status {done.returncode}"
+        raise Failed(said.splitlines()[-1], details=said)
+    return done.stdout.strip().splitlines()[-1]
+
+
+def clean_environment(inherited, device="cpu"):
+    """The environment of a process that belongs to no launch, and sees a GPU only where it is asked to use it."""
+    env = {name: value for name, value in inherited.items() if not OF_A_LAUNCH.fullmatch(name)}
+    root = str(Path(__file__).resolve().parent.parent)
+    env["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [env.get("PYTHONPATH")])])
+    return env if device != "cpu" else env | {"CUDA_VISIBLE_DEVICES": ""}
+
+
+def verify(folder, device="cpu"):
+    """The line that says what a sound folder holds. Raises Failed where it is not, Refused where it is no model's."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise Refused([f"{folder}: no such folder{paths.near_path(str(folder))}"])
+    traces = ("config.json", "adapter_config.json", "*.safetensors", "manifest.json", FILE)
+    if not any(found for trace in traces for found in folder.glob(trace)):
+        raise Refused([f"{folder}: neither a model nor an adapter in it"])
+    problems, tensors, size = check_files(folder)
+    fail_if(folder, problems)
+    said = f"verified  {folder}: {tensors} tensors, {size / 1e6:.1f} MB"
+    with reopening(folder):
+        tokenizer = open_config_and_tokenizer(folder)
+    probe = read_probe(folder)
+    if probe is None:
+        return f"{said}; its files alone: no {FILE} was recorded there"
+    fail_if(folder, list(check_tokenizer(tokenizer, probe)))
+    with reopening(folder):
+        values = ask(open_model(folder, tokenizer, probe, device), probe["input_ids"], probe["task"])
+    return f"{said}, {compare(folder, probe, values)}"
+
+
+def read_probe(folder):
+    """What `write` wrote, None where nothing was recorded. Raises Failed where it is something else."""
+    try:
+        probe = folders.read_json(folder / FILE)
+    except ValueError:
+        raise Failed(f"{folder} is not sound: {FILE} is not valid JSON") from None
+    missing = {"task", "dtype", "four_bit", "exact_to", "device", "chat_template", "input_ids", "tokens", "values"}
+    missing -= (probe or {}).keys()
+    if probe is not None and missing:
+        raise Failed(f"{folder} is not sound: {FILE} has no {', '.join(sorted(missing))}")
+    return probe
+
+
+def fail_if(folder, problems):
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise Failed(f"{folder} is not sound: {'; '.join(problems[:5])}{more}")
+
+
+@contextlib.contextmanager
+def reopening(folder):
+    """Whatever a library raises on reopening, as Failed in one line; as Refused where only the model's code could."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001  what a broken folder makes libraries raise has no common base class
+        said = output.first_line(error) if str(error).strip() else type(error).__name__
+        if "custom code" in said:  # transformers' words
+            raise Refused([f"{folder}: comes with code of its own, which is not run here ({said})"]) from None
+        raise Failed(f"{folder} is not sound: it cannot be reopened: {said}") from error
+
+
+def open_config_and_tokenizer(folder):
+    from transformers import AutoConfig
+
+    adapter = folders.read_adapter(folder) or {}
+    source = adapter.get("base_model_name_or_path", folder)
+    AutoConfig.from_pretrained(source, revision=adapter.get("revision"), trust_remote_code=False)
+    return load.load_tokenizer(folder, flag="tokenizer of")
+
+
+def open_model(folder, tokenizer, probe, device):
+    """The model as it was in memory: held in the same dtype, over the same 4 bits."""
+    model = load.load_model(
+        folder,
+        probe["task"],
+        probe["dtype"],
+        tokenizer=tokenizer,
+        seed=0,
+        four_bit=probe["four_bit"],
+        flag="model of",
+    )
+    if folders.read_adapter(folder):
+        hold_as_saved(model, folder)
+    return model.eval().to(device)
+
+
+def hold_as_saved(model, folder):
+    """Gives each trained number the dtype it was saved in: PEFT makes float32 of it, TRL bfloat16 over 4 bits."""
+    from safetensors.torch import load_file
+
+    saved = load_file(Path(folder) / "adapter_model.safetensors")
+    for name, parameter in model.named_parameters():
+        tensor = saved.get(re.sub(r"\.(modules_to_save|default)(?=\.)", "", name))
+        if tensor is not None:
+            parameter.data = parameter.data.to(tensor.dtype)
+
+
+def check_tokenizer(tokenizer, probe):
+    if tokenizer(TEXT)["input_ids"] != probe["input_ids"]:
+        yield "its tokenizer makes other tokens of the probe than the one in memory did"
+    if hash_template(tokenizer) != probe["chat_template"]:
+        yield "its chat template is not the one in memory"
+
+
+def compare(folder, probe, values):
+    """What is said of values (T, V) or (T, 1) that are near enough to those recorded. Raises Failed."""
+    import torch
+
+    same, coarse = probe["device"] == name_device(values.device), probe["exact_to"]
+    recorded, values = torch.tensor(probe["values"]), values.cpu()
+    tolerance = TOLERANCE[coarse] if not same else TOLERANCE["float32"] if coarse == "float32" else SAME_DEVICE
+    scored = probe["task"] == "SEQ_CLS"
+    what = "scores" if scored else "logits"
+    if not values.isfinite().all():
+        raise Failed(f"{folder} is not sound: reopened, it answers the probe with NaN")
+    there = values if scored else values.gather(1, torch.tensor(probe["tokens"]))
+    apart = (there - recorded).abs()
+    difference, mean = apart.max().item(), apart.mean().item()
+    if scored:  # of any size, where log-probabilities are not
+        tolerance *= max(1.0, recorded.abs().max().item())
+    if difference > tolerance or mean > tolerance / 4:
+        raise Failed(
+            f"{folder} is not sound: {what} of a fresh process differ from those in memory by up to "
+            f"{short(difference)}, in the mean by {short(mean)}. Rounding to "
+            f"{coarse} allows {short(tolerance)} and {short(tolerance / 4)}"
+        )
+    said = f"{what} of a fresh process equal those in memory {f'to {short(difference)}' if difference else 'exactly'}"
+    if scored:
+        return said
+    other = values.argmax(1) != torch.tensor(probe["tokens"])[:, 0]
+    where = f"at {other.sum()} of {len(other)} positions"
+    by = (values.max(1).values - recorded[:, 0]).abs()[other].max().item() if other.any() else 0
+    if by > tolerance or other.float().mean() > TIES:
+        raise Failed(f"{folder} is not sound: in a fresh process another token is the likeliest {where}")
+    return f"{said} (another token is the likeliest {where}, where they tie)" if other.any() else said
+
+
+def short(number):
+    return f"{number:.0e}".replace("e-0", "e-") if number < 0.01 else f"{number:.2g}"
