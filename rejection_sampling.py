@@ -12,14 +12,14 @@ Exit status: as train_rlhf.py; 1 also where more than --max_failed_fraction of t
 import sys
 from pathlib import Path
 
-from utils import training
 from utils.cli import arguments, recipes
 from utils.runtime import environment
 from utils.runtime.errors import refuse_if
+from utils.training.run import guard
 
 
 def main(argv=None):
-    return training.guard(run, sys.argv[1:] if argv is None else list(argv), "The same command goes on from here")
+    return guard(run, sys.argv[1:] if argv is None else list(argv), "The same command goes on from here")
 
 
 def run(argv):

@@ -11,17 +11,26 @@ Exit status: as train_rlhf.py.
 import sys
 
 from rlhf_args.methods import DISTILLATION, load
-from utils import training
 from utils.checks import flags
 from utils.cli import arguments, recipes
 from utils.data.rows import hold_out, load_rows
 from utils.runtime.errors import Refused, collecting, refuse_if
+from utils.training.run import (
+    find_start,
+    guard,
+    make_lora,
+    make_trainer,
+    model_source,
+    prepare_text,
+    save_and_verify,
+    train_and_report,
+)
 
 NAME = "GKD"
 
 
 def main(argv=None):
-    return training.guard(run, sys.argv[1:] if argv is None else list(argv))
+    return guard(run, sys.argv[1:] if argv is None else list(argv))
 
 
 def run(argv):
@@ -40,7 +49,7 @@ def run(argv):
     # ── the text that is trained on ──────────────────────────────────────────────────────────────────────────────────
     with collecting(problems):
         room = teacher.prompt_room(common, config)
-        tokenizer, train, held_out = training.prepare_text(common, config, method, rows, max_prompt=room)
+        tokenizer, train, held_out = prepare_text(common, config, method, rows, max_prompt=room)
         teacher.check_tokens(common, config, tokenizer, train, held_out)
     if not problems:
         plan = teacher.describe(common, config, train, held_out)
@@ -50,7 +59,7 @@ def run(argv):
     if common.probe and not problems:
         whole, train, held_out = probe.shorten(config, method, train)
     with collecting(problems):
-        start = training.find_start(common, config, NAME, rows)
+        start = find_start(common, config, NAME, rows)
     refuse_if(problems)
     if common.check:
         summary.say_checked(rows)
@@ -58,22 +67,22 @@ def run(argv):
 
     # ── the teacher's answers, then both models ──────────────────────────────────────────────────────────────────────
     teacher.write_answers(common, config, tokenizer, train, held_out)
-    source = training.model_source(common, config, method, tokenizer)
+    source = model_source(common, config, method, tokenizer)
     student = load_policy(**source | {"path": start.policy_path(common)})
     teaching = None if teacher.shares_base(common, config) else teacher.load_teacher(common, config, tokenizer)
-    lora = training.make_lora(common, method)
+    lora = make_lora(common, method)
 
     # ── train, save, and prove the save ──────────────────────────────────────────────────────────────────────────────
-    trainer = training.make_trainer(
+    trainer = make_trainer(
         load(method.trainer), student, config, tokenizer, train, held_out, lora, teacher_model=teaching
     )
     if common.probe:
         return probe.run(trainer, whole, common, method)
     shown = common, method, tokenizer, rows, train, held_out
-    follow = training.train_and_report(trainer, start, *shown)
+    follow = train_and_report(trainer, start, *shown)
     again = {"TEACHER": config.teacher_model_name_or_path, "LMBDA": f"{config.lmbda:g}", "BETA": f"{config.beta:g}"}
     again |= {"SEQ_KD": "True"} if config.seq_kd else {}
-    training.save_and_verify(trainer, follow, argv, NAME, *shown, again=again)
+    save_and_verify(trainer, follow, argv, NAME, *shown, again=again)
     return 0
 
 

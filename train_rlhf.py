@@ -12,16 +12,25 @@ import sys
 
 from rlhf_args.judge_config import JudgeConfig
 from rlhf_args.methods import METHODS, load
-from utils import training
 from utils.checks import flags
 from utils.cli import arguments, recipes
 from utils.data.rows import check_labels, hold_out, load_rows
 from utils.runtime import environment
 from utils.runtime.errors import Refused, collecting, refuse_if
+from utils.training.run import (
+    find_start,
+    guard,
+    make_lora,
+    make_trainer,
+    model_source,
+    prepare_text,
+    save_and_verify,
+    train_and_report,
+)
 
 
 def main(argv=None):
-    return training.guard(run, sys.argv[1:] if argv is None else list(argv))
+    return guard(run, sys.argv[1:] if argv is None else list(argv))
 
 
 def run(argv):
@@ -39,7 +48,7 @@ def run(argv):
 
     # ── the text that is trained on ──────────────────────────────────────────────────────────────────────────────────
     with collecting(problems):
-        tokenizer, train, held_out = training.prepare_text(common, config, method, rows)
+        tokenizer, train, held_out = prepare_text(common, config, method, rows)
         flags.check_rollout_fits(config, len(train.rows))
     if not problems:
         summary.say_plan(common, config, name, method, tokenizer, rows, train, held_out)
@@ -52,7 +61,7 @@ def run(argv):
     if common.probe and not problems:
         whole, train, held_out = probe.shorten(config, method, train)
     with collecting(problems):
-        start = training.find_start(common, config, name, rows)
+        start = find_start(common, config, name, rows)
     refuse_if(problems)
     if common.check:
         summary.say_checked(rows)
@@ -79,21 +88,21 @@ def run(argv):
         if judge:
             config.reward_weights = judge.spread_weights(config.reward_weights, len(judges))
             judges += judge.rewards()
-    source = training.model_source(common, config, method, tokenizer)
+    source = model_source(common, config, method, tokenizer)
     policy = load_policy(**source | {"path": start.policy_path(common)})
     if needs_reference(config, method):
         others |= load_other_models(method.models, **source)
-    lora = training.make_lora(common, method)
+    lora = make_lora(common, method)
 
     # ── train, save, and prove the save ──────────────────────────────────────────────────────────────────────────────
-    trainer = training.make_trainer(load(method.trainer), policy, config, tokenizer, train, held_out, lora, **others)
+    trainer = make_trainer(load(method.trainer), policy, config, tokenizer, train, held_out, lora, **others)
     if common.probe:
         return probe.run(trainer, whole, common, method)
     shown = common, method, tokenizer, rows, train, held_out
-    follow = training.train_and_report(trainer, start, *shown)
+    follow = train_and_report(trainer, start, *shown)
     if judge:
         judge.say_failures()
-    training.save_and_verify(trainer, follow, argv, name, *shown, again={"RLHF_TYPE": name})
+    save_and_verify(trainer, follow, argv, name, *shown, again={"RLHF_TYPE": name})
     return 0
 
 

@@ -234,15 +234,15 @@ def train(words):
 
     import train_gkd
     import train_rlhf
-    from utils import training
+    from utils.training import run
 
     meter = GPUMeter() if torch.cuda.is_available() else CPUMeter()
-    make_trainer = training.make_trainer
+    make_trainer = run.make_trainer
 
     def make_marked(*args, **kwargs):
         return mark_phases(make_trainer(*args, **kwargs), meter)
 
-    training.make_trainer, training.save_and_verify = make_marked, lambda *args, **kwargs: None
+    run.make_trainer, run.save_and_verify = make_marked, lambda *args, **kwargs: None
     script = {"train_rlhf.py": train_rlhf, "train_gkd.py": train_gkd}[words[0]]
     with meter:
         status = script.main(words[1:])

@@ -21,12 +21,13 @@ import train_rlhf
 from rlhf_args.methods import EVERY
 from tests.conftest import ROOT, make_model, read_rows, write_rows
 from trainers.safe_trainer import Safe
-from utils import launch, training
+from utils import launch
 from utils.models import load as models_load
 from utils.results import report
 from utils.runtime import secrets
 from utils.runtime.errors import Failed, Refused
 from utils.survival import bad_steps, memory
+from utils.training.run import guard
 
 BAD = 5  # the line whose row holds "~"
 
@@ -366,7 +367,7 @@ def test_what_a_launcher_is_told_holds_no_key(raised, tmp_path, monkeypatch):
 
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     try:
-        training.guard(fail, [])
+        guard(fail, [])
     except ValueError:
         assert raised is ValueError
     told = (tmp_path / "error.json").read_text()
@@ -377,7 +378,7 @@ def test_no_key_is_in_a_refusal(capsys):
     def refuse(argv):
         raise Refused([f"leak raised RuntimeError: no answer to {TOKEN}"])
 
-    assert training.guard(refuse, []) == 2
+    assert guard(refuse, []) == 2
     assert capsys.readouterr().err == "refused: leak raised RuntimeError: no answer to <hidden>\n"
 
 

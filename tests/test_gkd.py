@@ -30,10 +30,10 @@ from tests.conftest import ROOT, make_tokenizer, read_rows, write_rows
 from tests.test_losses import LN2, POLICY, REFERENCE, make_bigram, make_tokenizer as make_word_tokenizer
 from trainers import gkd_trainer
 from trainers.gkd_trainer import HELD_OUT, EveryRow, GKDTrainer, Head, compare
-from utils import training
 from utils.data.prepare import prepare_rows
 from utils.data.rows import make_rows
 from utils.models import folders, load as models_load, sampling
+from utils.training import run as training_run
 
 # ── the divergence ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -647,13 +647,13 @@ def test_whoever_answers_says_nothing_that_the_other_has_no_row_for(ours, theirs
 @pytest.fixture
 def trainers(monkeypatch):
     """The trainers that the commands of a test made."""
-    made, make = [], training.make_trainer
+    made, make = [], training_run.make_trainer
 
     def keep(*args, **kwargs):
         made.append(make(*args, **kwargs))
         return made[-1]
 
-    monkeypatch.setattr(training, "make_trainer", keep)
+    monkeypatch.setattr(training_run, "make_trainer", keep)
     return made
 
 

@@ -22,7 +22,6 @@ import train_rlhf
 from rlhf_args.methods import DIALOGUE, METHODS, PROMPT, UNPAIRED, load
 from tests.conftest import make_model, read_rows, slow_but, write_rows
 from tests.matrix.cells import run_cell
-from utils import pace, training
 from utils.cli import arguments, recipes
 from utils.data import deal, prepare, template
 from utils.data.rows import load_rows
@@ -33,6 +32,8 @@ from utils.rewards.functions import load_functions
 from utils.runtime import environment
 from utils.runtime.errors import Refused
 from utils.survival import resume
+from utils.training import pace
+from utils.training.run import prepare_text
 
 # A sum in another order is off by some 1e-7 of its size, float32's rounding, and a loss here by ten times that: it
 # hangs on differences of sums. Adam divides a gradient by its size, and noise by the size of noise: hence its epsilon.
@@ -224,7 +225,7 @@ def chosen(place, tmp_path):
         words = recipes.expand(words_of(name, place, tmp_path / "out", *more))
         common, config = arguments.parse(words, name)
         rows = load_rows(common.train_data_path, None, METHODS[name].columns, name)
-        training.prepare_text(common, config, METHODS[name], rows)
+        prepare_text(common, config, METHODS[name], rows)
         return common, config, [finding.text for finding in rows.findings if finding.kind == "pace"]
 
     return choose

@@ -426,13 +426,13 @@ def test_trained_numbers_are_those_of_the_model_that_would_be_trained(flags, tin
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from utils import training
     from utils.cli import arguments
+    from utils.training import run
 
     words = f"--model_name_or_path {tiny_model} --train_data_path x --output_dir x {flags}".split()
     common, _ = arguments.parse(words, "DPO")
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    lora = training.make_lora(common, METHODS["DPO"])
+    lora = run.make_lora(common, METHODS["DPO"])
     model = get_peft_model(model, lora) if lora else model
     assert folders.count_trained(common) == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
@@ -651,13 +651,13 @@ def test_the_entry_used_longest_ago_makes_room(prepare, monkeypatch):
 
 
 def test_findings_stand_on_the_rows_for_the_run_card(tiny_model, tmp_path):
-    from utils import training
     from utils.cli import arguments
+    from utils.training import run
 
     path = write_rows(tmp_path / "rows.jsonl", [*PAIRS, PAIRS[0]])
     words = f"--model_name_or_path {tiny_model} --train_data_path {path} --output_dir {tmp_path / 'out'}"
     common, config = arguments.parse(words.split(), "DPO")
     rows = load_rows([path], None, PAIR, "DPO")
-    training.prepare_text(common, config, EVERY["DPO"], rows)
+    run.prepare_text(common, config, EVERY["DPO"], rows)
     assert [finding.kind for finding in rows.findings] == ["pace", "weights", "lengths", "disk", "warning"]
     assert rows.findings[-1].text.startswith("1 of 17 rows repeat another")

@@ -10,7 +10,6 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-from utils import pace
 from utils.checks import flags
 from utils.cli import arguments, recipes
 from utils.models import folders, shapes, teacher
@@ -19,6 +18,7 @@ from utils.rewards import models
 from utils.runtime import output
 from utils.runtime.environment import GIB
 from utils.runtime.errors import Refused, refuse_if
+from utils.training import pace
 
 CONTEXT = 1.0 * GIB  # CUDA's context, NCCL's buffers, workspaces of kernels: about, and not planned
 VISIBLE = 0.985  # of the memory on a card's box: a 40 GB A100 has 39.4 GiB

@@ -49,11 +49,11 @@ def prepare_text(common, config, method, rows, **limits):
 
     What preflight.py finds, which the main process looks for, goes to rows.findings.
     """
-    from utils import pace
     from utils.checks import findings
     from utils.data import cache, columns, prepare, template
     from utils.data.rows import check_dropped
     from utils.models import load
+    from utils.training import pace
 
     refuse_if(folders.check_folder(common.model_name_or_path, "--model_name_or_path")[0])
     tokenizer = load.load_tokenizer(common.model_name_or_path, common.model_revision, config.trust_remote_code)
