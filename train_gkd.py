@@ -42,15 +42,16 @@ def run(argv):
     method = DISTILLATION[NAME]
 
     from utils import probe
+    from utils.checks import distillation
     from utils.models import teacher
     from utils.models.load import load_policy
     from utils.results import summary
 
     # ── the text that is trained on ──────────────────────────────────────────────────────────────────────────────────
     with collecting(problems):
-        room = teacher.prompt_room(common, config)
+        room = distillation.prompt_room(common, config)
         tokenizer, train, held_out = prepare_text(common, config, method, rows, max_prompt=room)
-        teacher.check_tokens(common, config, tokenizer, train, held_out)
+        distillation.check_tokens(common, config, tokenizer, train, held_out)
     if not problems:
         plan = teacher.describe(common, config, train, held_out)
         summary.say_plan(common, config, NAME, method, tokenizer, rows, train, held_out, plan)
@@ -100,12 +101,11 @@ def parse_and_check(argv):
         common, config = arguments.parse(words, NAME)
     if config is None:
         raise Refused(problems)
-    from utils.checks import folders
-    from utils.models import teacher
+    from utils.checks import distillation, folders
 
     with collecting(problems):
         found = flags.check_config(common, config, NAME, method)
-        found += [*teacher.check_distillation(common, config, rows), *folders.check_folders(common, config)]
+        found += [*distillation.check_distillation(common, config, rows), *folders.check_folders(common, config)]
         refuse_if(found)
     with collecting(problems):
         hold_out(rows, common.eval_fraction, config.seed)

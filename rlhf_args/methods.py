@@ -81,7 +81,9 @@ class Method:
     renamed: tuple[tuple[str, str], ...] = ()  # flags of its ancestors -> what they are called here
     by_row: tuple[tuple[str, tuple], ...] | None = None  # (flag, values) under which a row's loss does not depend on
     # the others of its pass; None: it does, or the policy answers itself
-    faster: tuple[str, ...] = ()  # flags that utils/pace.py may choose: TRL's trainer takes them, and loses no metric
+    faster: tuple[
+        str, ...
+    ] = ()  # flags that utils/training/pace.py may choose: TRL's trainer takes them, and loses no metric
 
 
 DPO_LOSSES = (
@@ -123,7 +125,7 @@ METHODS = {
         evaluated=(*SIDES, "rewards/accuracies", "rewards/margins", "mean_token_accuracy", *COUNTED),
         by_row=(("loss_type", tuple(loss for loss in DPO_LOSSES if loss not in ("aot", "aot_unpaired", "sft"))),),
         faster=("precompute_ref_log_probs", "use_liger_kernel"),
-        begins=(*PAIR_BEGINS, ("loss", "utils.watch:dpo_loss")),
+        begins=(*PAIR_BEGINS, ("loss", "utils.results.watch:dpo_loss")),
     ),
     "CPO": Method(
         title="Contrastive Preference Optimization",
@@ -182,7 +184,7 @@ METHODS = {
         min_batch_size=2,  # its KL term pairs each prompt with another row's answer (trl#2554)
         metrics=(("margin", "rewards/margins"),),
         evaluated=(*SIDES, "rewards/margins", "kl", *COUNTED),
-        begins=(*PAIR_BEGINS, ("loss", "utils.watch:kto_loss")),
+        begins=(*PAIR_BEGINS, ("loss", "utils.results.watch:kto_loss")),
     ),
     "Reward": Method(
         title="Bradley-Terry reward model",

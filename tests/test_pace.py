@@ -1,4 +1,4 @@
-"""Faster defaults change nothing but rounding, and --plain is TRL to the last digit: utils/pace.py.
+"""Faster defaults change nothing but rounding, and --plain is TRL to the last digit: utils/training/pace.py.
 
     pytest tests/test_pace.py               on the tiny model, in float32
     pytest tests/test_pace.py -m slow       the other train modes, and two processes

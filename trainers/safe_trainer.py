@@ -28,7 +28,7 @@ class Safe:
 
     `run`: what the manifest of each checkpoint says of it (checkpoints.describe_run). `rows`: (where, values) of what
     is trained on, to name the row that broke a step. `sizes`: of each row, the tokens of its sequences, where a step's
-    rows are dealt to its passes by their length (utils/pace.py).
+    rows are dealt to its passes by their length (utils/data/deal.py).
     """
 
     run, rows, max_bad_steps, sizes = {}, (), 1, ()

@@ -17,14 +17,6 @@ from utils.runtime import environment
 from utils.runtime.environment import is_out_of_memory
 from utils.runtime.errors import Failed, Refused
 
-# ── while the model is in memory ─────────────────────────────────────────────────────────────────────────────────────
-
-
-# ── in a fresh process ───────────────────────────────────────────────────────────────────────────────────────────────
-
-
-# ── its files ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])

@@ -1,4 +1,4 @@
-"""TODO utils/results/log.py"""
+"""The jsonl files of a run, a line a logged step."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""TODO utils/results/plots.py"""
+"""Curves: report.png of a run, and of the rounds of a rejection sampling."""
 
 from pathlib import Path
 

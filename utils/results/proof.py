@@ -1,4 +1,4 @@
-"""TODO utils/results/proof.py"""
+"""What is saved computes as what was in memory: a probe kept beside the weights, asked again in a fresh process."""
 
 import contextlib
 import hashlib
@@ -162,7 +162,7 @@ def verify_in_fresh_process(folder, device="cpu"):
 def clean_environment(inherited, device="cpu"):
     """The environment of a process that belongs to no launch, and sees a GPU only where it is asked to use it."""
     env = {name: value for name, value in inherited.items() if not OF_A_LAUNCH.fullmatch(name)}
-    root = str(Path(__file__).resolve().parent.parent)
+    root = str(Path(__file__).resolve().parents[2])
     env["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [env.get("PYTHONPATH")])])
     return env if device != "cpu" else env | {"CUDA_VISIBLE_DEVICES": ""}
 

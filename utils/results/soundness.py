@@ -1,4 +1,4 @@
-"""TODO utils/results/soundness.py"""
+"""The files of a result: whole, finite, nothing missing, nothing pickled."""
 
 import json
 import re
