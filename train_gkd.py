@@ -35,16 +35,16 @@ def main(argv=None):
 
 def run(argv):
     if recipes.asks_plan(argv):
-        from utils import plan
+        from utils.plan import planner
 
-        return plan.run(argv, NAME)
+        return planner.run(argv, NAME)
     common, config, rows, problems = parse_and_check(argv)
     method = DISTILLATION[NAME]
 
-    from utils import probe
     from utils.checks import distillation
     from utils.models import teacher
     from utils.models.load import load_policy
+    from utils.plan import probe
     from utils.results import summary
 
     # ── the text that is trained on ──────────────────────────────────────────────────────────────────────────────────
@@ -54,7 +54,7 @@ def run(argv):
         distillation.check_tokens(common, config, tokenizer, train, held_out)
     if not problems:
         plan = teacher.describe(common, config, train, held_out)
-        summary.say_plan(common, config, NAME, method, tokenizer, rows, train, held_out, plan)
+        summary.say_plan(common, config, NAME, method, tokenizer, rows, train, held_out, planner)
     else:
         summary.say_findings(rows)
     if common.probe and not problems:

@@ -35,14 +35,14 @@ def main(argv=None):
 
 def run(argv):
     if recipes.asks_plan(argv):
-        from utils import plan
+        from utils.plan import planner
 
-        return plan.run(argv)
+        return planner.run(argv)
     common, config, name, rows, problems = parse_and_check(argv)
     method = METHODS[name]
 
-    from utils import probe
     from utils.models.load import load_other_models, load_policy, needs_reference
+    from utils.plan import probe
     from utils.results import summary
     from utils.rewards import functions, judge_reward, models
 

@@ -216,7 +216,7 @@ def split_launch(launch):
 
 def plan_cell(words, engine, processes, device):
     """{phase: bytes} that --plan says of the same command."""
-    from utils.plan import Planner
+    from utils.plan.planner import Planner
 
     name = "GKD" if "gkd" in words[0] else None
     asked = [*words[1:], "--plan", engine, "--num_processes", str(processes)]

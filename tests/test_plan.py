@@ -10,9 +10,11 @@ import pytest
 
 import train_rlhf
 from tests.conftest import ROOT, command, make_model, write_rows
-from utils import plan, rehearsal
 from utils.models import shapes
-from utils.plan import GIB, Case, Planner
+from utils.plan import engines
+from utils.plan.engines import Case
+from utils.plan.ledger import Ledger, without_data
+from utils.plan.planner import CONTEXT, GIB, VISIBLE, Planner
 from utils.runtime.errors import Refused
 
 # as their makers say
@@ -111,7 +113,7 @@ def test_a_run_that_fits_and_one_that_does_not(tiny_model, capsys):
 
     planner = Planner(words)
     needed = planner.estimate(planner.asked).peak
-    memory = (0.8 * needed + plan.CONTEXT) / plan.VISIBLE / GIB
+    memory = (0.8 * needed + CONTEXT) / VISIBLE / GIB
     assert train_rlhf.main([*words, "--gpu_memory", f"{memory:.6f}GB"]) == 2
     said = capsys.readouterr().out.splitlines()
     ways = said[said.index("would fit, the least loss of speed first:") + 1 :]
@@ -186,8 +188,8 @@ def test_a_copy_of_what_has_no_data_frees_nothing_twice():
     """PEFT copies the head of a model that scores."""
     import torch
 
-    ledger = rehearsal.Ledger()
-    with rehearsal.without_data(ledger):
+    ledger = Ledger()
+    with without_data(ledger):
         head = torch.nn.Linear(4, 1)
         copied = copy.deepcopy(head)
     assert copied.weight is not head.weight and copied.weight.fake_mode is head.weight.fake_mode is ledger.fake
@@ -196,7 +198,7 @@ def test_a_copy_of_what_has_no_data_frees_nothing_twice():
 def test_a_table_has_a_row_for_each_engine(tiny_model, capsys):
     assert train_rlhf.main(["--model_name_or_path", tiny_model, "--plan", "all", "--num_processes", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[2:-1]] == list(plan.ENGINES[1:])
+    assert [line.split()[0] for line in lines[2:-1]] == list(engines.ENGINES[1:])
     assert all(len(line.split()) == 4 for line in lines[2:-1])
 
 

@@ -7,13 +7,13 @@ layer adds what the third one did. What engines share out follows from what they
 import copy
 import os
 import re
-from collections import Counter
-from dataclasses import dataclass
 
 from utils.checks import flags
 from utils.cli import arguments, recipes
 from utils.models import folders, shapes, teacher
-from utils.models.load import load_tokenizer, make_lora, needs_reference
+from utils.models.load import make_lora, needs_reference
+from utils.plan.engines import ENGINES, SHARES, Case, count, gib, shared_out
+from utils.plan.longest import Longest
 from utils.rewards import models
 from utils.runtime import output
 from utils.runtime.environment import GIB
@@ -22,44 +22,13 @@ from utils.training import pace
 
 CONTEXT = 1.0 * GIB  # CUDA's context, NCCL's buffers, workspaces of kernels: about, and not planned
 VISIBLE = 0.985  # of the memory on a card's box: a 40 GB A100 has 39.4 GiB
-BUCKET = 5 * 10**8  # DeepSpeed's reduce_bucket_size, in numbers; training.fit_bucket makes it no larger than needed
-LIVE = 10**9  # its stage3_max_live_parameters: so much of a model is gathered at once
-FETCHED = 5 * 10**7  # its stage3_prefetch_bucket_size
-GROUP = 10**9  # its sub_group_size: so many are updated at once
-ENGINES = ("single_gpu", "multi_gpu", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "fsdp2")
-SHARES = ("zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "fsdp2")
-PROMPTED = 512  # tokens of a prompt that is made up
 ANSWERED = ("max_completion_length", "lmbda", "seq_kd", "packing")  # beside the limits, what decides how long rows are
 PHASES = ("answers", "load", "rollout", "forward", "backward", "update")
-FROZEN = ("ref_model", "teacher_model", "reward_model")
 SHOWN = {
     "ref_model": "reference",
     "teacher_model": "teacher",
     "reward_model": "reward model",
 }
-
-
-@dataclass(frozen=True)
-class Case:
-    """One run to plan: its flags, and how it is launched."""
-
-    words: tuple
-    engine: str
-    processes: int
-
-
-@dataclass
-class Estimate:
-    """`phases`: {phase: {owner: bytes}} of one process at its fullest; `host`: bytes of a node's host memory."""
-
-    phases: dict
-    trained: int
-    total: int
-    host: float = 0
-
-    @property
-    def peak(self):
-        return max(sum(owners.values()) for owners in self.phases.values())
 
 
 def run(argv, name=None):
@@ -141,7 +110,7 @@ class Planner:
 
     def rehearse(self, words, sharded):
         """The Rehearsal of one process alone, extended from few layers to all of them."""
-        from utils import rehearsal
+        from utils.plan import rehearsal
 
         common, config = self.parse(words)
         layers = {"": self.shape.get_text_config().num_hidden_layers}
@@ -157,7 +126,7 @@ class Planner:
 
     def rehearse_layers(self, words, sharded, count):
         """The same of a model of so many layers, and of others of as many."""
-        from utils import rehearsal
+        from utils.plan import rehearsal
 
         common, config = self.parse(words)
         longest = self.find_longest(common, config)
@@ -182,7 +151,7 @@ class Planner:
 
     def rehearse_answers(self, common, config):
         """{owner: bytes} of the teacher that answers before there is a student, whole on each GPU."""
-        from utils import rehearsal
+        from utils.plan import rehearsal
 
         path, count = config.teacher_model_name_or_path, config.answers_batch_size
         held = {"dtype": common.dtype, "four_bit": teacher.in_4bit(common, config)}
@@ -405,186 +374,4 @@ def cut(shape, layers):
     return shape
 
 
-class Longest:
-    """The longest row of the data, or one as long as the flags allow. `lengths`: tokens of its prompt and answer."""
-
-    def __init__(self, common, config, method, name):
-        from utils.data import cache, columns
-        from utils.data.rows import load_rows
-        from utils.data.template import fit_tokenizer
-
-        path, limit = common.model_name_or_path, flags.length_limit(config, common.model_name_or_path)
-        known = shapes.find_shape(path) is None
-        self.tokenizer = (
-            load_tokenizer(path, common.model_revision, config.trust_remote_code) if known else shapes.make_tokenizer()
-        )
-        packed = getattr(config, "packing", False)  # a pass is full then, whatever the rows are
-        if common.train_data_path and known and not packed:
-            rows = load_rows(common.train_data_path, None, method.columns, name, common.max_samples).train
-            fit_tokenizer(self.tokenizer, chat=columns.is_chat(rows[0][1]))
-            prepared = cache.prepare_rows(rows, self.tokenizer, method.columns, limit)
-            where = "the longest of the data"
-        else:
-            fit_tokenizer(self.tokenizer, chat=False)
-            prepared = self.make_up(method, limit or PROMPTED)
-            where = "packed" if packed else "made up, as no data is given" if known else "made up"
-        if not prepared.rows:
-            raise Refused(["no row is left to plan with: every one is longer than --max_length. Raise it"])
-        at = max(range(len(prepared.rows)), key=lambda at: max(prepared.sizes[at]))
-        self.row, tokens = prepared.rows[at], max(prepared.sizes[at])
-        prompt = min(count_prompt(self.row, self.tokenizer), tokens)
-        completion, answer = tokens - prompt, getattr(config, "max_completion_length", 0)
-        if method.sample_reward or getattr(config, "seq_kd", False):
-            completion = answer
-        elif getattr(config, "lmbda", 0):
-            completion = max(answer, completion)
-        self.lengths = prompt, completion
-        self.said = f"{prompt} + {completion} tokens, {where}"
-
-    def make_up(self, method, limit):
-        """A row that is as long as `limit` allows; of prompts alone, no longer than PROMPTED."""
-        from rlhf_args.methods import PROMPT
-        from utils.data import prepare
-
-        if method.columns == PROMPT:
-            limit = min(limit, PROMPTED)
-        per_word = len(self.tokenizer(" ".join(["a"] * 64))["input_ids"]) / 64
-        for less in range(limit):  # what the template adds
-            words = int((limit - less) / per_word)
-            first = words if method.columns == PROMPT else words // 2
-            prompt, answer = (" ".join(["a"] * count) for count in (first, words - first))
-            values = {
-                "prompt": f"{prompt} ",
-                "chosen": answer,
-                "rejected": answer,
-                "completion": answer,
-                "label": True,
-            }
-            values = {column: values[column] for column in ("prompt", *method.columns) if column in values}
-            if "messages" in method.columns:
-                values["completion"] = answer
-            prepared = prepare.prepare_rows(
-                [("made up", values | {"further": {}})], self.tokenizer, method.columns, limit
-            )
-            if prepared.rows and not prepared.cut:
-                break
-        return prepared
-
-    def batch(self, rows):
-        from utils.data.prepare import Prepared
-
-        return Prepared(rows=[self.row] * rows)
-
-
-def count_prompt(row, tokenizer):
-    """Tokens of the prompt of a row that is ready for its trainer."""
-    if "input_ids" in row:
-        return len(row["input_ids"])
-    if "prompt_ids" in row:
-        return len(row["prompt_ids"])
-    from utils.data.template import template
-
-    prompt = row.get("prompt", "")
-    text = prompt if isinstance(prompt, str) else template(tokenizer, prompt, add_generation_prompt=True)
-    return len(tokenizer(text)["input_ids"]) if text else 0
-
-
 # ── what engines share out ───────────────────────────────────────────────────────────────────────────────────────────
-
-
-def shared_out(one, case):
-    """The Estimate of a Case from the Rehearsal of one process alone."""
-    trained, host, phases = one.trained[0], 0, {}
-    for (phase, moment), owners in one.peaks.items():
-        owners = Counter(owners)
-        if phase == "answers":
-            pass  # nothing is shared out yet
-        elif case.engine.startswith("zero"):
-            deepspeed(owners, one, case, phase, moment)
-        elif case.engine == "fsdp2":
-            fully_sharded(owners, one, case.processes, phase)
-        elif case.processes > 1 and phase in ("forward", "backward", "update"):
-            owners["DDP's buckets"] = one.trained[1]
-        if sum(owners.values()) > sum(phases.get(phase, Counter()).values()):
-            phases[phase] = owners
-    if "offload" in case.engine:
-        host = 16 * trained
-        if case.engine.startswith("zero3"):  # the frozen models go there too
-            load = one.peaks["load", ""]
-            host += one.weights + sum(load.get(name, 0) for name in FROZEN)
-    return Estimate(phases, trained, one.numbers, host)
-
-
-def deepspeed(owners, one, case, phase, moment):
-    """ZeRO: optimizer state and a float32 copy in shares, from stage 2 gradients, from stage 3 weights.
-
-    Source: deepspeed 0.19.8, runtime/zero/stage_1_and_2.py, stage3.py, partitioned_param_coordinator.py.
-    """
-    stage, share, offload = int(case.engine[4]), 1 / case.processes, "offload" in case.engine
-    (trained, size), (_, rest) = one.trained, one.frozen
-    width = size / max(trained, 1)  # bytes of a number
-    bucket, so_far = width * min(BUCKET, trained), owners["gradients"]
-    owners["optimizer"] = 0 if offload else 12 * trained * share
-    if stage == 3 or phase == "backward" and so_far:
-        owners["DeepSpeed's buckets"] = bucket
-    if phase == "backward":  # and what is reduced of it
-        owners["DeepSpeed's buckets"] += min(bucket, so_far)
-    if stage == 2 and phase in ("forward", "backward"):
-        owners["gradients"] = share * (size if one.accumulates else max(0, so_far - bucket))
-    elif stage > 1 and phase != "load":
-        owners["gradients"] = 0 if offload else size * share
-    if phase == "update" and not offload:  # in float32, stage 3 a group of parameters after the other
-        owners["gradients"] += 4 * (min(GROUP, trained * share) if stage == 3 else trained * share)
-    if stage < 3:
-        return
-    whole, frozen = size + rest, {name: owners[name] for name in FROZEN}
-    owners["weights"] -= whole - (0 if offload else whole * share)
-    for name in frozen:
-        owners[name] *= 0 if offload else share
-    if phase == "rollout" and moment != "judged":  # every token asks all of the policy
-        owners["gathered weights"] = whole - one.critic[0]
-    elif phase == "rollout":
-        owners["gathered weights"] = sum(min(weights, width * LIVE) for weights in (whole, *frozen.values()))
-    elif phase in ("forward", "backward"):
-        owners["gathered weights"] = gathered(whole, one, width, phase, moment)
-    if phase == "forward":
-        held = frozen["ref_model"] + frozen["teacher_model"]
-        owners["gathered weights"] += min(held, width * FETCHED)
-
-
-def gathered(whole, one, width, phase, moment):
-    """What ZeRO-3 holds of the policy: all that will be asked again soon, and what is fetched next. Where DeepSpeed
-    cannot know that, as the policy is asked in another order each time, it gives everything back at once."""
-    fetches = phase == "forward" and moment != "head"  # at the head there is nothing left to fetch
-    fetched = min(whole, width * FETCHED)
-    held = width * LIVE + max(one.largest, fetched) if one.foreseen else one.largest + fetched * fetches
-    return min(whole, held) + fetched * fetches  # a piece that comes is there twice
-
-
-def fully_sharded(owners, one, processes, phase):
-    """FSDP2: float32 parameters, their gradients and the optimizer's state in shares.
-
-    The largest piece is gathered and copied. A reference is held in float32, as the parameters are; a teacher's head
-    is whole from its answer until the backward pass.
-    Source: torch 2.13, distributed/fsdp/_fully_shard/_fsdp_collectives.py; trainers/gkd_trainer.py, Head.
-    """
-    (trained, size), (_, rest) = one.trained, one.frozen
-    share, whole, so_far = 1 / processes, size + rest, owners["gradients"]
-    owners["weights"] += (4 * trained + rest + one.critic[1]) * share - whole  # no two modules share a parameter here
-    if phase in ("backward", "update"):
-        owners["gradients"] = 4 * share * (trained if one.accumulates else trained * so_far / max(size, 1))
-    owners["optimizer"] = 8 * trained * share if owners["optimizer"] else 0
-    head = one.teacher_largest if owners["teacher_model"] else 0
-    copied = 2 * max(one.largest, one.layer, head)
-    taken = {"rollout": copied, "forward": copied + 2 * head, "backward": one.largest + one.layer + head}
-    owners["gathered weights"] = taken.get(phase, 0)
-    owners["ref_model"] *= share * 4 * trained / size if trained else share
-    owners["teacher_model"] *= share
-
-
-def gib(size, digits=1):
-    return f"{size / GIB:.{digits}f} GiB"
-
-
-def count(numbers):
-    return f"{numbers / 1e9:.2f}B" if numbers >= 1e9 else f"{numbers / 1e6:.1f}M"
