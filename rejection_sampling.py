@@ -24,21 +24,21 @@ def main(argv=None):
 
 def run(argv):
     common, config, words = parse_and_check(argv)
-    from utils import rejection, rounds
+    from utils.rejection import rounds, stages
 
     if config.then:
         return rounds.run(common, config, words)
     if common.check:
-        return rejection.check(common, config)
+        return stages.check(common, config)
 
     # ── the folder: prompts, and what earlier runs of the same settings left ─────────────────────────────────────────
     folder = Path(config.output_dir)
-    with rejection.opened(folder, common):
-        tokenizer = rejection.load_tokenizer(common, config)
+    with stages.opened(folder, common):
+        tokenizer = stages.load_tokenizer(common, config)
         if environment.is_main():
-            rejection.prepare(common, config, folder, tokenizer)
+            stages.prepare(common, config, folder, tokenizer)
         environment.wait_for_everyone()
-        work = rejection.Work(common, config, folder, tokenizer)
+        work = stages.Work(common, config, folder, tokenizer)
 
         # ── sample, score, select ────────────────────────────────────────────────────────────────────────────────────
         if "generate" in config.stages:
@@ -55,9 +55,9 @@ def parse_and_check(argv):
     """Flags, folders and templates. What needs no library is refused within a second, so that comes first."""
     words = recipes.expand(argv)
     common, config, left = arguments.parse_rejection(words)
-    from utils import rejection_checks
+    from utils.rejection import checks
 
-    refuse_if(rejection_checks.check_flags(common, config, words))
+    refuse_if(checks.check_flags(common, config, words))
     return common, config, left
 
 

@@ -75,9 +75,9 @@ def settings(asked):
 
 
 def load(common, config):
-    from utils import engines
     from utils.data import template
     from utils.models.load import load_tokenizer
+    from utils.rejection import engines
 
     tokenizer = load_tokenizer(MODEL)
     template.fit_tokenizer(tokenizer, chat=True)
@@ -191,7 +191,7 @@ def measure_memory_many(asked):
 def measure_memory(count):
     """The peak of the process over all stages through the real entry, and its seconds."""
     import rejection_sampling
-    from utils import engines
+    from utils.rejection import engines
 
     engines.ENGINES["transformers"] = Stub
     with tempfile.TemporaryDirectory() as folder:

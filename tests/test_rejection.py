@@ -42,9 +42,10 @@ from rlhf_args.methods import METHODS
 from rlhf_args.rejection_config import RejectionConfig
 from tests.conftest import ROOT, make_model, make_tokenizer, write_rows
 from tests.test_losses import LN2, POLICY, WORDS, make_bigram
-from utils import best_of_n, pool, rejection, rounds, selection
 from utils.data.rows import load_rows, make_rows
 from utils.models import load as models_load, sampling
+from utils.rejection import folder as rejection_folder, rounds, selection, stages
+from utils.rejection.report import best_of, kl_bound
 from utils.results import plots
 from utils.runtime.errors import Refused
 
@@ -167,24 +168,24 @@ def test_the_token_drawn_is_where_the_cumulated_probabilities_of_transformers_wa
 
 def test_the_best_of_n_by_hand():
     # of 1, 2, 4, 8: all alone 15/4; the pairs' best 2, 4, 8, 4, 8, 8; the triples' 4, 8, 8, 8; and all
-    assert best_of_n.best_of([4, 1, 8, 2]) == pytest.approx([15 / 4, 34 / 6, 28 / 4, 8], rel=1e-12)
+    assert best_of([4, 1, 8, 2]) == pytest.approx([15 / 4, 34 / 6, 28 / 4, 8], rel=1e-12)
 
 
 @pytest.mark.parametrize("scores", [[3], [-1.5, -2], [0, 0, 1, 1, 5], [2.5, -3, 2.5, 7, 0, -11]], ids=str)
 def test_the_best_of_n_is_the_mean_over_all_subsets(scores):
     every = [list(itertools.combinations(scores, n)) for n in range(1, len(scores) + 1)]
     brute = [sum(map(max, subsets)) / len(subsets) for subsets in every]
-    assert best_of_n.best_of(scores) == pytest.approx(brute, rel=1e-12)  # float64
+    assert best_of(scores) == pytest.approx(brute, rel=1e-12)  # float64
 
 
 @pytest.mark.parametrize("n, nats", [(1, 0), (2, LN2 - 1 / 2), (4, 2 * LN2 - 3 / 4)])
 def test_the_bound_on_kl(n, nats):
-    assert best_of_n.kl_bound(n) == pytest.approx(nats, abs=1e-12)
+    assert kl_bound(n) == pytest.approx(nats, abs=1e-12)
 
 
 def test_the_best_of_twelve_hundred_answers():
     # 0, 1, ..., 1199: of one the mean, of all the highest; C(1199, 599) is no float
-    curve = best_of_n.best_of(list(range(1200)))
+    curve = best_of(list(range(1200)))
     assert (curve[0], curve[-1]) == (pytest.approx(1199 / 2), 1199)
 
 
@@ -364,7 +365,7 @@ def line(prompt, sample, **more):
 
 
 def lines_of(folder, prompts=3, samples=2):
-    return pool.Lines(folder, "completions", prompts, samples)
+    return rejection_folder.Lines(folder, "completions", prompts, samples)
 
 
 def read(file):
@@ -421,7 +422,7 @@ def test_a_kill_between_the_merge_and_its_cleaning_up_loses_and_doubles_nothing(
     for batch in ([line(2, 0), line(0, 1)], [line(0, 0)]):
         lines_of(tmp_path).append(batch)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(pool.shutil, "rmtree", kill)
+        patch.setattr(rejection_folder.shutil, "rmtree", kill)
         lines_of(tmp_path).merge()
     lines = lines_of(tmp_path)
     assert lines.file.exists() and len(list(lines.parts.iterdir())) == 2 - cleaned
@@ -437,7 +438,7 @@ def test_a_kill_in_the_midst_of_a_merge_changes_nothing(tmp_path, monkeypatch):
 
     lines_of(tmp_path).append([line(1, 0), line(0, 0)])
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(pool.os, "replace", kill)
+        patch.setattr(rejection_folder.os, "replace", kill)
         lines_of(tmp_path).merge()
     assert not lines_of(tmp_path).file.exists()
     (tmp_path / "completions.jsonl.part").write_text("torn")
@@ -446,14 +447,14 @@ def test_a_kill_in_the_midst_of_a_merge_changes_nothing(tmp_path, monkeypatch):
 
 
 def test_a_second_process_is_refused_and_told_which_one_is_at_work(tmp_path, monkeypatch):
-    monkeypatch.setattr(pool, "LOCK_SECONDS", 0)
-    with pool.locked(tmp_path):
-        with pytest.raises(Refused) as refusal, pool.locked(tmp_path):
+    monkeypatch.setattr(rejection_folder, "LOCK_SECONDS", 0)
+    with rejection_folder.locked(tmp_path):
+        with pytest.raises(Refused) as refusal, rejection_folder.locked(tmp_path):
             raise AssertionError("two at work")
         assert refusal.value.problems == [
             f"--output_dir {tmp_path}: process {os.getpid()} is at work in it. Wait, or end it"
         ]
-    with pool.locked(tmp_path):
+    with rejection_folder.locked(tmp_path):
         pass  # it is free again
 
 
@@ -1146,8 +1147,8 @@ OVER = pytest.param("--overwrite_output_dir")
 
 @pytest.mark.parametrize("flags", ["", OVER])
 def test_a_folder_in_which_another_process_works_is_left_as_it_is(flags, done, refused, monkeypatch):
-    monkeypatch.setattr(pool, "LOCK_SECONDS", 0)
-    with pool.locked(done):
+    monkeypatch.setattr(rejection_folder, "LOCK_SECONDS", 0)
+    with rejection_folder.locked(done):
         assert refused(f"--max_samples 3 {flags}") == [
             f"--output_dir {done}: process {os.getpid()} is at work in it. Wait, or end it"
         ]
@@ -1265,7 +1266,7 @@ def test_an_interrupted_run_is_told_how_it_goes_on(run, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(rejection, "prepare", interrupt)
+    monkeypatch.setattr(stages, "prepare", interrupt)
     status, _, lines = run()
     assert status == 130 and len(lines) == 1 and "--resume_from_checkpoint" not in lines[0]
 

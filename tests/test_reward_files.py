@@ -13,7 +13,7 @@ import pytest
 import rejection_sampling
 import train_rlhf
 from tests.conftest import command, read_rows, slow_but, write_rows
-from utils import scoring
+from utils.rejection import scoring
 from utils.results import report
 from utils.rewards import files as rewards_files, functions
 from utils.runtime import environment

@@ -31,8 +31,8 @@ import pytest
 import rejection_sampling
 from rlhf_args.rejection_config import RejectionConfig
 from tests.conftest import ROOT, command, read_rows, write_rows
-from utils import engines
 from utils.data.rows import text_key
+from utils.rejection import engines
 from utils.results import plots
 from utils.rewards import judge, server
 from utils.runtime.errors import Failed

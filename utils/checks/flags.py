@@ -168,7 +168,7 @@ def check_best(config, name, method):
 
 def check_rollouts(common, config):
     """Problems of how answers are sampled and judged."""
-    from utils import scoring
+    from utils.rejection import scoring
     from utils.rewards import judge, server  # they build upon this module
 
     judges = len(scoring.name_scorers(common, config))

@@ -5,10 +5,11 @@ import math
 from pathlib import Path
 
 from rlhf_args.methods import METHODS, REJECTION, find_method
-from utils import pool, scoring, selection
 from utils.checks import flags
 from utils.data import files
 from utils.models import folders, sampling
+from utils.rejection import scoring, selection
+from utils.rejection.folder import compare_settings, read_settings
 from utils.rewards import judge
 from utils.rewards.server import check_failed_fraction, check_server
 from utils.runtime import environment
@@ -182,7 +183,7 @@ def check_output_dir(common, config):
     ours = any((folder / trace).exists() for trace in ("settings.json", "prompts.jsonl.part", ".lock", "rounds.json"))
     if folder.is_dir() and any(folder.iterdir()) and not ours:
         return [f"--output_dir {folder}: holds files that no rejection sampling made. Name another folder"]
-    rounds = "rounds" in pool.read_settings(folder) or (folder / "rounds.json").exists()
+    rounds = "rounds" in read_settings(folder) or (folder / "rounds.json").exists()
     plain = (folder / "prompts.jsonl").exists()
     if (plain if config.then else rounds) and not common.overwrite_output_dir:
         holds, other = ("rounds of --then", "without") if rounds else ("one sampling", "with")
@@ -209,10 +210,10 @@ def compare(common, config, folder):
     """Problems of going on in a folder that was made with other settings."""
     anew = "Name another --output_dir, or add --overwrite_output_dir to start afresh"
     if "generate" in config.stages and (folder / "prompts.jsonl").exists():
-        yield from pool.compare_settings(folder, "generate", generation_settings(common, config), anew)
+        yield from compare_settings(folder, "generate", generation_settings(common, config), anew)
     if "score" in config.stages and any(folder.glob("scores.*")):
         anew = f"Name another --output_dir, or rm -r {folder}/scores.* to score the same answers anew"
-        yield from pool.compare_settings(folder, "score", score_settings(common, config), anew)
+        yield from compare_settings(folder, "score", score_settings(common, config), anew)
 
 
 def generation_settings(common, config):

@@ -9,10 +9,11 @@ import shutil
 import numpy
 
 from rlhf_args.methods import PROMPT
-from utils import best_of_n, engines, pool, rejection_checks, scoring, selection
 from utils.data import files
 from utils.data.rows import Rows, check_dropped, count_reasons, make_rows
 from utils.models import folders, load, sampling
+from utils.rejection import checks, engines, report, scoring, selection
+from utils.rejection.folder import Lines, Prompts, empty, keep_settings, locked, read_settings, write_prompts
 from utils.results import plots, saves
 from utils.rewards import functions
 from utils.runtime import environment, output
@@ -27,9 +28,9 @@ def opened(folder, common):
     fresh = common.overwrite_output_dir or not folder.is_dir() or not any(folder.iterdir())
     if environment.is_main():
         folder.mkdir(parents=True, exist_ok=True)
-    with pool.locked(folder):
+    with locked(folder):
         if environment.is_main() and common.overwrite_output_dir:
-            pool.empty(folder)
+            empty(folder)
         environment.wait_for_everyone()
         try:
             yield
@@ -43,7 +44,7 @@ def load_tokenizer(common, config):
     """The tokenizer of the model that answers; None where a server does, or the model is not asked for again."""
     if not {"generate", "score"} & set(config.stages):
         return None
-    kept = pool.read_settings(config.output_dir or "").get("generate", {}) if "generate" not in config.stages else {}
+    kept = read_settings(config.output_dir or "").get("generate", {}) if "generate" not in config.stages else {}
     path = kept.get("model") or (common.model_name_or_path if config.engine != "openai" else None)
     if not path:
         return None
@@ -74,7 +75,7 @@ def check_prompts(common, config, file=None, tokenizer=None):
     tokenizer = tokenizer or load_tokenizer(common, config)
     longest = longest_prompt(common, config)
     asked = config.system_prompt, longest, config.reference_column
-    count, found, twice = pool.write_prompts(file, rows, notes, tokenizer, *asked)
+    count, found, twice = write_prompts(file, rows, notes, tokenizer, *asked)
     seen = Rows([], dropped=found.dropped, total=count + twice + len(found.dropped), notes=notes)
     check_dropped(seen, common.max_drop_fraction)
     if config.reference_column and config.reference_column not in found.names:
@@ -103,11 +104,11 @@ def check(common, config):
 def prepare(common, config, folder, tokenizer):
     """prompts.jsonl and settings.json of a new folder; of one that is there, the settings of the stages to come."""
     if "generate" in config.stages and not (folder / "prompts.jsonl").exists():
-        pool.keep_settings(folder, "generate", rejection_checks.generation_settings(common, config))
+        keep_settings(folder, "generate", checks.generation_settings(common, config))
         for line in check_prompts(common, config, folder / "prompts.jsonl", tokenizer)[1]:
             output.say(line)
     if "score" in config.stages:
-        pool.keep_settings(folder, "score", rejection_checks.score_settings(common, config))
+        keep_settings(folder, "score", checks.score_settings(common, config))
 
 
 # ── the stages ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -118,16 +119,14 @@ class Work:
 
     def __init__(self, common, config, folder, tokenizer):
         self.common, self.config, self.folder, self.tokenizer = common, config, folder, tokenizer
-        kept = pool.read_settings(folder)["generate"]
+        kept = read_settings(folder)["generate"]
         self.made_with = kept
-        self.prompts = pool.Prompts(
-            folder / "prompts.jsonl", kept["eval_fraction"], kept["held_out_prompts"], kept["seed"]
-        )
+        self.prompts = Prompts(folder / "prompts.jsonl", kept["eval_fraction"], kept["held_out_prompts"], kept["seed"])
         self.samples = kept["num_completions"]
         self.reference = kept["reference_column"]
         shape = len(self.prompts), self.samples + bool(self.reference)
-        self.completions = pool.Lines(folder, "completions", *shape)
-        self.scores = pool.Lines(folder, "scores", *shape)
+        self.completions = Lines(folder, "completions", *shape)
+        self.scores = Lines(folder, "scores", *shape)
         self.rank, self.world = int(os.environ.get("RANK", 0)), environment.world_size()
         self.first = [self.prompts[number] for number in self.prompts.numbers[:4]]
         self.failed_share = 0.0
@@ -249,8 +248,8 @@ class Work:
 
     def select(self):
         """Writes the files and the report from all that is scored; done anew each time, it takes seconds."""
-        config, kept = self.config, pool.read_settings(self.folder)
-        tally = best_of_n.Pool(self.samples, self.made_with["seed"])
+        config, kept = self.config, read_settings(self.folder)
+        tally = report.Pool(self.samples, self.made_with["seed"])
         origin = {name: self.made_with.get(name) for name in ("model", "api_model", "engine")}
         origin = {name: value for name, value in origin.items() if value is not None}
         drawn = {name: self.made_with[name] for name in ("temperature", "top_p", "top_k", "max_new_tokens", "seed")}
@@ -265,9 +264,9 @@ class Work:
                         whence = {"source": row["where"], **origin, "sampling": drawn, "answer": traces}
                         out.add(name, made | {"provenance": whence})
         found = tally.report(out.counts) | {"select": config.select, "scored_by": kept.get("score")}
-        best_of_n.write_report(self.folder, found)
+        report.write_report(self.folder, found)
         plots.draw(self.folder, found, tally.shown)
-        best_of_n.say_report(found, config.keep_cut, output.say)
+        report.say_report(found, config.keep_cut, output.say)
         for name in names:
             path = selection.path_of(self.folder, name, config.chunk_size)
             output.say(f"written   {path}: {out.counts[name]} rows")

@@ -16,11 +16,12 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 
 from rlhf_args.methods import PROMPT, find_method
-from utils import pool, selection
 from utils.data import files
 from utils.data.rows import make_rows
-from utils.rejection import check
-from utils.rejection_checks import TRAINING
+from utils.rejection import selection
+from utils.rejection.checks import TRAINING
+from utils.rejection.folder import compare_settings, empty, keep_settings, locked
+from utils.rejection.stages import check
 from utils.runtime.errors import Failed, Refused, refuse_if
 from utils.runtime.output import say
 
@@ -38,12 +39,12 @@ def run(common, config, words):
     anew = "Name another --output_dir, or add --overwrite_output_dir to start afresh"
     wanted = round_settings(common, config, method, words)
     if not common.overwrite_output_dir:
-        refuse_if([*pool.compare_settings(folder, "rounds", wanted, anew)])
+        refuse_if([*compare_settings(folder, "rounds", wanted, anew)])
     folder.mkdir(parents=True, exist_ok=True)
-    with pool.locked(folder):
+    with locked(folder):
         if common.overwrite_output_dir:
-            pool.empty(folder)
-        pool.keep_settings(folder, "rounds", wanted)
+            empty(folder)
+        keep_settings(folder, "rounds", wanted)
         model, rows = common.model_name_or_path, [{"round": 0, "model": common.model_name_or_path}]
         measured = bool(common.eval_fraction or common.eval_data_path)
         if measured:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rlhf_args.methods import METHODS, PAIR, PROMPT, RANKED, UNPAIRED
 from utils.data.columns import check_text
-from utils.scoring import as_completion
+from utils.rejection.scoring import as_completion
 
 # {columns: the first method that trains on them}, which names the file of such rows
 FILES = {method.columns: name for name, method in reversed(METHODS.items()) if method.columns != PROMPT}
