@@ -53,8 +53,8 @@ def run(argv):
         tokenizer, train, held_out = prepare_text(common, config, method, rows, max_prompt=room)
         distillation.check_tokens(common, config, tokenizer, train, held_out)
     if not problems:
-        plan = teacher.describe(common, config, train, held_out)
-        summary.say_plan(common, config, NAME, method, tokenizer, rows, train, held_out, planner)
+        about = teacher.describe(common, config, train, held_out)
+        summary.say_plan(common, config, NAME, method, tokenizer, rows, train, held_out, about)
     else:
         summary.say_findings(rows)
     if common.probe and not problems:

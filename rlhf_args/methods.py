@@ -83,7 +83,7 @@ class Method:
     # the others of its pass; None: it does, or the policy answers itself
     faster: tuple[
         str, ...
-    ] = ()  # flags that utils/training/pace.py may choose: TRL's trainer takes them, and loses no metric
+    ] = ()  # flags that utils/training/pace.py may choose: the trainer takes them, and loses no metric
 
 
 DPO_LOSSES = (

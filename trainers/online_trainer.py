@@ -45,7 +45,7 @@ class SamplesAnswers:
         return model.get_base_model() if hasattr(model, "peft_config") else model
 
     def rehearsed(self, prompt, completion):
-        """A pass of a rollout without data, of so many tokens, for utils/rehearsal.py."""
+        """A pass of a rollout without data, of so many tokens, for utils/plan/rehearsal.py."""
         rows = self.args.per_device_train_batch_size
         prompts, answers = (torch.ones(rows, width, dtype=torch.int64) for width in (prompt, completion))
         given = {"prompt_ids": prompts, "prompt_mask": prompts, "completion_ids": answers, "completion_mask": answers}

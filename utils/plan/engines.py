@@ -1,4 +1,4 @@
-"""TODO utils/plan/engines.py"""
+"""What each engine holds on a GPU: how weights, gradients and optimizer state are shared out."""
 
 from collections import Counter
 from dataclasses import dataclass

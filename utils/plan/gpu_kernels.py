@@ -1,4 +1,4 @@
-"""What TRL's kernels allocate on a GPU, for a step on tensors without data (utils/rehearsal.py).
+"""What TRL's kernels allocate on a GPU, for a step on tensors without data (utils/plan/rehearsal.py).
 
 On a CPU, torch's operations do in several copies what a Triton kernel does where the logits lie; a plan for a GPU
 that counted them would be a third too high. Source: trl 1.16.0, kernels/ and trainer/utils.py.

@@ -1,4 +1,4 @@
-"""TODO utils/plan/ledger.py"""
+"""Tensors with shapes and without data, and a ledger of what each allocates and who owns it."""
 
 import contextlib
 import sys
@@ -9,8 +9,6 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-from utils.plan.rehearsal import forget_4bit_code
 
 aten = torch.ops.aten
 # what autograd itself does in place, but not with tensors that have no data
@@ -141,3 +139,11 @@ def without_data(ledger):
     finally:
         torch.nn.Module._apply = kept
         forget_4bit_code()
+
+
+def forget_4bit_code():
+    """Empties bitsandbytes' caches of its tables, which would keep tensors without data for later real models."""
+    caches = {"bitsandbytes.backends.utils": "_code_4bit_cache", "bitsandbytes.functional": "name2qmap"}
+    for module, cache in caches.items():
+        if module in sys.modules:
+            getattr(sys.modules[module], cache).clear()

@@ -1,4 +1,4 @@
-"""TODO utils/plan/longest.py"""
+"""The longest row that a step can meet."""
 
 from utils.checks import flags
 from utils.models import shapes

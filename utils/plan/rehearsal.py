@@ -19,14 +19,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 from utils.plan.ledger import Ledger, without_data
 
 
-def forget_4bit_code():
-    """Empties bitsandbytes' caches of its tables, which would keep tensors without data for later real models."""
-    caches = {"bitsandbytes.backends.utils": "_code_4bit_cache", "bitsandbytes.functional": "name2qmap"}
-    for module, cache in caches.items():
-        if module in sys.modules:
-            getattr(sys.modules[module], cache).clear()
-
-
 @dataclass
 class Rehearsal:
     """What a step holds. `peaks`: {(phase, moment): {owner: bytes}}, one process alone, each moment at its fullest.

@@ -1,4 +1,4 @@
-"""The judge of utils/rewards/judge.py as reward functions of the online methods: one for its number, or one a criterion."""
+"""The judge as reward functions of the online methods: one for its number, or one for each criterion of a rubric."""
 
 import collections
 
