@@ -1,6 +1,6 @@
 from dataclasses import dataclass
 
-from trainers.cpo_trainer import CPOConfig as TRLCPOConfig
+from trl.experimental.cpo import CPOConfig as TRLCPOConfig
 
 
 @dataclass

@@ -170,9 +170,9 @@ class OnlineConfig(JudgeConfig):
             f"prompts. Type {' or '.join(ways)}"
         )
 
-    def check_critic(self, common):
-        """Problems of the critic; there is none but in PPO."""
-        return ()
+    def critic_kind(self, train_mode):
+        """Which critic is trained; None without one."""
+        return None
 
     def describe_critic(self, train_mode):
         """One line about the critic; None without one."""

@@ -1,6 +1,6 @@
 from dataclasses import dataclass
 
-from trainers.orpo_trainer import ORPOConfig as TRLORPOConfig
+from trl.experimental.orpo import ORPOConfig as TRLORPOConfig
 
 
 @dataclass

@@ -134,11 +134,6 @@ class PPOConfig(OnlineConfig, trl.GRPOConfig):
         whole = self.value_model_path and not (Path(self.value_model_path) / "adapter_config.json").exists()
         return self.critic or ("model" if train_mode == "full" or whole else "lora")
 
-    def check_critic(self, common):
-        from utils.checks.flags import check_critic
-
-        return check_critic(common, self, self.critic_kind(common.train_mode))
-
     def describe_critic(self, train_mode):
         kind, start = self.critic_kind(train_mode), self.value_model_path or "the policy"
         layer = self.critic_layer

@@ -1,6 +1,6 @@
 from dataclasses import dataclass, field
 
-from trainers.cpo_trainer import CPOConfig
+from rlhf_args.cpo_config import CPOConfig
 
 
 @dataclass

@@ -1,11 +1,11 @@
 """TRL's experimental CPO trainer, tokenising as TRL's DPO does. The one file that touches trl.experimental.cpo."""
 
 from accelerate.utils import convert_to_fp32
-from trl.experimental.cpo import CPOConfig, CPOTrainer as TRLCPOTrainer
+from trl.experimental.cpo import CPOTrainer as TRLCPOTrainer
 
 from utils.data.template import tokenize_pair
 
-__all__ = ["CPOConfig", "CPOTrainer", "LikeCore"]
+__all__ = ["CPOTrainer", "LikeCore"]
 
 
 class LikeCore:

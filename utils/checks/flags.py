@@ -200,7 +200,8 @@ def check_rollouts(common, config):
             f"--num_generations_eval {answers}: an evaluation batch has {batch * config.world_size} answers, which is "
             f"no whole number of prompts. Type --per_device_eval_batch_size {answers}"
         )
-    yield from config.check_critic(common)
+    if kind := config.critic_kind(common.train_mode):
+        yield from check_critic(common, config, kind)
 
 
 def check_sampling(common, config):

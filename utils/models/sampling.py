@@ -13,6 +13,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from utils.models import folders, sampling
 from utils.runtime import environment
 
 # What a trainer samples by: flag -> the value that changes nothing.
@@ -238,3 +239,8 @@ def nameless_tokens(model, tokenizer, shared=None):
 
 def cut_at_end(ids, ends):
     return next((ids[: place + 1] for place, token in enumerate(ids) if token in ends), ids)
+
+
+def describe_sampling(common, config):
+    own = folders.read_base_config(common.model_name_or_path, common.model_revision, "generation_config.json")
+    return f"sampling  {sampling.describe_settings(config, own)}"

@@ -4,7 +4,7 @@ import gc
 
 from utils.models import folders, load, sampling
 from utils.models.folders import count_numbers, vocabulary_rows
-from utils.results.summary import describe_sampling
+from utils.models.sampling import describe_sampling
 from utils.runtime.errors import Failed
 from utils.runtime.output import say
 

@@ -1,7 +1,7 @@
 """Whether a run fits, before there is a GPU: python train_rlhf.py --plan FLAGS, or bash rlhf_run.sh --plan
 
-The real trainer makes two steps of a model of two and three layers without data (utils/plan/rehearsal.py); each further
-layer adds what the third one did. What engines share out follows from what they do, in shared_out().
+The real trainer makes two steps of a model of two and three layers without data (utils/plan/rehearsal.py); each
+further layer adds what the third one did. What engines share out follows from what they do, in shared_out().
 """
 
 import copy

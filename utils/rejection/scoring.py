@@ -4,14 +4,10 @@ import math
 
 from utils.rewards import functions, judge, models
 from utils.rewards.functions import name_rewards
+from utils.rewards.judge import name_scorers
 from utils.rewards.server import GivenUp
 
 AT_ONCE = 64  # answers, or a little more: scored and kept together
-
-
-def name_scorers(common, config):
-    """The names of what judges, in the order of --reward_weights."""
-    return name_rewards(common) + ([judge.name_judge(config)] if config.judge_model else [])
 
 
 class Scorers:

@@ -6,7 +6,8 @@ import sys
 
 from utils.data import prepare
 from utils.data.rows import count_reasons
-from utils.models import folders, load, sampling
+from utils.models import folders, load
+from utils.models.sampling import describe_sampling
 from utils.rewards import models
 from utils.runtime import environment
 from utils.runtime.output import say
@@ -56,11 +57,6 @@ def say_checked(rows):
     warnings = sum(finding.kind == "warning" for finding in rows.findings)
     counted = f"; {warnings} warning{'s' * (warnings > 1)}" if warnings else ""
     say(f"checked   nothing stands in the way; no model was loaded, nothing was written{counted}")
-
-
-def describe_sampling(common, config):
-    own = folders.read_base_config(common.model_name_or_path, common.model_revision, "generation_config.json")
-    return f"sampling  {sampling.describe_settings(config, own)}"
 
 
 def describe_reward(common, config):

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from rlhf_args.judge_config import JudgeConfig
 from utils.data.rows import text_key
+from utils.rewards import judge
+from utils.rewards.functions import name_rewards
 from utils.rewards.server import GivenUp, Server, Unusable, check_server
 
 TEMPLATES = {"score": "data/judge_score.txt", "pick": "data/judge_pick.txt"}
@@ -261,3 +263,8 @@ def say_conversation(prompt):
     if isinstance(prompt, str) or len(prompt) == 1:
         return prompt if isinstance(prompt, str) else prompt[0]["content"]
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def name_scorers(common, config):
+    """The names of what judges, in the order of --reward_weights."""
+    return name_rewards(common) + ([judge.name_judge(config)] if config.judge_model else [])
