@@ -1,9 +1,13 @@
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import trl
 
 from rlhf_args.online_config import OnlineConfig
+
+OWN_TRUNK = ("lora", "model")  # critics that read tokens themselves, and not the policy's hidden states
+SCALE = "return_scale"  # the name of the values' scale in critic.safetensors
 
 
 @dataclass
@@ -104,8 +108,10 @@ class PPOConfig(OnlineConfig, trl.GRPOConfig):
             if getattr(self, flag) is not None and not 0 <= getattr(self, flag) <= 1:
                 raise ValueError(f"--{flag} {getattr(self, flag):g}: from 0 to 1")
         for flag in ("cliprange_value", "vf_coef", "beta", "critic_warmup_steps"):
-            if getattr(self, flag) < 0:
+            if not 0 <= getattr(self, flag) < math.inf:
                 raise ValueError(f"--{flag} {getattr(self, flag):g}: 0 or more")
+        if self.critic_learning_rate is not None and not 0 < self.critic_learning_rate < math.inf:
+            raise ValueError(f"--critic_learning_rate {self.critic_learning_rate:g}: above 0")
         if self.critic_warmup_steps and self.weight_decay:
             raise ValueError(
                 "--critic_warmup_steps with --weight_decay: the decay would move the policy while the critic learns "
@@ -147,15 +153,15 @@ class PPOConfig(OnlineConfig, trl.GRPOConfig):
         return f"--critic {kind}: {said}" + (f"; loaded from {self.critic_path}" if self.critic_path else "")
 
     def critic_rates(self, kind, hidden_size):
-        """The learning rates of the critic's parts: {"trunk": rate, "head": rate}.
+        """The learning rates of the critic's parts: {"trunk": rate, "head": rate}. hidden_size: the critic's own.
 
         Adam moves each weight of the head by its rate: with 1 / hidden size a value moves by at most about one. On a
         trunk that learns too, that is ten times too much (docs/methods/ppo.md).
         """
         typed = self.critic_learning_rate
         trunk = max(self.learning_rate, 1e-5) if kind == "model" else self.learning_rate
-        head = max(trunk, 0.1 / hidden_size) if kind in ("lora", "model") else 1 / hidden_size
-        return {"trunk": typed or trunk, "head": typed or head}
+        head = max(trunk, 0.1 / hidden_size) if kind in OWN_TRUNK else 1 / hidden_size
+        return {"trunk": trunk if typed is None else typed, "head": head if typed is None else typed}
 
     @property
     def least_generations(self):

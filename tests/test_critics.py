@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf_args.methods import METHODS, load
+from rlhf_args.ppo_config import SCALE
 from tests.conftest import make_model, make_tokenizer
 from tests.test_ppo import make_step, make_trainer as make_bigram_trainer, near, roll_out, tensor
-from trainers import critics
-from trainers.critics import SCALE, ReturnScale, clip_apart
+from trainers.critics import FixedScale, ReturnScale, clip_apart
 from utils.checks.flags import check_critic
 from utils.runtime.errors import Refused
 
@@ -41,13 +41,15 @@ def make_judge(folder, labels=1):
     return folder
 
 
-def make_lora_judge(folder, base, rank=4):
+def make_lora_judge(folder, base, rank=4, alpha=8):
     """The adapter of a reward model on `base`, whose numbers are all 0.5, with a head of ones."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForSequenceClassification
 
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
-    lora = LoraConfig(r=rank, target_modules="all-linear", task_type="SEQ_CLS", modules_to_save=["score"])
+    lora = LoraConfig(
+        r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="SEQ_CLS", modules_to_save=["score"]
+    )
     model = get_peft_model(model, lora)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -65,15 +67,18 @@ def make_config(folder, **flags):
     return load(METHODS["PPO"].config)(**defaults | flags, **fixed)
 
 
-def make_trainer(folder, policy, lora=False, **flags):
+def make_trainer(folder, policy, lora=False, four_bit=False, **flags):
     """The trainer that a user of PPO gets, of a tiny model; with full weights or an adapter of rank 4."""
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM
 
+    from utils.models.load import four_bit_config
+
+    held = {"quantization_config": four_bit_config(torch.float32)} if four_bit else {}
     shape = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None
     trainer = load(METHODS["PPO"].trainer)(
-        model=AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32),
+        model=AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32, **held),
         reward_funcs=[lambda completions, **row: [0.0] * len(completions)],
         args=make_config(folder, **{"beta": 0.0} | flags),
         processing_class=make_tokenizer(),
@@ -312,9 +317,16 @@ def combine_grad_norm_groups(norms):
 def test_deepspeed_clips_each_part_by_the_norm_of_its_side(monkeypatch):
     import sys
 
-    monkeypatch.setattr(sys.modules[__name__], "combine_grad_norm_groups", combine_grad_norm_groups)
+    plain = combine_grad_norm_groups
+    monkeypatch.setattr(sys.modules[__name__], "combine_grad_norm_groups", plain)
     zero = Zero()
     clip_apart(zero)
+    assert hasattr(zero, "norms_apart")  # before the first step: a pass more must not wrap it again
+    again = Zero()
+    clip_apart(again)  # of another trainer of this process
+    assert sys.modules[__name__].combine_grad_norm_groups.of_deepspeed is plain
+    assert again.step([3.0, 4.0, 12.0]) == pytest.approx(13)
+    clip_apart(zero := Zero())
     assert zero.step([3.0, 4.0, 12.0]) == pytest.approx(13)  # the norm that is logged elsewhere stays that of all
     assert zero.clipped == {0: pytest.approx(5), 1: pytest.approx(5), 2: pytest.approx(12)}
     assert {side: float(norm) for side, norm in zero.norms_apart.items()} == {False: 5, True: 12}
@@ -336,14 +348,37 @@ def test_the_first_rollout_sets_the_scale_and_later_ones_move_it_by_a_tenth():
     assert scale.values(scale.normalise(tensor([5.0]))).tolist() == [pytest.approx(5)]
 
 
-def test_equal_returns_leave_the_spread():
+@pytest.mark.parametrize("kind", [ReturnScale, FixedScale])
+def test_a_scale_begins_with_the_first_rollout_whose_returns_differ(kind):
+    scale, mask = kind(), torch.ones(1, 2)
+    scale.update(tensor([[7.0, 7.0]]), mask, reduce_alone)
+    assert not scale.begun and scale.spread == 1
+    scale.update(tensor([[2.0, 6.0]]), mask, reduce_alone)
+    assert scale.begun and (scale.mean, scale.spread) == ((4, 2) if kind is ReturnScale else (0, 1))
+
+
+def test_equal_returns_move_the_mean_alone():
+    scale, mask = ReturnScale(), torch.ones(1, 2)
+    scale.update(tensor([[1.0, 3.0]]), mask, reduce_alone)
+    scale.update(tensor([[7.0, 7.0]]), mask, reduce_alone)
+    assert (scale.mean, scale.spread) == (pytest.approx(2 + 0.1 * 5), 1)
+
+
+def test_a_rollout_without_a_counted_token_moves_nothing():
     scale = ReturnScale()
-    scale.update(tensor([[7.0, 7.0]]), torch.ones(1, 2), reduce_alone)
-    assert (scale.mean, scale.spread) == (7, 1)
+    scale.update(tensor([[5.0, 7.0]]), torch.ones(1, 2), reduce_alone)
+    scale.update(tensor([[5.0, 7.0]]), torch.zeros(1, 2), reduce_alone)
+    assert (scale.mean, scale.spread) == (6, 1)
 
 
-def test_a_guess_is_fitted_to_the_returns_by_least_squares():
-    scale, mask = ReturnScale(), torch.ones(1, 3)
+def test_a_scale_of_the_other_kind_is_refused():
+    with pytest.raises(ValueError, match="--normalize_values False"):
+        ReturnScale().load(FixedScale().state())
+
+
+@pytest.mark.parametrize("kind", [ReturnScale, FixedScale])
+def test_a_guess_is_fitted_to_the_returns_by_least_squares(kind):
+    scale, mask = kind(), torch.ones(1, 3)
     guesses, returns = tensor([[1.0, 2.0, 3.0]]), tensor([[12.0, 14.0, 16.0]])  # returns = 10 + 2 * guess
     scale.update(returns, mask, reduce_alone)
     scale.fit_guess(guesses, returns, mask, reduce_alone)
@@ -438,9 +473,13 @@ def test_one_step_a_pass_is_not_drawn_anew(tiny, tmp_path):
 # ── what is kept ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize(("kind", "lora"), [("head", False), ("mlp", True), ("lora", True), ("model", False)])
-def test_a_saved_critic_is_another_runs_start(kind, lora, tiny, tmp_path):
-    trainer = make_trainer(tmp_path / "out", tiny, lora=lora, critic=kind, save_critic=True)
+SAVED = [("head", "full"), ("mlp", "lora"), ("lora", "lora"), ("lora", "qlora"), ("model", "full")]
+
+
+@pytest.mark.parametrize(("kind", "mode"), SAVED)
+def test_a_saved_critic_is_another_runs_start(kind, mode, tiny, tmp_path):
+    policy = {"lora": mode != "full", "four_bit": mode == "qlora"}
+    trainer = make_trainer(tmp_path / "out", tiny, **policy, critic=kind, save_critic=True)
     trainer.scale.update(tensor([[1.0, 4.0]]), torch.ones(1, 2), reduce_alone)
     with torch.no_grad():
         for name, parameter in trainer.model.named_parameters():
@@ -452,7 +491,7 @@ def test_a_saved_critic_is_another_runs_start(kind, lora, tiny, tmp_path):
     trained = {n for n, p in critic_of(trainer).named_parameters() if p.requires_grad}
     assert set(held) == trained | {SCALE}  # no frozen base
     assert not any("critic" in name for name in load_file(next((tmp_path / "out").glob("*model.safetensors"))))
-    other = make_trainer(tmp_path / "two", tiny, lora=lora, critic=kind, critic_path=str(file))
+    other = make_trainer(tmp_path / "two", tiny, **policy, critic=kind, critic_path=str(file))
     ours, theirs = (dict(critic_of(one).named_parameters()) for one in (other, trainer))
     assert all(torch.equal(ours[name], theirs[name]) for name in trained)
     assert (other.scale.mean, other.scale.spread, other.scale.begun) == (2.5, 1.5, True)
@@ -475,8 +514,10 @@ def test_a_critic_of_another_kind_is_refused(tiny, tmp_path):
 
 
 def refused(tiny, mode, kind=None, **flags):
-    """The problems of a critic's flags."""
-    common = type("Common", (), {"train_mode": mode, "model_name_or_path": tiny, "model_revision": None})()
+    """The problems of a critic's flags, of a run with adapters of rank 4."""
+    common = {"train_mode": mode, "model_name_or_path": tiny, "model_revision": None}
+    common |= {"lora_rank": 4, "lora_alpha": 8, "use_dora": False}
+    common = type("Common", (), common)()
     config = make_config("out", critic=kind, **flags)
     return " ".join(check_critic(common, config, config.critic_kind(mode)))
 
@@ -494,6 +535,13 @@ def test_what_a_critic_cannot_do_is_refused_with_what_to_type(tiny, judge, tmp_p
     assert "no such file" in refused(tiny, "full", critic_path="gone.safetensors")
     weights = f"{judge}/model.safetensors"
     assert f"--critic_path {weights}: not a critic" in refused(tiny, "full", critic_path=weights)
+    torn = tmp_path / "torn.safetensors"
+    torn.write_bytes((8).to_bytes(8, "little") + b"not json")
+    assert f"--critic_path {torn}: not a critic" in refused(tiny, "full", critic_path=str(torn))
+    assert "--critic_warmup_steps 3: the run has 3 steps" in refused(tiny, "full", critic_warmup_steps=3, max_steps=3)
+    other = make_lora_judge(tmp_path / "other", tiny, alpha=64)
+    said = refused(tiny, "lora", value_model_path=str(other))
+    assert "lora_alpha 64" in said and "Type --lora_alpha 64" in said
 
 
 def test_what_a_critic_can_do_is_not_refused(tiny, judge, tmp_path):
@@ -511,18 +559,14 @@ def test_what_a_critic_can_do_is_not_refused(tiny, judge, tmp_path):
         ({"critic_warmup_steps": -1}, "--critic_warmup_steps -1"),
         ({"critic_warmup_steps": 1, "weight_decay": 0.1}, "--weight_decay 0"),
         ({"critic_lam": 1.5}, "--critic_lam 1.5"),
+        ({"critic_learning_rate": 0}, "--critic_learning_rate 0"),
+        ({"critic_learning_rate": math.nan}, "--critic_learning_rate nan"),
+        ({"vf_coef": math.nan}, "--vf_coef nan"),
     ],
 )
 def test_a_number_out_of_its_range_is_refused(flags, said, tmp_path):
     with pytest.raises(ValueError, match=said):
         make_config(tmp_path, **flags)
-
-
-def test_each_kind_of_critic_is_one_of_the_flags_choices():
-    from dataclasses import fields
-
-    choices = next(f.metadata["choices"] for f in fields(load(METHODS["PPO"].config)) if f.name == "critic")
-    assert tuple(choices) == critics.KINDS
 
 
 def test_the_step_of_the_bigram_model_is_what_it_is_with_a_fixed_scale(tmp_path):

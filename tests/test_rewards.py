@@ -353,7 +353,10 @@ FUNCTIONS = {
         "--reward_funcs FILE:judge: no function judge in FILE. Did you mean jugde?",
     ),
     "no name at all": ("", "--reward_funcs FILE:judge: no function judge in FILE. It has none"),
-    "not UTF-8": (HEAD + "    return 'é'\n", "FILE: not Python ("),
+    "not UTF-8": (
+        HEAD + "    return 'é'\n",
+        "FILE:2: (unicode error) 'utf-8' codec can't decode byte 0xe9 in position ",
+    ),
     "no function": ("judge = 3\n", "--reward_funcs FILE:judge: judge is no function"),
     "an import that fails": (
         "import nothing_of_the_kind\n" + HEAD + "    return [0.0] * len(completions)\n",

@@ -15,15 +15,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModel
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
+from rlhf_args.ppo_config import OWN_TRUNK
+from utils.models.folders import first_difference
 from utils.models.load import keep_trainable
 from utils.runtime.errors import Refused
 
-KINDS = ("head", "mlp", "lora", "model")
-OWN_TRUNK = ("lora", "model")
 EXACT = {"mps": torch.float32}  # it has no float64
-SCALE = "return_scale"  # the name of ReturnScale's numbers in critic.safetensors
 
 
 # ── the scale of the values ──────────────────────────────────────────────────────────────────────────────────────────
@@ -32,11 +31,12 @@ SCALE = "return_scale"  # the name of ReturnScale's numbers in critic.safetensor
 class ReturnScale:
     """Running mean and spread of the returns: value = mean + spread * what the critic computes.
 
-    The first rollout sets both; each later one moves them by `rate`. A `guess` is the output of a reward model's head,
-    which the first rollout turns into normalised units by least squares: gain * guess + shift.
+    The first rollout whose returns differ sets both; each later one moves them by `rate`. A `guess` is the output of a
+    reward model's head, which that rollout turns into normalised units by least squares: gain * guess + shift.
     """
 
     rate = 0.1
+    kind = 0.0  # in a saved state, to tell ReturnScale and FixedScale apart
 
     def __init__(self):
         self.mean, self.spread, self.gain, self.shift, self.begun = 0.0, 1.0, 0.0, 0.0, False
@@ -49,29 +49,33 @@ class ReturnScale:
 
     def update(self, returns, mask, reduce):
         """Takes in the returns (B, T) of a rollout; `reduce` sums over processes."""
+        if not reduce(mask.sum()[None]).item():  # every answer is hidden
+            return
         mean, variance = masked_moments(returns, mask, reduce)
         spread = variance**0.5
         rate = self.rate if self.begun else 1.0
-        if spread <= 1e-6 * max(1.0, abs(mean)):  # equal returns say nothing about the spread
-            spread = self.spread
         self.mean += rate * (mean - self.mean)
-        self.spread += rate * (spread - self.spread)
-        self.begun = True
+        if spread > 1e-6 * max(1.0, abs(mean)):  # equal returns do not tell the spread: it begins later
+            self.spread += rate * (spread - self.spread)
+            self.begun = True
 
     def fit_guess(self, guesses, returns, mask, reduce):
-        """Least squares of the normalised returns on the guesses (B, T)."""
+        """Fits the guesses (B, T) to the normalised returns by least squares, after `update` with these returns."""
         guess_mean, guess_variance = masked_moments(guesses, mask, reduce)
         mean, _ = masked_moments(returns, mask, reduce)
         product, _ = masked_moments((guesses - guess_mean) * (returns - mean), mask, reduce)
         slope = product / guess_variance if guess_variance > 1e-12 else 0.0
-        self.gain, self.shift = slope / self.spread, -slope * guess_mean / self.spread
+        self.gain, self.shift = slope / self.spread, (mean - self.mean - slope * guess_mean) / self.spread
 
     def state(self):
-        numbers = [self.mean, self.spread, self.gain, self.shift, float(self.begun)]
+        numbers = [self.mean, self.spread, self.gain, self.shift, float(self.begun), self.kind]
         return torch.tensor(numbers, dtype=torch.float64)
 
     def load(self, state):
-        *numbers, begun = state.tolist()
+        """Raises ValueError if the state is the other kind's."""
+        *numbers, begun, kind = state.tolist()
+        if kind != self.kind:
+            raise ValueError(f"saved with --normalize_values {kind == ReturnScale.kind}")
         self.mean, self.spread, self.gain, self.shift = numbers
         self.begun = bool(begun)
 
@@ -79,8 +83,11 @@ class ReturnScale:
 class FixedScale(ReturnScale):
     """Values in units of the reward, as in TRL 1.12."""
 
+    kind = 1.0
+
     def update(self, returns, mask, reduce):
-        self.begun = True
+        super().update(returns, mask, reduce)
+        self.mean, self.spread = 0.0, 1.0
 
 
 def masked_moments(x, mask, reduce):
@@ -166,6 +173,22 @@ def make_critic(kind, policy, path=None, layer=None, lora=None, shares=True):
     return Critic(backbone.config.get_text_config().hidden_size, backbone, guess=read_head(path))
 
 
+def check_tokenizer(path, tokenizer):
+    """Raises Refused unless the model in `path` reads the policy's tokens.
+
+    An adapter stands on the policy's own base, whose tokenizer it may leave out.
+    """
+    if (Path(path) / "adapter_config.json").exists():
+        return
+    theirs = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    different = first_difference(tokenizer.get_vocab(), theirs.get_vocab())
+    size = AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config().vocab_size
+    highest = max(tokenizer.get_vocab().values())
+    if different or highest >= size:
+        different = different or f"it has {size} embeddings, and the policy's token {highest} is beyond them"
+        raise Refused([f"--value_model_path {path}: {different}. A critic reads the policy's tokens"])
+
+
 def share_frozen(trunk):
     """A copy of the trunk that shares its frozen parameters and buffers; the adapter, which is trained, is copied."""
     held = {id(one): one for one in (*trunk.parameters(), *trunk.buffers()) if not one.requires_grad}
@@ -202,6 +225,7 @@ def read_head(path):
 def load_adapter(backbone, path, prefix):
     """Puts the adapter of a reward model on the same base into the critic's. Raises Refused where it does not fit."""
     own = dict(backbone.named_parameters())
+    left = {name for name in own if ".default." in name}
     for name, tensor in load_file(Path(path) / "adapter_model.safetensors").items():
         name = name.removeprefix("base_model.model.").removeprefix(f"{prefix}.")
         if name.endswith("score.weight"):
@@ -214,6 +238,11 @@ def load_adapter(backbone, path, prefix):
                 "Both need the same --lora_rank and --lora_target_modules"
             ])  # fmt: skip
         held.data.copy_(tensor)
+        left.discard(f"{name.removesuffix('.weight')}.default.weight")
+    if left:
+        raise Refused([
+            f"--value_model_path {path}: no {min(left)} in it. Both need the same --lora_target_modules and --use_dora"
+        ])  # fmt: skip
 
 
 # ── within the policy ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -222,7 +251,7 @@ def load_adapter(backbone, path, prefix):
 def add_critic(model, critic, output_class):
     """Makes the critic a part of `model`, so that one wrapped module trains both; the fused forward gives values too.
 
-    `output_class`: TRL's fused output with a field token_values (B, L - 1): values before all tokens but the first.
+    `output_class`: PolicyOutput.
     Only after PEFT has wrapped the model: before, it would freeze the critic and put LoRA into it.
     """
     model.critic = critic
@@ -263,7 +292,9 @@ def clip_apart(zero):
     runtime/zero/stage_1_and_2.py and stage3.py, step.
     """
     module = sys.modules[type(zero).__module__]
-    combine, unscale = module.combine_grad_norm_groups, zero.unscale_and_clip_grads
+    combine = getattr(module.combine_grad_norm_groups, "of_deepspeed", module.combine_grad_norm_groups)
+    unscale = zero.unscale_and_clip_grads
+    zero.norms_apart = {}  # {is the critic's: norm} of the latest step
 
     def is_critics(part):
         group = zero.sub_group_to_group_id[part] if hasattr(zero, "sub_group_to_group_id") else part
@@ -286,4 +317,5 @@ def clip_apart(zero):
             number = part
         return unscale(part, zero.norms_apart[is_critics(number)] * zero.loss_scale)
 
+    combine_and_keep.of_deepspeed = combine  # the function belongs to the module: another trainer wraps it anew
     module.combine_grad_norm_groups, zero.unscale_and_clip_grads = combine_and_keep, unscale_apart

@@ -163,7 +163,7 @@ class Online(SamplesAnswers):
         failed = torch.zeros_like(rewards[:, 0], dtype=torch.bool)
         if self.judge and self.judge.measures():
             failed = rewards[:, self.judged].isnan().any(dim=1)
-            self.judge.count(int(failed.sum()), len(failed))
+            self.judge.count(int(failed.sum()), len(failed), evaluating=not self.model.training)
             mode = "train" if self.model.training else "eval"
             self._metrics[mode]["judge/failed"].append(failed.float().mean().item())
         names = [name for name in self.reward_func_names if name != "missing_eos"]

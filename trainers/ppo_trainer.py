@@ -24,7 +24,16 @@ from trl.trainer.utils import (
     use_adapter,
 )
 
-from trainers.critics import EXACT, SCALE, FixedScale, add_critic, clip_apart, make_critic, masked_moments
+from rlhf_args.ppo_config import SCALE
+from trainers.critics import (
+    EXACT,
+    FixedScale,
+    add_critic,
+    check_tokenizer,
+    clip_apart,
+    make_critic,
+    masked_moments,
+)
 from trainers.online_trainer import GRPOTrainer, disable_dropout
 from utils.runtime.errors import Refused
 
@@ -92,6 +101,11 @@ class PolicyOutput(FusedCausalLMOutput):
     token_values: torch.Tensor | None = None
 
 
+def is_critics(name):
+    """True for a parameter's name in the wrapped model if it is the critic's."""
+    return "critic." in name
+
+
 # ── the trainer ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -107,6 +121,8 @@ class PPOTrainer(GRPOTrainer):
         base, lora = self.policy(), getattr(self.model, "peft_config", {}).get("default")
         trained = next(p for p in self.model.parameters() if p.requires_grad)
         self.critic_kind = args.critic_kind("lora" if lora else "full")
+        if args.value_model_path:
+            check_tokenizer(args.value_model_path, self.processing_class)
         shares = not self.is_fsdp_enabled
         critic = make_critic(self.critic_kind, base, args.value_model_path, args.critic_layer, lora, shares)
         if args.disable_dropout:
@@ -129,8 +145,8 @@ class PPOTrainer(GRPOTrainer):
     def create_optimizer(self, *args, **kwargs):
         """TRL's, with the critic's trunk and head in groups of their own learning rates."""
         optimizer = super().create_optimizer(*args, **kwargs)
-        rates = self.args.critic_rates(self.critic_kind, self.policy().config.get_text_config().hidden_size)
-        named = {parameter: name for name, parameter in self.model.named_parameters() if "critic." in name}
+        rates = self.args.critic_rates(self.critic_kind, self.critic.score[-1].in_features)
+        named = {parameter: name for name, parameter in self.model.named_parameters() if is_critics(name)}
         for group in list(optimizer.param_groups):
             taken = [parameter for parameter in group["params"] if parameter in named]
             group["params"] = [parameter for parameter in group["params"] if parameter not in named]
@@ -155,7 +171,7 @@ class PPOTrainer(GRPOTrainer):
         else:
             parts = [[], []]
             for name, parameter in model.named_parameters():
-                parts["critic." in name].append(parameter)
+                parts[is_critics(name)].append(parameter)
             norms = [self.accelerator.clip_grad_norm_(part, self.args.max_grad_norm) for part in parts]
         policy, critic = (float(norm) for norm in norms)
         self._metrics["train"]["critic_grad_norm"].append(critic)
@@ -213,6 +229,7 @@ class PPOTrainer(GRPOTrainer):
         output = super()._generate_and_score_completions(inputs)
         judged, scores = ~self._scores.isnan(), self._scores.nan_to_num()
         output["completion_mask"] = output["completion_mask"] * judged[:, None]  # no signal without a verdict
+        output["num_items_in_batch"] = self.sum_over_processes(output["completion_mask"].sum())
         mask, logps, values = output["completion_mask"], output.get("old_per_token_logps"), self._values
         with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
             if logps is None:
@@ -242,14 +259,15 @@ class PPOTrainer(GRPOTrainer):
         return output | {"old_per_token_logps": logps, "old_values": old_values * mask, "returns": returns}
 
     def begin_scale(self, values, guesses, rewards, mask):
-        """The scale that a first rollout sets, from its returns alone, and the critic's values (B, T) with its guess.
+        """(scale, normalised values (B, T) with the fitted guess) of the first rollout.
 
-        A held-out rollout before the training sets one for itself only.
+        Its returns are sums of rewards (lambda 1): no value is in them. A held-out rollout before the training sets a
+        scale for itself only.
         """
         scale = self.scale if self.model.training else copy.copy(self.scale)
         _, returns = estimate_advantages(rewards, torch.zeros_like(rewards), mask, self.args.gamma, 1.0)
         scale.update(returns, mask, self.sum_over_processes)
-        if guesses is not None:
+        if guesses is not None and scale.begun:
             scale.fit_guess(guesses, returns, mask, self.sum_over_processes)
             values = values + scale.gain * guesses + scale.shift
         return scale, values
@@ -259,7 +277,7 @@ class PPOTrainer(GRPOTrainer):
         parts, engine = self.policy()._modules, self.model_wrapped
         critic = parts.pop("critic") if self.use_vllm else None
         if self.is_deepspeed_enabled:
-            engine.parameters = lambda: [one for name, one in engine.named_parameters() if "critic." not in name]
+            engine.parameters = lambda: [one for name, one in engine.named_parameters() if not is_critics(name)]
         try:
             return super()._generate_single_turn(*args, **kwargs)
         finally:
@@ -338,14 +356,14 @@ class PPOTrainer(GRPOTrainer):
         if not self.args.should_save:
             return super()._save(output_dir, state_dict)
         whole = self.model.state_dict() if state_dict is None else state_dict
-        frozen = {name for name, parameter in self.critic.named_parameters() if not parameter.requires_grad}
-        critic = {name.split("critic.")[-1]: tensor for name, tensor in whole.items() if "critic." in name}
-        policy = {name: tensor for name, tensor in whole.items() if "critic." not in name}
+        critic = {name.split("critic.")[-1]: tensor for name, tensor in whole.items() if is_critics(name)}
+        policy = {name: tensor for name, tensor in whole.items() if not is_critics(name)}
         super()._save(output_dir, state_dict=policy)
         folder = Path(output_dir or self.args.output_dir)
         if self.args.save_critic or folder.name.startswith(PREFIX_CHECKPOINT_DIR):
-            # the frozen weights of a critic with an adapter are the policy's
-            kept = {name: tensor.contiguous().cpu() for name, tensor in critic.items() if name not in frozen}
+            # frozen weights are the policy's or lie in --value_model_path; those of 4 bits have further tensors
+            trained = {name for name, parameter in self.critic.named_parameters() if parameter.requires_grad}
+            kept = {n: tensor.contiguous().cpu() for n, tensor in critic.items() if n in trained or n == "guess"}
             save_file(kept | {SCALE: self.scale.state()}, folder / "critic.safetensors")
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
@@ -353,15 +371,40 @@ class PPOTrainer(GRPOTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.load_critic(Path(resume_from_checkpoint) / "critic.safetensors")
 
-    def load_critic(self, file):
-        """Loads the critic and the scale of its values. Raises Refused where the file is gone or another kind's."""
+    def _load_best_model(self):
+        """TRL's, and the critic of that checkpoint."""
+        super()._load_best_model()
+        file = Path(self.state.best_model_checkpoint) / "critic.safetensors"
+        if self.is_deepspeed_enabled:
+            self.load_scale(file)
+        else:
+            self.load_critic(file)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        """TRL's, and the scale of the values: DeepSpeed loads the critic's weights itself, by another way."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.is_deepspeed_enabled:
+            self.load_scale(Path(checkpoint) / "critic.safetensors")
+
+    def load_scale(self, file):
+        """Loads the scale of the values and returns all tensors of the file. Raises Refused if it does not fit."""
         from safetensors.torch import load_file
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
         if not Path(file).exists():
             raise Refused([f"{file}: not there, so the critic would start anew"])
-        held, critic = load_file(file), self.critic
-        self.scale.load(held.pop(SCALE))
+        held = load_file(file)
+        try:
+            self.scale.load(held[SCALE])
+        except ValueError as error:
+            raise Refused([f"--critic_path {file}: {error}. Type the same, or leave --critic_path out"]) from None
+        return held
+
+    def load_critic(self, file):
+        """Loads the critic and the scale of its values. Raises Refused where the file is gone or another kind's."""
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+        held, critic = self.load_scale(file), self.critic
+        held.pop(SCALE)
         guess = held.pop("guess", None)
         critic.guess = guess if guess is None else guess.to(self.accelerator.device)
         trained = {name for name, parameter in critic.named_parameters() if parameter.requires_grad}
@@ -370,8 +413,13 @@ class PPOTrainer(GRPOTrainer):
                 f"--critic_path {file}: not a critic of this kind ({strange[0]} is in one of them alone). Type the "
                 "--critic of the run that saved it"
             ])  # fmt: skip
-        # FSDP2 holds it in pieces by then
-        set_model_state_dict(critic, held, options=StateDictOptions(full_state_dict=True, strict=False))
+        if any(hasattr(parameter, "ds_tensor") for parameter in critic.parameters()):  # in pieces under ZeRO-3
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters(list(critic.parameters()), modifier_rank=0):
+                critic.load_state_dict(held, strict=False)
+        else:  # FSDP2 holds it in pieces by then
+            set_model_state_dict(critic, held, options=StateDictOptions(full_state_dict=True, strict=False))
 
 
 def join(parts):

@@ -168,10 +168,9 @@ def check_best(config, name, method):
 
 def check_rollouts(common, config):
     """Problems of how answers are sampled and judged."""
-    from utils.rejection import scoring
     from utils.rewards import judge, server  # they build upon this module
 
-    judges = len(scoring.name_scorers(common, config))
+    judges = len(judge.name_scorers(common, config))
     if config.reward_weights and len(config.reward_weights) != judges:
         yield f"--reward_weights: {len(config.reward_weights)} of them for {judges} rewards. Give each its weight"
     yield from judge.check_judge(config, "num_generations", config.num_generations)
@@ -259,9 +258,10 @@ def check_vllm(flag="--use_vllm"):
 
 def check_critic(common, config, kind):
     """Problems of PPO's critic; `kind`: the one that is meant."""
+    from rlhf_args.ppo_config import OWN_TRUNK, SCALE
     from utils.models.folders import read_base_config
 
-    path, file, own = config.value_model_path, config.critic_path, kind in ("lora", "model")
+    path, file, own = config.value_model_path, config.critic_path, kind in OWN_TRUNK
     adapted = common.train_mode != "full"
     if kind == "lora" and not adapted:
         yield "--critic lora: an adapter on a frozen base, and --train_mode full has none. Type --critic model"
@@ -283,5 +283,12 @@ def check_critic(common, config, kind):
             yield f"--critic_layer {config.critic_layer}: the policy has {layers} layers. Type 0 to {layers - 1}"
     if file is not None and not Path(file).is_file():
         yield f"--critic_path {file}: no such file. A run with --save_critic True leaves OUTPUT_DIR/critic.safetensors"
-    elif file is not None and (not is_safetensors(Path(file)) or "return_scale" not in read_header(Path(file))):
+    elif file is not None and (not is_safetensors(Path(file)) or SCALE not in read_header(Path(file))):
         yield f"--critic_path {file}: not a critic that a run of PPO saved"
+    elif file is not None and path is not None and kind == "lora":
+        yield f"--value_model_path {path} with --critic_path: the whole adapter is in {file}. Leave out one of them"
+    if 0 < config.max_steps <= config.critic_warmup_steps:
+        yield (
+            f"--critic_warmup_steps {config.critic_warmup_steps}: the run has {config.max_steps} steps, so the policy "
+            f"would never learn. Type at most {config.max_steps - 1}"
+        )

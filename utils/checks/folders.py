@@ -56,6 +56,13 @@ def check_value_model(path, common, kind):
         yield f"{flag}: a whole model. --critic lora takes an adapter on the policy's base. Type --critic model"
     elif kind == "lora" and not shares_base(path, common.model_name_or_path, common.train_mode, common.model_revision):
         yield f"{flag}: an adapter on another base than the policy's. Merge it, and type --critic model"
+    elif kind == "lora":
+        theirs, ours = read_adapter(path), {"r": common.lora_rank, "lora_alpha": common.lora_alpha}
+        for key, value in (ours | {"use_dora": common.use_dora, "use_rslora": False}).items():
+            if theirs.get(key, False) != value:
+                flag_of = {"r": "lora_rank"}.get(key, key)
+                way_out = f"Type --{flag_of} {theirs.get(key)}, or merge it, and type --critic model"
+                yield f"{flag}: an adapter with {key} {theirs.get(key)}, and the run has {value}. {way_out}"
     different = first_difference(read_vocabulary(common.model_name_or_path), read_vocabulary(path))
     if different:
         yield f"{flag}: its tokenizer is not the policy's: {different}. A critic reads the policy's tokens"

@@ -8,7 +8,7 @@ from rlhf_args.methods import METHODS, REJECTION, find_method
 from utils.checks import flags
 from utils.data import files
 from utils.models import folders, sampling
-from utils.rejection import scoring, selection
+from utils.rejection import selection
 from utils.rejection.folder import compare_settings, read_settings
 from utils.rewards import judge
 from utils.rewards.server import check_failed_fraction, check_server
@@ -116,7 +116,7 @@ def check_generation(common, config):
 
 
 def check_scorers(common, config):
-    names = scoring.name_scorers(common, config)
+    names = judge.name_scorers(common, config)
     if not names:
         yield (
             f"no scorer: what is a good answer? Type --reward_funcs {REJECTION.sample_reward} to try, "
@@ -165,7 +165,7 @@ def check_then(common, config):
     if name and METHODS[name].task != "CAUSAL_LM" and config.rounds > 1:
         yield f"--then {name} with --rounds: a reward model cannot answer in the next round. Type --rounds 1"
     held_out = common.eval_data_path or common.eval_fraction
-    if held_out and config.judge_mode == "pick" and scoring.name_scorers(common, config) == [judge.name_judge(config)]:
+    if held_out and config.judge_mode == "pick" and judge.name_scorers(common, config) == [judge.name_judge(config)]:
         yield (
             "--judge_mode pick with held-out prompts: what it gives the answers to a prompt always adds up to 1 and "
             "measures no model. Type --judge_mode score, or --eval_fraction 0"

@@ -44,7 +44,7 @@ def check_reward_functions(specs):
             yield f"--reward_funcs {spec}: no file {path}{near_path(path)}"
         else:
             try:
-                defined = list(names_in(ast.parse(file.read_text(encoding="utf-8"))))
+                defined = list(names_in(ast.parse(file.read_bytes())))
             except SyntaxError as error:
                 yield f"{path}:{error.lineno}: {error.msg}, so --reward_funcs {spec} cannot be loaded"
                 continue
@@ -74,7 +74,7 @@ def names_in(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield node.name
         elif isinstance(node, ast.Assign):
-            yield from (target.id for target in node.targets if isinstance(target, ast.Name))
+            yield from (one.id for target in node.targets for one in ast.walk(target) if isinstance(one, ast.Name))
         elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             yield node.target.id
         elif isinstance(node, ast.Import | ast.ImportFrom):
@@ -162,8 +162,11 @@ class RewardFunction:
         return "", "".join(stacks[-1].format())
 
     def first_failing(self, columns):
-        """The row that fails by itself, of a batch that failed; None where none does."""
+        """The row that fails by itself, of a batch that failed; None if none does within ten seconds."""
+        until = time.monotonic() + 10
         for row in range(len(columns["prompts"])):
+            if time.monotonic() > until:  # a call may be slow, or paid
+                return None
             alone = {n: v[row : row + 1] if isinstance(v, list) else v for n, v in columns.items()}
             try:
                 _, error = self.begin(alone).result(self.timeout)
@@ -189,7 +192,7 @@ def attempt(function, columns):
         if inspect.isawaitable(found):
             return asyncio.run_coroutine_threadsafe(attempt_async(found), event_loop()).result()
         return list(found) if isinstance(found, Iterator) else found, None  # a generator runs, and may raise, only now
-    except (Exception, SystemExit) as error:  # noqa: BLE001  a user's function may raise anything
+    except (Exception, SystemExit, asyncio.CancelledError) as error:  # noqa: BLE001  may raise anything
         return None, error
 
 

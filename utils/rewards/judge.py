@@ -23,7 +23,7 @@ PLACES = {"score": ("{prompt}", "{completion}"), "pick": ("{prompt}", "{completi
 VERDICT = re.compile(r"\[\[(.*?)\]\]")
 NUMBER = re.compile(r"[-+]?\d+(\.\d+)?", re.ASCII)
 LABELS = string.ascii_uppercase
-CRITERION = re.compile(r"criterion[ \t]+([\w-]+)[ \t]+(\S+?)[ \t]*:[ \t]*(\S.*)")
+CRITERION = re.compile(r"criterion[ \t]+([\w-]+)[ \t]+(\S+?)[ \t]*:[ \t]*(\S.*)", re.IGNORECASE)
 
 
 # ── the template ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -37,15 +37,21 @@ def template_of(config):
 def check_template(path, mode):
     """Problems of a judge's template file."""
     try:
-        written = Path(path).read_text(encoding="utf-8")
+        written = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         yield f"--judge_template {path}: {getattr(error, 'strerror', None) or 'not UTF-8'}"
         return
+    listed = "{criteria}" in written
     criteria, problems, written = read_rubric(written)
     yield from (f"{path}:{line}: {problem}" for line, problem in problems)
     if criteria and mode == "pick":
         yield f"--judge_template {path}: a rubric rates each answer by itself. Type --judge_mode score"
         return
+    if not problems and bool(criteria) != listed:
+        yield (
+            f"--judge_template {path}: a rubric has lines `criterion NAME WEIGHT: QUESTION` at its top, and "
+            f"{{criteria}} below, where the questions go. It has {'no {criteria}' if criteria else 'no such line'}"
+        )
     for place in PLACES[mode]:
         if place not in written:
             yield (
@@ -61,7 +67,9 @@ def read_rubric(written):
     Any other template has no criteria, and is sent as it is.
     """
     lines = written.splitlines(keepends=True)
-    head = next((n for n, line in enumerate(lines) if line.strip() and not line.startswith("criterion ")), len(lines))
+    head = next(
+        (n for n, line in enumerate(lines) if line.strip() and not line.lower().startswith("criterion ")), len(lines)
+    )
     weights, asked, problems, names = {}, [], [], set()
     for number, line in enumerate(lines, 1):
         found = CRITERION.fullmatch(line.strip())
@@ -95,7 +103,7 @@ def name_numbers(config):
     if not config.judge_model:
         return []
     try:
-        return [*read_rubric(Path(template_of(config)).read_text(encoding="utf-8"))[0]] or [name_judge(config)]
+        return [*read_rubric(Path(template_of(config)).read_text(encoding="utf-8-sig"))[0]] or [name_judge(config)]
     except (OSError, UnicodeDecodeError):  # check_template says it
         return [name_judge(config)]
 
@@ -144,7 +152,7 @@ class Judge:
     def __init__(self, config):
         self.mode, self.seed = config.judge_mode, config.seed
         self.least, self.most = config.judge_scale
-        self.criteria, _, self.template = read_rubric(Path(template_of(config)).read_text(encoding="utf-8"))
+        self.criteria, _, self.template = read_rubric(Path(template_of(config)).read_text(encoding="utf-8-sig"))
         self.weights = self.criteria or {name_judge(config): 1.0}
         self.max_tokens = config.judge_max_tokens
         _, url, key = config.judge_server()

@@ -107,8 +107,8 @@ class OnlineJudge:
         everyone = dict(gather_object(found))
         return [everyone[place] for place in range(first, first + count)]
 
-    def count(self, failed, total):
-        """Adds a rollout of all processes, `failed` of whose `total` answers got no verdict.
+    def count(self, failed, total, evaluating=False):
+        """Adds a rollout or an evaluation batch of all processes: `failed` of its `total` answers got no verdict.
 
         Raises RewardFailed where more than max_failed_fraction of the latest answers failed. All processes call it
         alike, and so raise alike.
@@ -120,8 +120,8 @@ class OnlineJudge:
         while sum(total for _, total in self.rollouts) - self.rollouts[0][1] >= LATEST:
             self.rollouts.popleft()
         bad, seen = (sum(column) for column in zip(*self.rollouts, strict=True))
-        limit = self.config.max_failed_fraction
-        if bad <= limit * seen or (limit and bad < FEW and failed < total):
+        limit, whole = self.config.max_failed_fraction, failed == total and not evaluating
+        if bad <= limit * seen or (limit and bad < FEW and not whole):
             return
         reasons = sum(gather_object([self.reasons]), collections.Counter())
         raise RewardFailed(

@@ -129,7 +129,10 @@ def choose_start(common, config, run):
         return Start(checkpoint), [*said, f"goes on from {checkpoint}"]
     if common.resume == "weights_only":
         refuse_if([*misfits(checkpoint, common, there, run)])
-        return Start(checkpoint, weights_only=True), [*said, f"starts anew from the weights of {checkpoint}"]
+        said.append(f"starts anew from the weights of {checkpoint}")
+        if (checkpoint / "critic.safetensors").exists():
+            said.append(f"the critic starts anew too (--critic_path {checkpoint}/critic.safetensors would take it)")
+        return Start(checkpoint, weights_only=True), said
     way_out = "--resume weights_only to start anew from its weights, or --overwrite_output_dir to start afresh"
     if different:
         raise Refused([f"{checkpoint} is of another run: {different}. Type what is there to go on with it, {way_out}"])
