@@ -634,3 +634,22 @@ def test_a_signal_to_two_processes_saves_and_they_go_on(launched, warm, models, 
     os.replace(out, resumed)
     assert launch(last + 2).wait(timeout=170) == 0  # undisturbed
     assert same_weights(out, resumed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("launched", "mode"), [("cpu", "qlora"), ("zero2", "full"), ("zero3", "full")])
+def test_a_resumed_critic_and_the_scale_of_its_values_are_those_that_were_saved(
+    launched, mode, warm, models, tmp_path
+):
+    env = {**os.environ, "LAUNCH": launched, "NUM_PROCESSES": "1", "OMP_NUM_THREADS": "1"}
+
+    def launch(out):
+        flags = {"logging_steps": 1, "max_steps": 4, "eval_strategy": "no", "eval_steps": None}
+        job = [warm, "-m", "utils.launch", "train_rlhf.py", *words(models, out, "PPO", mode, **flags)]
+        done = subprocess.run(job, cwd=ROOT, env=env, capture_output=True, text=True, timeout=170)
+        assert done.returncode == 0, done.stderr
+        return log_of(out, "metrics.jsonl")
+
+    whole = launch(tmp_path / "whole")
+    assert whole[2]["value"] != 0  # a scale that was lost would begin anew
+    assert launch(copied(tmp_path / "whole", tmp_path / "out", last=2)) == whole

@@ -1,5 +1,6 @@
 """What every trainer here does beside training: whole checkpoints, exact resumes, no step on numbers that are none."""
 
+import contextlib
 import os
 import random
 import shutil
@@ -115,6 +116,14 @@ class Safe:
         found["passes"] = self.args.gradient_accumulation_steps
         os.makedirs(folder, exist_ok=True)
         torch.save(to_plain(found), folder / f"progress_{self.args.process_index}.pt")
+
+    def _load_from_checkpoint(self, *args, **kwargs):
+        with kept_dtypes(self.model):
+            super()._load_from_checkpoint(*args, **kwargs)
+
+    def _load_best_model(self):
+        with kept_dtypes(self.model):
+            super()._load_best_model()
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         self.to_restore = resume_from_checkpoint
@@ -249,3 +258,12 @@ def like(old, value, device):
     into.clear()
     into.update(held)
     return into
+
+
+@contextlib.contextmanager
+def kept_dtypes(model):
+    """PEFT loads adapters in float32: QLoRA's, which are trained in bfloat16, would go on in another precision."""
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters() if parameter.requires_grad}
+    yield
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(dtypes.get(name, parameter.dtype))
