@@ -57,8 +57,15 @@ def test_one_rollout_that_differs_is_a_training(run):
     assert status == 0 and not [line for line in lines if line.startswith("failed")]
 
 
-def test_a_rate_that_moves_nothing_is_no_matter_of_the_rewards(run, tmp_path):
+STILL = {
+    "GRPO": "--learning_rate 1e-60",
+    "PPO": "--num_generations 1 --max_steps -1 --num_train_epochs 1 --critic_warmup_steps 9",  # more than the run has
+}
+
+
+@pytest.mark.parametrize("method", STILL)
+def test_a_policy_that_did_not_move_is_no_matter_of_the_rewards(method, run, tmp_path):
     differ = "def judge(completions, **columns):\n    return [float(number) for number in range(len(completions))]\n"
-    status, lines = run(differ, "--learning_rate", "1e-60", method="GRPO", mode="full")
+    status, lines = run(differ, *STILL[method].split(), method=method, mode="full")
     assert status == 1 and lines[-1].endswith(" is not a sound save: no weight differs from the start")
     assert not (tmp_path / "out" / "run_card.json").exists()

@@ -252,13 +252,12 @@ class Report(TrainerCallback):
 
         The reason joins the warnings of run_card.json.
         """
-        step, lines = (
-            self.trainer.state.global_step,
-            self.trainer.state.log_history,
-        )  # its last line has all steps left
+        step, lines = self.trainer.state.global_step, self.trainer.state.log_history
         rollouts = [line for line in lines if "frac_reward_zero_std" in line]  # a rollout may serve several steps
         if not rollouts or any(line["frac_reward_zero_std"] != 1 for line in rollouts):
             return None
+        if self.trainer.args.num_generations == 1 and any(line["reward_std"] for line in rollouts):
+            return None  # PPO: a group of one answer is always equal to itself
         if any(line.get("grad_norm") for line in lines):
             return None
         rewards = [line["reward"] for line in rollouts]
