@@ -33,7 +33,6 @@ from trainers.gkd_trainer import HELD_OUT, EveryRow, GKDTrainer, Head, compare
 from utils.data.prepare import prepare_rows
 from utils.data.rows import make_rows
 from utils.models import folders, load as models_load, sampling
-from utils.training import run as training_run
 
 # ── the divergence ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -647,13 +646,13 @@ def test_whoever_answers_says_nothing_that_the_other_has_no_row_for(ours, theirs
 @pytest.fixture
 def trainers(monkeypatch):
     """The trainers that the commands of a test made."""
-    made, make = [], training_run.make_trainer
+    made, make = [], train_gkd.make_trainer
 
     def keep(*args, **kwargs):
         made.append(make(*args, **kwargs))
         return made[-1]
 
-    monkeypatch.setattr(training_run, "make_trainer", keep)
+    monkeypatch.setattr(train_gkd, "make_trainer", keep)
     return made
 
 

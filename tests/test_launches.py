@@ -251,13 +251,15 @@ import os, sys
 sys.path.insert(0, os.getcwd())
 if "--check" in sys.argv:
     sys.exit()
-from utils import arguments, environment, models
+from utils.cli import arguments
+from utils.models import load
+from utils.runtime import environment
 environment.calm_libraries()
 _, name = arguments.parse_common(sys.argv[1:])
 common, config = arguments.parse(sys.argv[1:], name)
 path = common.model_name_or_path
-policy = models.load_policy(
-    path, task="CAUSAL_LM", train_mode=common.train_mode, dtype="float32", tokenizer=models.load_tokenizer(path),
+policy = load.load_policy(
+    path, task="CAUSAL_LM", train_mode=common.train_mode, dtype="float32", tokenizer=load.load_tokenizer(path),
     seed=0, deepspeed=config.deepspeed_plugin is not None
 )
 held = sum(p.ds_tensor.numel() if hasattr(p, "ds_tensor") else p.numel() for p in policy.parameters())
@@ -297,7 +299,8 @@ def test_a_failure_in_training_is_the_last_line(warm, tiny_model, tmp_path):
 def test_a_process_that_dies_is_named_last(action, status, said, warm, tmp_path):
     """Not after forty lines of launcher output: nothing but the process's own words, and then that line."""
     script = tmp_path / "script.py"
-    body = "import os, sys, time\nsys.path.insert(0, os.getcwd())\nfrom utils.environment import record_failure\n"
+    body = "import os, sys, time\nsys.path.insert(0, os.getcwd())\n"
+    body += "from utils.runtime.environment import record_failure\n"
     body += "if '--check' in sys.argv: sys.exit(0)\n"
     body += f"try:\n    if os.environ['RANK'] == '1': {action}\n    time.sleep(60)\n"
     body += "except ValueError as error:\n    record_failure(error)\n    raise\n"

@@ -15,7 +15,7 @@ import train_gkd
 import train_rlhf
 from rlhf_args.methods import ANSWERED, DIALOGUE, EVERY, METHODS, PAIR, PROMPT, RANKED, UNPAIRED
 from tests.conftest import TEMPLATE, make_model, make_tokenizer, write_rows
-from utils.checks import findings
+from utils.checks import findings, schedule
 from utils.checks.folders import check_folders
 from utils.data import cache, prepare as data_prepare, template as data_template
 from utils.data.rows import load_rows
@@ -484,7 +484,7 @@ def test_a_disk_without_room_is_warned_of_and_one_without_room_for_a_checkpoint_
 
 @pytest.mark.parametrize("mode", ["full", "lora"])
 def test_a_checkpoint_is_as_large_as_was_said(mode, tiny_model, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(folders, "gigabytes", lambda size: f"{size} bytes")
+    monkeypatch.setattr(schedule, "gigabytes", lambda size: f"{size} bytes")
     words = ["--rlhf_type", "DPO", "--output_dir", str(tmp_path / "out"), "--model_name_or_path", tiny_model]
     words += ["--train_data_path", write_rows(tmp_path / "rows.jsonl", PAIRS), "--max_steps", "1"]
     assert train_rlhf.main([*words, "--train_mode", mode]) == 0
