@@ -94,9 +94,9 @@ def model_for(tmp_path_factory):
 def reopened_here(request, monkeypatch):
     """A run within a test has its result reopened in the test's process, which takes a tenth of the time.
 
-    In a process of its own in tests/test_verify.py, and in whatever runs the command.
+    In a process of its own in tests/results/test_verify.py, and in whatever runs the command.
     """
-    if request.module.__name__ != "tests.test_verify":
+    if request.module.__name__ != "tests.results.test_verify":
         monkeypatch.setattr(proof, "verify_in_fresh_process", proof.verify)
 
 

@@ -1,0 +1,663 @@
+"""What is found before a model is loaded, and kept for the next start: `pytest tests/checks/test_preflight.py`."""
+
+import collections
+import importlib.metadata
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import train_gkd
+import train_rlhf
+from rlhf_args.methods import ANSWERED, DIALOGUE, EVERY, METHODS, PAIR, PROMPT, RANKED, UNPAIRED
+from tests.conftest import TEMPLATE, make_model, make_tokenizer, write_rows
+from utils.checks import findings, schedule
+from utils.checks.folders import check_folders
+from utils.data import cache, prepare as data_prepare, template as data_template
+from utils.data.rows import load_rows
+from utils.models import folders
+from utils.runtime.errors import Refused, collecting
+
+
+def pair(n, prompt="Say {}.", chosen="Yes {}.", rejected="No {}."):
+    sides = {"prompt": ("user", prompt), "chosen": ("assistant", chosen), "rejected": ("assistant", rejected)}
+    return {name: [{"role": role, "content": said.format(n)}] for name, (role, said) in sides.items()}
+
+
+PAIRS = [pair(n) for n in range(10, 26)]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def check(tmp_path, tiny_model, capsys):
+    """check(flags, rows, ...) types a sound command with --check but for `flags`; (status, stdout, stderr), lines."""
+
+    def check(flags="", rows=PAIRS, method="DPO", model=tiny_model, out=tmp_path / "out", held=None):
+        words = ["--rlhf_type", method, "--output_dir", str(out), "--model_name_or_path", str(model), "--check"]
+        words += ["--train_data_path", write_rows(tmp_path / "rows.jsonl", rows)]
+        words += ["--eval_data_path", write_rows(tmp_path / "held.jsonl", held)] if held else []
+        status = train_rlhf.main([*words, *flags.split()])
+        said = capsys.readouterr()
+        assert not out.exists()
+        return status, said.out.splitlines(), said.err.splitlines()
+
+    return check
+
+
+@pytest.fixture
+def warnings(check):
+    """warnings(flags, rows, ...) are those that --check says, of which the last line gives the number."""
+
+    def warnings(*args, **kwargs):
+        status, out, err = check(*args, **kwargs)
+        assert (status, err) == (0, [])
+        found = [line.removeprefix("warning   ") for line in out if line.startswith("warning ")]
+        counted = f"; {len(found)} warning{'s' * (len(found) > 1)}" if found else ""
+        assert out[-1] == f"checked   nothing stands in the way; no model was loaded, nothing was written{counted}"
+        return found
+
+    return warnings
+
+
+@pytest.fixture
+def refused(check):
+    def refused(*args, **kwargs):
+        status, _, err = check(*args, **kwargs)
+        assert status == 2 and all(line.startswith("refused: ") for line in err), err
+        return [line.removeprefix("refused: ") for line in err]
+
+    return refused
+
+
+def test_a_sound_run_has_no_warning(warnings):
+    assert warnings() == []
+
+
+# ── tokens ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+TURNS = [{"role": role, "content": said} for role, said in (("user", "hi"), ("assistant", "ok"), ("user", "<pad> so"))]
+TEXTS = ["", "plain", "a<|im_end|>", "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", "<|im_end|><|im_end|>"]
+
+
+def make_word_tokenizer():
+    """One that puts a mark in front of a text's first word alone, so that a text cut in two has another one."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: n for n, token in enumerate(("<unk>", "<|im_start|>", "<|im_end|>", "▁ok", "ok", "▁", "\n"))}
+    core = Tokenizer(models.WordLevel(vocabulary, "<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(prepend_scheme="always")])
+    core.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|im_end|>")
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+TOKENIZERS = {
+    "no BOS": make_tokenizer,
+    "a BOS": lambda: make_tokenizer(bos="<s>"),
+    "a BOS in the template": lambda: make_tokenizer("{{ bos_token }}" + TEMPLATE, "<s>"),
+    "no template": lambda: make_tokenizer(template=None),
+    "words": make_word_tokenizer,
+}
+
+
+@pytest.mark.parametrize("case", TOKENIZERS)
+def test_a_text_in_parts_has_the_tokens_that_it_has_whole(case):
+    tokenizer = TOKENIZERS[case]()
+    chat = [data_template.template(tokenizer, TURNS, add_generation_prompt=True)] if tokenizer.chat_template else []
+    texts = TEXTS + chat
+    tokens = data_prepare.Tokens(tokenizer)
+    tokens.learn(texts[1:])  # the first is asked for all the same
+    assert [tokens(one) for one in texts] == [tokenizer(one)["input_ids"] for one in texts]
+    assert (tokens.marks is None) == (case == "no template")
+    assert tokens.highest == max(token for one in texts for token in tokenizer(one)["input_ids"])
+
+
+def test_a_tokenizer_that_looks_past_a_cut_gets_whole_texts():
+    class LooksBack:
+        """Gives a text one token more than its characters: no parts add up to it."""
+
+        chat_template, bos_token, bos_token_id = TEMPLATE, None, None
+        real = make_tokenizer()
+        added_tokens_decoder = real.added_tokens_decoder
+        apply_chat_template = real.apply_chat_template
+
+        def __call__(self, texts, **kwargs):
+            ids = [[*self.real(one)["input_ids"], 7] for one in ([texts] if isinstance(texts, str) else texts)]
+            return {"input_ids": ids[0] if isinstance(texts, str) else ids}
+
+    tokens = data_prepare.Tokens(LooksBack())
+    tokens.learn(TEXTS[1:])
+    assert tokens.marks is None
+    assert [tokens(one) for one in TEXTS[1:]] == [LooksBack()(one)["input_ids"] for one in TEXTS[1:]]
+
+
+def test_what_rows_have_in_common_is_tokenised_once(monkeypatch):
+    tokenizer, seen = make_tokenizer(), collections.Counter()
+    data_template.fit_tokenizer(tokenizer, chat=True)
+    tokenize = data_prepare.Tokens.tokenize
+
+    def count(self, texts, whole):
+        seen.update(texts)
+        return tokenize(self, texts, whole)
+
+    monkeypatch.setattr(
+        data_prepare.Tokens, "prove", lambda self, texts: vars(self).update(proven=True, front=[], back=[])
+    )
+    monkeypatch.setattr(data_prepare.Tokens, "tokenize", count)
+    monkeypatch.setattr(data_prepare, "CHUNK", 4)  # of which a later one has what every turn begins with too
+    data_prepare.prepare_rows([(f"rows:{n}", row) for n, row in enumerate(PAIRS)], tokenizer, PAIR, 1024)
+    assert seen and set(seen.values()) == {1}
+    answers = [row[side][0]["content"] for row in PAIRS for side in ("chosen", "rejected")]
+    assert sum(any(answer in part for answer in answers) for part in seen) == 2 * len(PAIRS)
+
+
+def test_lengths_are_counted_in_tokens_of_every_row_that_was_read(check):
+    # a token a byte. "<|im_start|>user\nSay 10.<|im_end|>\n<|im_start|>assistant\n" is 3 special tokens,
+    # 5 + 7 + 1 + 10 bytes: 26. The answers "Yes 10." and "No 10." are 7 and 6 bytes and an end of turn: 8, 7
+    _, out, _ = check(rows=[*PAIRS[:9], pair(10, chosen="Yes, very much so {}.")])  # 21 bytes, 22 tokens
+    assert "lengths   prompt 26, 26, 26; chosen 8, 22, 22; rejected 7, 7, 7 tokens (median, 95 %, longest)" in out
+
+
+def test_percentiles_are_those_of_the_rows():
+    assert findings.percentiles(range(1, 101)) == [50, 95, 100]
+    assert findings.percentiles([3]) == [3, 3, 3]
+    assert findings.percentiles([9, 1]) == [1, 9, 9]  # half of the rows have 1 or less
+
+
+def test_max_length_that_cuts_rows_is_named_with_the_one_that_does_not(warnings):
+    rows = [*PAIRS, pair(10, chosen="Yes, very much so {}.")]
+    # the longest is 26 + 22 = 48; of the others the prompt and the longer answer are 26 + 8 = 34
+    (warning,) = warnings("--max_length 40", rows)
+    assert warning == "--max_length 40 drops 0 and cuts 1 of 17 rows; --max_length 48 would take all rows whole"
+    assert warnings("--max_length 48", rows) == []
+    (warning,) = warnings("--max_length 47", rows)
+    assert "cuts 1 of 17" in warning
+    long = [*PAIRS, pair(10, prompt="Say {}." + "!" * 20)]  # a prompt of 46
+    (warning,) = warnings("--max_length 40", long)
+    assert warning == "--max_length 40 drops 1 and cuts 0 of 17 rows; --max_length 54 would take all rows whole"
+
+
+def test_a_row_that_no_model_of_that_size_holds_is_said_so(warnings, refused):
+    rows = [*PAIRS, pair(10, chosen="Yes " * 600 + "{}.")]  # 2403 bytes and more; the tiny model holds 2048
+    (warning,) = warnings("--max_length 1024", rows)
+    assert "the model holds 2048: --max_length 2048 would take the most" in warning
+
+
+def test_a_token_that_spans_prompt_and_answer_is_counted():
+    from tokenizers import Tokenizer, decoders, models as cores, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: n for n, token in enumerate(["<|im_end|>", "Ġ", "a", "b", "Ġb"])}
+    core = Tokenizer(cores.BPE(vocabulary, [("Ġ", "b")]))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    core.add_special_tokens(["<|im_end|>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|im_end|>")
+    sides = {"chosen": "b", "rejected": "a"}
+    rows = [("rows:1", {"prompt": "a ", **sides}), ("rows:2", {"prompt": "a", "chosen": " b", "rejected": "a"})]
+    prepared = data_prepare.prepare_rows(rows, tokenizer, PAIR, 64)
+    assert prepared.spanned == 1  # "a", " " alone, "a", " b" with the answer
+    (warning,) = findings.check_tokens(prepared, data_prepare.Prepared())
+    assert warning.startswith("in 1 of 2 rows (50%) a token spans prompt and answer")
+
+
+def test_the_templates_own_tokens_in_the_data_are_found(warnings, tmp_path):
+    rows = [*PAIRS, pair(1, chosen="Yes.<|im_end|>"), pair(2, rejected="No<|im_end|>no.")]
+    (warning,) = warnings(rows=rows)
+    assert warning.startswith(
+        f"2 rows have more or less than one BOS and one end of turn, as {tmp_path}/rows.jsonl:17 "
+        "(2 ends of turn behind the answer)"
+    )
+
+
+# ── the rows ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_rows_that_stand_twice_or_against_each_other_are_found(warnings, tmp_path):
+    file, swapped = (
+        tmp_path / "rows.jsonl",
+        PAIRS[1] | {"chosen": PAIRS[1]["rejected"], "rejected": PAIRS[1]["chosen"]},
+    )
+    again, against = warnings(rows=[*PAIRS, PAIRS[0], swapped])
+    assert again.startswith(f"1 of 18 rows repeat another, as {file}:17 and {file}:1. ")
+    assert against.startswith(f"1 of 18 rows contradict another, as {file}:18 and {file}:2. ")
+
+
+def test_held_out_rows_that_are_trained_on_are_found(warnings, tmp_path):
+    (warning,) = warnings(held=[PAIRS[3], pair(99)])
+    assert warning.startswith(
+        f"1 of 2 held-out rows are trained on too, as {tmp_path}/held.jsonl:1 and {tmp_path}/rows"
+    )
+    assert warnings(held=[pair(98), pair(99)]) == []
+
+
+def thumbs(true, false):
+    good = [{"prompt": p["prompt"], "completion": p["chosen"], "label": True} for p in map(pair, range(true))]
+    return good + [
+        {"prompt": p["prompt"], "completion": p["rejected"], "label": False} for p in map(pair, range(false))
+    ]
+
+
+@pytest.mark.parametrize(
+    "true, false, flags, said",
+    [
+        (10, 10, "", None),  # 1:1
+        (12, 9, "", None),  # 4:3
+        (12, 8, "", "12 to 8"),  # 3:2, too many good ones
+        (12, 8, "--undesirable_weight 1.2", None),  # 12 to 9.6 is 5:4
+        (8, 12, "", "8 to 12"),
+        (8, 12, "--desirable_weight 1.5", None),  # 12 to 12
+        (10, 10, "--desirable_weight 2", "20 to 10"),
+    ],
+)
+def test_kto_is_weighed_between_1_to_1_and_4_to_3(true, false, flags, said, warnings):
+    found = warnings(flags, thumbs(true, false), "KTO")
+    if said is None:
+        assert found == []
+    else:
+        (warning,) = found
+        assert f" make {said}; KTO wants 1:1 to 4:3: " in warning
+        assert warning.endswith("leave both weights out") == (true == false)
+        assert (" type --" in warning) == (true != false)
+
+
+# ── the training ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ("--learning_rate 0.011", "--learning_rate 0.011 is above 0.01. AdamW usually takes 1e-6 to 5e-5 for full"),
+        ("--learning_rate 0.0011 --train_mode full", "--learning_rate 0.0011 is above 0.001. "),
+        ("--learning_rate 0.01", None),
+        ("--learning_rate 0.001 --train_mode full", None),
+        ("--learning_rate 0.02 --optim sgd", None),
+        # 16 rows, 8 a step: 2 steps an epoch, 6 in all
+        ("--warmup_steps 6", "--warmup_steps 6: all 6 steps would warm up"),
+        ("--warmup_steps 5", None),
+        ("--gradient_accumulation_steps 3", "a step takes 24 rows and there are 16: each pass over the data is one"),
+        ("--gradient_accumulation_steps 2", None),
+    ],
+)
+def test_what_hardly_trains_is_warned_of(flags, said, warnings):
+    found = warnings(f"--per_device_train_batch_size 8 --num_train_epochs 3 {flags}")
+    assert [warning[: len(said or "")] for warning in found] == ([said] if said else [])
+
+
+def test_no_step_at_all_is_refused(refused):
+    assert refused("--per_device_train_batch_size 17 --dataloader_drop_last") == [
+        "--dataloader_drop_last: 16 rows do not fill one batch of 17, and would all be dropped. Leave it out, or type "
+        "--per_device_train_batch_size smaller"
+    ]
+
+
+# ── the installation and the weights ─────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_package_of_another_version_than_the_pinned_one_is_named(monkeypatch, tmp_path):
+    pins = tmp_path / "requirements.txt"
+    pins.write_text("one==1.2.0  # why\ntwo==2.0\nthree==3.0\nfour==4.0\n", encoding="utf-8")
+    versions = {"one": "1.2.0+cpu", "two": "2.1", "four": "4.0"}
+
+    def version(name):
+        if name not in versions:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert list(findings.check_versions(pins)) == [
+        "two 2.1 is installed, pinned 2.0. Type pip install -r requirements.txt",
+        "three is not installed, pinned 3.0. Type pip install -r requirements.txt",
+    ]
+
+
+def test_a_library_that_is_too_old_is_refused_before_it_is_imported(monkeypatch, refused):
+    version = importlib.metadata.version
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: "4.57.1" if name == "transformers" else version(name)
+    )
+    assert any(line.startswith("transformers 4.57.1: has no ") for line in refused())
+
+
+def shard(folder, source, parts):
+    """The model of `source` in `folder`, its weights in `parts` files with an index."""
+    shutil.copytree(source, folder)
+    (file,) = folder.glob("*.safetensors")
+    with safe_open(file, "pt") as handle:
+        tensors = {name: handle.get_tensor(name) for name in handle.keys()}
+    file.unlink()
+    names, weights = [f"model-{n:05}-of-{parts:05}.safetensors" for n in range(1, parts + 1)], {}
+    for place, name in enumerate(tensors):
+        weights[name] = names[place % parts]
+    for name in names:
+        save_file({key: tensors[key] for key in tensors if weights[key] == name}, folder / name, {"format": "pt"})
+    index = {"metadata": {}, "weight_map": weights}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def test_weights_are_described_by_their_headers(check, tiny_model, tmp_path):
+    size = sum(file.stat().st_size for file in Path(tiny_model).glob("*.safetensors"))
+    assert f"weights   {size / 1e6:.2g} MB float32 safetensors in 1 file" in check()[1]
+    folder = shard(tmp_path / "model", tiny_model, 3)
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    assert f"weights   {size / 1e6:.2g} MB float32 safetensors in 3 files" in check(model=folder)[1]
+
+
+def test_a_shard_that_is_missing_or_cut_is_refused(refused, tiny_model, tmp_path):
+    folder = shard(tmp_path / "model", tiny_model, 3)
+    missing, cut = folder / "model-00002-of-00003.safetensors", folder / "model-00003-of-00003.safetensors"
+    missing.unlink()
+    whole = cut.read_bytes()
+    cut.write_bytes(whole[:-4])
+    assert refused(model=folder) == [
+        f"{cut}: has {len(whole) - 4} bytes, and {len(whole)} by its header. Download or copy it again",
+        f"{folder}/model.safetensors.index.json: names {missing.name}, which is not there. Download or copy it again",
+    ]
+
+
+def make_adapter(folder, base):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=2, target_modules="all-linear"))
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(Path(base) / name, folder)
+    return folder
+
+
+def test_the_base_of_an_adapter_is_looked_at_too(refused, check, tiny_model, tmp_path, capsys):
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", str(base))
+    capsys.readouterr()
+    assert any(line.startswith("weights ") and ", the adapter " in line for line in check(model=adapter)[1])
+    (file,) = base.glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-1])
+    (problem,) = refused(model=adapter)
+    assert problem.startswith(f"{file}: has ")
+
+
+def test_a_teacher_and_a_reward_model_are_looked_at_too(tmp_path, tiny_model):
+    cut = shutil.copytree(tiny_model, tmp_path / "cut")
+    (file,) = cut.glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-1])
+    for flag in ("reward_model_path", "teacher_model_name_or_path", "value_model_path"):
+        both = [collections.namedtuple("Flags", ("model_name_or_path", flag))(tiny_model, str(cut))] * 2
+        (problem,) = check_folders(*both)
+        assert problem.startswith(f"{file}: has ")
+
+
+def test_a_tokenizer_of_another_model_is_refused_where_the_data_need_its_tokens(refused, warnings, tmp_path, capsys):
+    tokenizer = make_tokenizer()  # 4 special tokens and 256 bytes: 260
+    folder = make_model(tmp_path / "model", tokenizer)
+    tokenizer.add_tokens(["<tool>"])  # number 260, for which there is no embedding
+    tokenizer.save_pretrained(folder)
+    capsys.readouterr()
+    assert warnings(model=folder) == []
+    (problem,) = refused(rows=[*PAIRS, pair(1, prompt="<tool>{}")], model=folder)
+    assert problem.startswith(f"{folder}: the data need token 260 ('<tool>'), and its embeddings have 260 rows. ")
+
+
+def test_a_config_of_another_size_than_the_weights_is_refused(refused, tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    described = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(described | {"vocab_size": 999}))
+    (problem,) = refused(model=folder)
+    assert problem.startswith(f"{folder}: vocab_size is 999 in its config.json, and its embeddings have 260 rows")
+
+
+# ── the disk ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "flags", ["--train_mode full", "", "--lora_rank 3", "--use_dora", "--lora_target_modules q_proj"]
+)
+def test_trained_numbers_are_those_of_the_model_that_would_be_trained(flags, tiny_model):
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from utils.cli import arguments
+    from utils.training import run
+
+    words = f"--model_name_or_path {tiny_model} --train_data_path x --output_dir x {flags}".split()
+    common, _ = arguments.parse(words, "DPO")
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    lora = run.make_lora(common, METHODS["DPO"])
+    model = get_peft_model(model, lora) if lora else model
+    assert folders.count_trained(common) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.fixture
+def free(monkeypatch):
+    def free(size):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: collections.namedtuple("Usage", "free")(size))
+
+    return free
+
+
+@pytest.mark.parametrize("flags, kept", [
+    ("", 1),  # save_steps is 500: one, of the last step
+    ("--save_steps 2", 8),
+    ("--save_steps 3", 6),  # of steps 3, 6, 9, 12, 15 and the last
+    ("--save_steps 2 --save_total_limit 3", 4),  # the fourth is written before the first is deleted
+    ("--save_strategy epoch", 1),
+    ("--save_strategy no", 0),
+])  # fmt: skip
+def test_checkpoints_are_counted_as_they_are_kept(flags, kept, check):
+    _, out, _ = check(f"--per_device_train_batch_size 1 --num_train_epochs 1 {flags}")  # 16 steps
+    (line,) = [line for line in out if line.startswith("disk ")]
+    assert line.split()[1] == str(kept)
+
+
+def test_a_disk_without_room_is_warned_of_and_one_without_room_for_a_checkpoint_refused(
+    warnings, refused, free, tiny_model
+):
+    # full: each of the numbers takes 4 bytes, and Adam two of 4
+    file = next(Path(tiny_model).glob("*.safetensors"))
+    numbers = folders.count(folders.read_header(file).values())
+    small = sum(file.stat().st_size for file in Path(tiny_model).glob("*.json"))
+    one, result = numbers * 12 + small, numbers * 4 + small
+    flags = "--train_mode full --per_device_train_batch_size 1 --num_train_epochs 1 --save_steps 4"  # 4 checkpoints
+    free(4 * one + result)
+    assert warnings(flags) == []
+    free(4 * one + result - 1)
+    (warning,) = warnings(flags)
+    assert warning.startswith("the disk would run full: 4 checkpoints of ")
+    free(one)
+    assert len(warnings(flags)) == 1
+    free(one - 1)
+    (problem,) = refused(flags)
+    assert ": has no room for one checkpoint: 4 checkpoints of " in problem and "--save_total_limit 1" in problem
+    free(result)
+    assert warnings(f"{flags} --save_strategy no") == []
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_a_checkpoint_is_as_large_as_was_said(mode, tiny_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(schedule, "gigabytes", lambda size: f"{size} bytes")
+    words = ["--rlhf_type", "DPO", "--output_dir", str(tmp_path / "out"), "--model_name_or_path", tiny_model]
+    words += ["--train_data_path", write_rows(tmp_path / "rows.jsonl", PAIRS), "--max_steps", "1"]
+    assert train_rlhf.main([*words, "--train_mode", mode]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("disk ")]
+    said = int(line.removeprefix("disk      1 checkpoint of ").split()[0])
+    real = sum(file.stat().st_size for file in (tmp_path / "out" / "checkpoint-1").iterdir())
+    assert said == pytest.approx(real, rel=0.1)  # a scheduler's, a log's and a manifest's kilobytes
+
+
+# ── all at once ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_check_names_the_refusals_of_all_stages_in_one_list(check, refused, tmp_path):
+    rows = [*PAIRS, {"prompt": 3, "chosen": "a", "rejected": "b"}, pair(1, prompt="!" * 100)]
+    found = refused("--lora_rank 0 --per_device_train_batch_size 0 --max_length 100 --max_drop_fraction 0.01", rows)
+    assert [line.split(":")[0] for line in found[:-1]] == [
+        "--lora_rank 0",
+        str(tmp_path / "rows.jsonl"),
+        "--per_device_train_batch_size 0",
+    ]
+    assert "prompt longer than max_length" in found[-1]
+    assert refused("--lora_rank 0 --zzz 1", rows)[:3] == [
+        found[0],
+        found[1],
+        "--zzz: no such flag for DPO. `python train_rlhf.py --rlhf_type DPO --help` lists them",
+    ]
+
+
+def test_without_check_the_first_stage_is_enough(tmp_path, tiny_model, capsys):
+    rows = write_rows(tmp_path / "rows.jsonl", [*PAIRS, {"prompt": 3}])
+    words = f"--model_name_or_path {tiny_model} --train_data_path {rows} --output_dir {tmp_path / 'out'}".split()
+    assert train_rlhf.main([*words, "--per_device_train_batch_size", "0"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"refused: {rows}:17: ")
+
+
+def test_gkd_names_the_refusals_of_all_stages_in_one_list(tmp_path, tiny_model, capsys):
+    rows = write_rows(tmp_path / "rows.jsonl", [{"messages": TURNS[:2]}, {"messages": 3}])
+    words = f"--model_name_or_path {tiny_model} --teacher_model_name_or_path {tiny_model} --train_data_path {rows}"
+    words = f"{words} --output_dir {tmp_path / 'out'} --lora_rank 0 --max_steps -1 --num_train_epochs 0 --check"
+    assert train_gkd.main(words.split()) == 2
+    found = [line.removeprefix("refused: ") for line in capsys.readouterr().err.splitlines()]
+    assert [line.split(":")[0] for line in found] == [
+        "--lora_rank 0",
+        rows,
+        "--num_train_epochs 0",
+        f"--teacher_model_name_or_path {tiny_model}",
+    ]
+
+
+def test_collecting_goes_on_after_a_refusal_and_hides_only_what_follows_from_one():
+    problems = []
+    with pytest.raises(ZeroDivisionError), collecting(problems):
+        1 / 0  # noqa: B018  nothing was refused before: not ours
+    with collecting(problems):
+        raise Refused(["a", "b"])
+    with collecting(problems):
+        raise Refused(["b", "c"])
+    with collecting(problems):
+        1 / 0  # noqa: B018
+    assert problems == ["a", "b", "c"]
+    with pytest.raises(Refused), collecting(None):
+        raise Refused(["a"])
+
+
+# ── the second time ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+KINDS = {
+    "DPO": (PAIR, PAIRS),
+    "Reward": (RANKED, PAIRS),
+    "KTO": (UNPAIRED, thumbs(6, 6)),
+    "SFT": (DIALOGUE, [{"messages": row["prompt"] + row["chosen"]} for row in PAIRS]),
+    "GKD": (ANSWERED, [{"messages": row["prompt"] + row["chosen"]} for row in PAIRS]),
+    "GRPO": (PROMPT, [{"prompt": row["prompt"], "answer": n} for n, row in enumerate(PAIRS)]),
+}
+
+
+@pytest.fixture
+def prepare(tmp_path, monkeypatch):
+    """prepare(name, ...) is (what the cache says came of the rows of a method, whether it was made anew)."""
+    made = []
+    prepare_rows = data_prepare.prepare_rows
+    monkeypatch.setattr(data_prepare, "prepare_rows", lambda *args: made.append(1) or prepare_rows(*args))
+
+    def prepare(name="DPO", rows=None, max_length=40, template=TEMPLATE, file="rows.jsonl"):
+        columns, sample = KINDS[name]
+        path = write_rows(tmp_path / file, (rows or sample) + [long_row(columns)])
+        read = load_rows([path], None, columns, name)
+        tokenizer = make_tokenizer(template)
+        data_template.fit_tokenizer(tokenizer, chat=True)
+        made.clear()
+        return cache.prepare_rows(read.train, tokenizer, columns, max_length), bool(made)
+
+    return prepare
+
+
+def long_row(columns):
+    """One that max_length drops, and whose answer has an end of turn in it."""
+    row = pair(1, prompt="!" * 100, chosen="a<|im_end|>b", rejected="c")
+    if columns == UNPAIRED:
+        return {"prompt": row["prompt"], "completion": row["chosen"], "label": True}
+    if columns in (DIALOGUE, ANSWERED):
+        return {"messages": row["prompt"] + row["chosen"]}
+    return row | {"answer": 5} if columns in (PAIR, RANKED) else {"prompt": row["prompt"], "answer": 5}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_second_start_gets_the_same_rows_without_a_tokenizer(name, prepare):
+    first, anew = prepare(name)
+    assert anew and len(first.dropped) == 1 and first.rows
+    second, anew = prepare(name)
+    assert not anew and second == first
+
+
+def test_what_decides_the_rows_decides_whether_they_are_made_anew(prepare, monkeypatch):
+    prepare()
+    assert prepare(max_length=41)[1] and prepare(rows=PAIRS[:-1])[1] and prepare(file="other.jsonl")[1]
+    assert prepare(template=TEMPLATE + " ")[1] and prepare("Reward")[1]
+    dated = TEMPLATE + "{# strftime_now #}"  # a template that could write the date
+    monkeypatch.setattr(cache.time, "strftime", lambda form: "2026-01-01")
+    assert prepare(template=dated)[1] and not prepare(template=dated)[1]
+    monkeypatch.setattr(cache.time, "strftime", lambda form: "2026-01-02")
+    assert prepare(template=dated)[1]
+    assert not prepare()[1]
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b"0" * 64 + b"\n{}", None], ids=["empty", "no hash", "wrong", "cut"])
+def test_a_damaged_entry_is_made_anew(damage, prepare):
+    first, _ = prepare()
+    (entry,) = cache.folder().iterdir()
+    entry.write_bytes(entry.read_bytes()[:-9] if damage is None else damage)
+    assert prepare() == (first, True)
+    assert prepare() == (first, False)  # and written anew
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(prepare, tmp_path):
+    (tmp_path / "cache").write_text("a file where the folder would be")
+    assert prepare()[1] and prepare()[1]
+
+
+def test_an_entry_is_for_the_user_alone_and_nothing_is_left_beside_it(prepare):
+    prepare()
+    (entry,) = cache.folder().iterdir()
+    assert entry.stat().st_mode & 0o77 == 0 and cache.folder().stat().st_mode & 0o77 == 0
+
+
+def test_the_entry_used_longest_ago_makes_room(prepare, monkeypatch):
+    for n, limit in enumerate((40, 41, 42)):
+        prepare(max_length=limit)
+        newest = max(cache.folder().iterdir(), key=lambda file: file.stat().st_mtime_ns)
+        os.utime(newest, (n, n))
+    size = max(file.stat().st_size for file in cache.folder().iterdir())
+    assert not prepare(max_length=40)[1]  # used now, so that 41 is the oldest
+    monkeypatch.setattr(cache, "ROOM", 3 * size + 100)
+    prepare(max_length=43)
+    assert [prepare(max_length=limit)[1] for limit in (40, 42, 43)] == [False] * 3
+    assert prepare(max_length=41)[1]
+    monkeypatch.setattr(cache, "ROOM", size)  # of which an entry may take half
+    shutil.rmtree(cache.folder())
+    assert prepare()[1] and prepare()[1]
+
+
+# ── where it goes ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_findings_stand_on_the_rows_for_the_run_card(tiny_model, tmp_path):
+    from utils.cli import arguments
+    from utils.training import run
+
+    path = write_rows(tmp_path / "rows.jsonl", [*PAIRS, PAIRS[0]])
+    words = f"--model_name_or_path {tiny_model} --train_data_path {path} --output_dir {tmp_path / 'out'}"
+    common, config = arguments.parse(words.split(), "DPO")
+    rows = load_rows([path], None, PAIR, "DPO")
+    run.prepare_text(common, config, EVERY["DPO"], rows)
+    assert [finding.kind for finding in rows.findings] == ["pace", "weights", "lengths", "disk", "warning"]
+    assert rows.findings[-1].text.startswith("1 of 17 rows repeat another")

@@ -1,0 +1,637 @@
+"""The doctor of data files: what it says, and what it mends: `pytest tests/data/test_doctor.py`."""
+
+import json
+
+import pytest
+
+from rlhf_args.methods import ANSWERED, DIALOGUE, EVERY, PAIR, PROMPT, RANKED, UNPAIRED
+from tests.conftest import ROOT, command, read_rows, write_rows
+from tests.data.test_data import CHATS, TEXTS, WRITERS, assistant, thumbs, user, values
+from utils import doctor_data
+from utils.data.columns import ACCEPTED
+from utils.data.repairs import RULES, repair
+from utils.data.rows import load_rows
+
+SYSTEM = [{"role": "system", "content": "Be kind."}]
+
+
+@pytest.fixture
+def doctor(tmp_path, capsys):
+    """Runs the command on rows (or a path): (exit status, lines of stdout, lines of stderr)."""
+
+    def run(rows, *flags):
+        path = write_rows(tmp_path / "in.jsonl", rows) if isinstance(rows, list) else str(rows)
+        status = doctor_data.main([path, *map(str, flags)])
+        out, err = capsys.readouterr()
+        return status, [line.replace(f"{tmp_path}/", "") for line in out.splitlines()], err.replace(f"{tmp_path}/", "")
+
+    return run
+
+
+def said(lines, head):
+    return [line[10:] for line in lines if line.startswith(f"{head:<9} ")]
+
+
+# ── the shapes of others, and what they are ──────────────────────────────────────────────────────────────────────────
+
+
+def other(message, names=("from", "value")):
+    roles = {"user": "human", "assistant": "gpt", "system": "system"}
+    return {names[0]: roles[message["role"]], names[1]: message["content"]}
+
+
+def others(messages):
+    return [other(message) for message in messages]
+
+
+def hh(messages):
+    return "".join(f"\n\n{ {'user': 'Human', 'assistant': 'Assistant'}[m['role']] }: {m['content']}" for m in messages)
+
+
+def parts(messages):
+    return [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+
+
+def of_pairs(make):
+    """Two rows of the other shape, made of question, good and bad answer as plain text."""
+    return [make(f"q{n}", f"good {n}", f"bad {n}") for n in (1, 2)]
+
+
+TALKS = [user(f"q{n}") + assistant(f"good {n}") for n in (1, 2)]
+BADS = [user(f"q{n}") + assistant(f"bad {n}") for n in (1, 2)]
+ANSWERS = [{"prompt": talk[:1], "completion": talk[1:]} for talk in TALKS]
+THUMBS = [{**ANSWERS[0], "label": True}, {**ANSWERS[1], "label": False}]
+WANTED = {  # what each kind of content is to a method of these columns
+    "pairs": {
+        PAIR: CHATS,
+        RANKED: CHATS,
+        UNPAIRED: [thumbs(CHATS[0])[0], thumbs(CHATS[1])[1], thumbs(CHATS[1])[0], thumbs(CHATS[0])[1]],
+        PROMPT: [{"prompt": row["prompt"]} for row in CHATS],
+    },
+    "answers": {
+        DIALOGUE: [{"messages": talk} for talk in TALKS],
+        ANSWERED: ANSWERS,
+        PROMPT: [{"prompt": row["prompt"]} for row in ANSWERS],
+    },
+    "thumbs": {UNPAIRED: THUMBS},
+    "prompts": {PROMPT: [{"prompt": row["prompt"]} for row in CHATS]},
+    "pairs under a system prompt": {
+        columns: [{**row, "prompt": SYSTEM + row["prompt"]} for row in CHATS] for columns in (PAIR, RANKED)
+    },
+    "answers under a system prompt": {
+        DIALOGUE: [{"messages": SYSTEM + talk} for talk in TALKS],
+        ANSWERED: [{**row, "prompt": SYSTEM + row["prompt"]} for row in ANSWERS],
+        PROMPT: [{"prompt": SYSTEM + row["prompt"]} for row in ANSWERS],
+    },
+    "thumbs under a system prompt": {UNPAIRED: [{**row, "prompt": SYSTEM + row["prompt"]} for row in THUMBS]},
+    "texts": {DIALOGUE: [{"messages": "once"}, {"messages": "upon"}]},
+}
+BOTH = list(zip(TALKS, BADS, strict=True))
+WHOLE = [{"chosen": talk, "rejected": bad} for talk, bad in BOTH]
+
+# name: (what it is, rows of it)
+SHAPES = {
+    "messages as JSON text": ("pairs", [{k: json.dumps(v) for k, v in row.items()} for row in CHATS]),
+    "messages as Python text": ("answers", [{"messages": str(talk)} for talk in TALKS]),
+    "one message for a list": ("pairs", [{k: v[0] for k, v in row.items()} for row in CHATS]),
+    "one message for a list, answers": ("answers", [{k: v[0] for k, v in row.items()} for row in ANSWERS]),
+    "pairs of ShareGPT": (
+        "pairs",
+        [{"conversations": others(t[:1]), "chosen": other(t[1]), "rejected": other(b[1])} for t, b in BOTH],
+    ),
+    "ShareGPT": ("answers", [{"conversations": others(talk)} for talk in TALKS]),
+    "thumbs of ShareGPT": (
+        "thumbs",
+        [{"conversations": others(t), "kto_tag": kind} for t, kind in zip(TALKS, (True, False), strict=True)],
+    ),
+    "content in parts, pairs": ("pairs", [{k: parts(v) for k, v in row.items()} for row in CHATS]),
+    "content in parts, answers": ("answers", [{"messages": parts(talk)} for talk in TALKS]),
+    "other roles, pairs": (
+        "pairs",
+        [{k: [other(m, ("role", "content")) for m in v] for k, v in row.items()} for row in CHATS],
+    ),
+    "other roles, answers": ("answers", [{"messages": [other(m, ("role", "content")) for m in t]} for t in TALKS]),
+    "HH-RLHF": ("pairs", [{"chosen": hh(talk), "rejected": hh(bad)} for talk, bad in BOTH]),
+    "HH-RLHF, prompt apart": (
+        "pairs",
+        of_pairs(
+            lambda q, good, bad: {
+                "prompt": f"\n\nHuman: {q}\n\nAssistant:",
+                "chosen": f" {good}",
+                "rejected": f" {bad}",
+            }
+        ),
+    ),
+    "HH-RLHF, one text": ("answers", [{"text": hh(talk)} for talk in TALKS]),
+    "preferences of OpenAI": (
+        "pairs",
+        [
+            {"input": {"messages": t[:1], "tools": []}, "preferred_output": t[1:], "non_preferred_output": b[1:]}
+            for t, b in BOTH
+        ],
+    ),
+    "fine-tuning of OpenAI": ("answers", [{"input": {"messages": t[:1]}, "output": t[1]["content"]} for t in TALKS]),
+    "Alpaca": ("answers", of_pairs(lambda q, good, bad: {"instruction": q, "input": "", "output": good})),
+    "thumbs of Alpaca": (
+        "thumbs",
+        [
+            {"instruction": "q1", "input": "", "output": "good 1", "kto_tag": "true"},
+            {"instruction": "q2", "input": None, "output": "good 2", "kto_tag": "false"},
+        ],
+    ),
+    "pairs of Alpaca": (
+        "pairs",
+        of_pairs(lambda q, good, bad: {"instruction": q, "input": "", "chosen": good, "rejected": bad}),
+    ),
+    "question, response, rejected": (
+        "answers",
+        of_pairs(lambda q, good, bad: {"question": q, "response": good, "rejected": bad}),
+    ),
+    "question and response": ("answers", of_pairs(lambda q, good, bad: {"question": q, "response": good})),
+    "question, response_j, response_k": (
+        "pairs",
+        of_pairs(lambda q, good, bad: {"question": q, "response_j": good, "response_k": bad}),
+    ),
+    "query, response, rejected_response": (
+        "pairs",
+        of_pairs(lambda q, good, bad: {"query": q, "history": [], "response": good, "rejected_response": bad}),
+    ),
+    "messages, rejected_response": (
+        "pairs",
+        [{"messages": talk, "rejected_response": bad[1]["content"]} for talk, bad in BOTH],
+    ),
+    "messages, rejected_messages": ("pairs", [{"messages": talk, "rejected_messages": bad} for talk, bad in BOTH]),
+    "instruction, chosen_response": (
+        "pairs",
+        of_pairs(lambda q, good, bad: {"instruction": q, "chosen_response": good, "rejected_response": bad}),
+    ),
+    "UltraFeedback": (
+        "pairs",
+        of_pairs(
+            lambda q, good, bad: {
+                "instruction": q,
+                "completions": [
+                    {"response": "so-so", "overall_score": 6.5},
+                    {"response": bad, "overall_score": 2},
+                    {"response": good, "overall_score": "8"},
+                ],
+            }
+        ),
+    ),
+    "UltraFeedback, binarized": (
+        "pairs",
+        [{"prompt": talk[0]["content"], "chosen": talk, "rejected": bad, "score_chosen": 9} for talk, bad in BOTH],
+    ),
+    "a text to ask, chats to answer": (
+        "pairs",
+        [{"prompt": t[0]["content"], "chosen": t[1:], "rejected": b[1:]} for t, b in BOTH],
+    ),
+    "a chat to ask, texts to answer": (
+        "answers",
+        [{"prompt": row["prompt"], "completion": row["completion"][0]["content"]} for row in ANSWERS],
+    ),
+    "thumbs as words": (
+        "thumbs",
+        [{**row, "label": word} for row, word in zip(THUMBS, ("Good", "bad"), strict=True)],
+    ),
+    "thumbs as scores": ("thumbs", [{**ANSWERS[0], "score": 1.0}, {**ANSWERS[1], "score": "0"}]),
+    "thumbs of 1 and -1": ("thumbs", [{**ANSWERS[0], "label": 1}, {**ANSWERS[1], "label": -1}]),
+    "some pairs whole, some not": ("pairs", [WHOLE[0], CHATS[1]]),
+    "some pairs whole, some whole beside their prompt": ("pairs", [WHOLE[0], {**CHATS[1], **WHOLE[1]}]),
+    "some answers apart, some not": ("answers", [{"messages": TALKS[0]}, ANSWERS[1]]),
+    "system, question, chosen, rejected": (
+        "pairs under a system prompt",
+        of_pairs(lambda q, good, bad: {"system": "Be kind.", "question": q, "chosen": good, "rejected": bad}),
+    ),
+    "system beside texts": (
+        "answers under a system prompt",
+        of_pairs(lambda q, good, bad: {"system": "Be kind.", "prompt": q, "completion": good}),
+    ),
+    "system beside ShareGPT": (
+        "answers under a system prompt",
+        [{"conversations": others(talk), "system": "Be kind."} for talk in TALKS],
+    ),
+    "system beside whole pairs": (
+        "pairs under a system prompt",
+        [{"chosen": talk, "rejected": bad, "system": "Be kind."} for talk, bad in BOTH],
+    ),
+    "system beside thumbs": ("thumbs under a system prompt", [{**row, "system": "Be kind."} for row in THUMBS]),
+    "text": ("texts", [{"text": "once"}, {"text": "upon"}]),
+    "a column that TRL uses": ("prompts", [{"prompt": row["prompt"], "completion": "x"} for row in ANSWERS]),
+}
+
+
+def cases():
+    found = [
+        (shape, name)
+        for shape, (kind, _) in SHAPES.items()
+        for name, method in EVERY.items()
+        if method.columns in WANTED[kind]
+    ]
+    assert len(found) > 100
+    return found
+
+
+def only(rows):
+    return [{name: value for name, value in row.items() if name not in ("further", "margin")} for row in values(rows)]
+
+
+@pytest.mark.parametrize("shape, name", cases())
+def test_a_shape_of_others_is_repaired_for_every_method_that_can_use_it(shape, name, doctor, tmp_path):
+    kind, written = SHAPES[shape]
+    columns, out = EVERY[name].columns, tmp_path / "out.jsonl"
+    status, lines, err = doctor(written, "--rlhf_type", name, "--fix", out)
+    assert (status, err) == (0, ""), lines
+    assert said(lines, "written") == ["out.jsonl: 2 of 2 rows"]
+    assert only(load_rows([str(out)], None, columns, name).train) == WANTED[kind][columns]
+    again = tmp_path / "again.jsonl"
+    assert "nothing to repair: the rows are written as they are" not in said(lines, "note")
+    status, lines, _ = doctor(out, "--rlhf_type", name, "--fix", again)  # what is repaired needs no repair
+    assert (status, said(lines, "repair")) == (0, []) and again.read_bytes() == out.read_bytes()
+
+
+def test_every_rule_is_used_for_all_columns_that_it_names():
+    fired = {(rule, c) for _, rows in SHAPES.values() for c in ACCEPTED for rule in repair(named(rows), c)[1]}
+    assert fired == {(rule, columns) for rule, kinds, _ in RULES for columns in kinds}
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_sample_of_every_method_needs_no_repair(name, doctor, tmp_path):
+    sample, out = ROOT / EVERY[name].sample_data, tmp_path / "out.jsonl"
+    status, lines, _ = doctor(sample, "--rlhf_type", name.upper(), "--fix", out)
+    assert (status, said(lines, "repair"), said(lines, "left out")) == (0, [], [])
+    assert "nothing to repair: the rows are written as they are" in said(lines, "note")
+    assert read_rows(out) == read_rows(sample) and len(read_rows(out)) >= 100
+    assert not (tmp_path / "out.jsonl.dropped.jsonl").exists()
+
+
+def test_every_rule_is_counted_in_one_line_with_fix_and_without(doctor, tmp_path):
+    rows = [{"conversations": others(talk)} for talk in TALKS]
+    found = [
+        "ShareGPT's from and value -> role and content: 2 rows",
+        "roles of other names (human, gpt, bot, ...) -> user, assistant, tool: 2 rows",
+        "ShareGPT's conversations -> messages: 2 rows",
+    ]
+    status, lines, _ = doctor(rows, "--rlhf_type", "SFT")
+    assert (status, said(lines, "--fix")) == (2, found)
+    status, lines, _ = doctor([*rows, {"messages": TALKS[0]}], "--rlhf_type", "SFT", "--fix", tmp_path / "out.jsonl")
+    assert (status, said(lines, "repair")) == (0, found)
+
+
+def test_alpaca_is_joined_as_alpaca_does_and_history_stands_before_it(doctor, tmp_path):
+    row = {"instruction": "Add.", "input": "1 and 2", "output": "3", "history": [["q", "a"]], "system": "Be kind."}
+    status, _, _ = doctor([row], "--rlhf_type", "SFT", "--fix", tmp_path / "out.jsonl")
+    talk = SYSTEM + user("q") + assistant("a") + user("Add.\n\n1 and 2") + assistant("3")
+    assert (status, read_rows(tmp_path / "out.jsonl")) == (0, [{"messages": talk}])
+
+
+def test_calls_and_results_of_functions_have_their_roles(doctor, tmp_path):
+    talk = [(" Human", "time?"), ("function_call", "now()"), ("observation", "noon"), ("GPT", "It is noon.")]
+    row = {"conversations": [{"from": role, "value": text} for role, text in talk]}
+    assert doctor([row], "--rlhf_type", "SFT", "--fix", tmp_path / "out.jsonl")[0] == 0
+    roles = [message["role"] for message in read_rows(tmp_path / "out.jsonl")[0]["messages"]]
+    assert roles == ["user", "assistant", "tool", "assistant"]
+
+
+def test_columns_that_no_rule_takes_stay(doctor, tmp_path):
+    row = {"question": "2+2?", "answer": "4", "level": 1, "id": "\u2028 \U0001f600"}
+    assert doctor([row], "--rlhf_type", "GRPO", "--fix", tmp_path / "out.jsonl")[0] == 0
+    rest = {name: row[name] for name in ("answer", "level", "id")}
+    assert read_rows_of_json(tmp_path / "out.jsonl") == [{**rest, "prompt": user("2+2?")}]
+
+
+def read_rows_of_json(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+# name: (method, rows that no rule can tell, what is said of the first)
+UNCLEAR = {
+    "two columns that may be the answer": (
+        "SFT",
+        [{"prompt": "q", "response": "a", "output": "b"}],
+        'no "messages". The row has prompt, response, output.',
+    ),
+    "two columns that may be the question": (
+        "SFT",
+        [{"question": "q", "query": "r", "output": "b"}],
+        'no "messages". The row has question, query, output.',
+    ),
+    "ratings of five": (
+        "KTO",
+        [{**row, "rating": rating} for row, rating in zip(ANSWERS, (1, 5), strict=True)],
+        'no "label". The row has prompt, completion, rating.',
+    ),
+    "a lone 1, which may be one of five": (
+        "KTO",
+        [{**row, "score": 1} for row in ANSWERS],
+        'no "label". The row has prompt, completion, score.',
+    ),
+    "two columns that may be the label": (
+        "KTO",
+        [{**row, "score": n, "thumbs": 1 - n} for n, row in enumerate(ANSWERS)],
+        'no "label". The row has prompt, completion, score, thumbs.',
+    ),
+    "ratings that are the same": (
+        "DPO",
+        [{"instruction": "q", "completions": [{"response": word, "score": 3} for word in "ab"]}],
+        'no "chosen". The row has completions, prompt.',
+    ),
+    "a rating that is missing": (
+        "DPO",
+        [{"prompt": "q", "completions": [{"response": "a", "score": 3}, {"response": "b", "score": "N/A"}]}],
+        'no "chosen". The row has prompt, completions.',
+    ),
+    "a role that nobody has": (
+        "SFT",
+        [{"messages": [{"role": "narrator", "content": "x"}, *assistant("a")]}],
+        "\"messages\" has the role 'narrator'.",
+    ),
+    "a prompt that is not in its chats": (
+        "DPO",
+        [{"prompt": "another", "chosen": talk, "rejected": bad} for talk, bad in BOTH],
+        '"prompt" is plain text, "chosen" is a chat, "rejected" is a chat.',
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNCLEAR)
+def test_what_no_rule_can_tell_is_left_out_and_listed(case, doctor, tmp_path):
+    name, rows, reason = UNCLEAR[case]
+    status, lines, _ = doctor(rows, "--rlhf_type", name, "--fix", tmp_path / "out.jsonl")
+    assert (status, read_rows(tmp_path / "out.jsonl")) == (2, [])
+    dropped = read_rows(tmp_path / "out.jsonl.dropped.jsonl")
+    assert [line["row"] for line in dropped] == rows  # as they were, to be mended by hand
+    assert dropped[0]["where"].endswith("in.jsonl:1") and dropped[0]["reason"].startswith(reason)
+    assert said(lines, "left out")[0].startswith(f"{len(rows)} {reason}")
+
+
+SOUND = [  # (method, rows whose further columns are none of its business)
+    ("SFT", [{"messages": SYSTEM + TALKS[0], "system": "Be brief.", "instruction": "w", "output": "x", "text": "y"}]),
+    ("SFT", [{"messages": talk, **row} for talk, row in zip(TALKS, ANSWERS, strict=True)]),
+    ("SFT", [{"prompt": "q", "completion": "a", "system": ""}]),
+    ("SFT", ANSWERS),
+    ("GKD", [{**row, "rejected": "x", "output": "y"} for row in ANSWERS]),
+    ("KTO", [{**row, "score": n} for n, row in enumerate(THUMBS)]),
+    ("DPO", [{**row, "question": "x", "response": "y"} for row in TEXTS]),
+    ("DPO", [{**row, "question": "x"} for row in WHOLE]),
+    ("DPO", [{"chosen": "Q: q A: good", "rejected": "Q: q A: bad"}]),
+    ("Reward", CHATS),
+    ("GRPO", [{"prompt": "q", "question": "x", "answer": "y"}]),
+]
+
+
+@pytest.mark.parametrize("name, rows", SOUND)
+def test_rows_are_not_mended_where_they_are_sound(name, rows, doctor, tmp_path):
+    status, lines, _ = doctor(rows, "--rlhf_type", name, "--fix", tmp_path / "out.jsonl")
+    assert (status, said(lines, "repair"), read_rows(tmp_path / "out.jsonl")) == (0, [], rows)
+
+
+@pytest.mark.parametrize("shape", ["HH-RLHF", "UltraFeedback, binarized"])
+def test_whole_pairs_are_split_where_they_part_and_kept_whole_for_reward_functions(shape, doctor, tmp_path):
+    out, names = tmp_path / "out.jsonl", ("prompt", "chosen", "rejected")
+    assert doctor(SHAPES[shape][1], "--fix", out)[0] == 0
+    assert [{name: row[name] for name in names} for row in read_rows(out)] == CHATS
+    assert doctor(SHAPES[shape][1], "--rlhf_type", "GRPO", "--fix", out, "--overwrite")[0] == 0
+    found = [{"prompt": row["prompt"], **whole} for row, whole in zip(CHATS, WHOLE, strict=True)]
+    assert [{name: row[name] for name in names} for row in read_rows(out)] == found
+
+
+def test_columns_of_images_are_left_to_be_refused(doctor, tmp_path):
+    status, lines, _ = doctor(
+        [{"prompt": "q", "image": "x.png"}], "--rlhf_type", "GRPO", "--fix", tmp_path / "o.jsonl"
+    )
+    assert (status, said(lines, "repair")) == (2, [])
+    assert said(lines, "")[-1] == 'o.jsonl:1: a column "image", which TRL uses itself. Rename it'
+
+
+# ── what is written, and what is not ─────────────────────────────────────────────────────────────────────────────────
+
+
+def test_nothing_is_lost_in_silence(doctor, tmp_path):
+    """7 lines: 2 are written; 1 cannot be read, 1 has no answer, 1 is empty, 1 is no object, 1 stands there twice."""
+    lines = [json.dumps(row) for row in (*CHATS, {"prompt": "q"}, CHATS[0], {**CHATS[0], "chosen": assistant(" ")})]
+    file = tmp_path / "mixed.jsonl"
+    file.write_text("\n".join([lines[0], '{"prompt": "cut of', *lines[1:], "7"]) + "\n", encoding="utf-8")
+    status, out, _ = doctor(file, "--fix", tmp_path / "out.jsonl")
+    assert status == 0 and read_rows(tmp_path / "out.jsonl") == CHATS
+    dropped = read_rows(tmp_path / "out.jsonl.dropped.jsonl")
+    found = {line["where"].rpartition(":")[2]: (line["reason"], line["row"]) for line in dropped}
+    assert found == {
+        "2": ("not valid JSON (Unterminated string starting at, column 12)", '{"prompt": "cut of'),
+        "7": ("a number, not an object with columns", "7"),
+        "4": (found["4"][0], {"prompt": "q"}),
+        "5": ("repeats an earlier row", CHATS[0]),
+        "6": ("empty answer", {**CHATS[0], "chosen": assistant(" ")}),
+    }
+    assert found["4"][0].startswith('no "chosen". The row has prompt.')
+    assert said(out, "written") == ["out.jsonl: 2 of 7 rows"]
+    assert "mixed.jsonl:2: not valid JSON (Unterminated string starting at, column 12)" in said(out, "")
+    assert "1 repeats an earlier row" in said(out, "left out") and len(said(out, "left out")) == 5
+
+
+@pytest.mark.parametrize(
+    "ending, content",
+    [
+        (".json", b'[{"prompt": 1}, {"pro'),
+        (".csv", b"prompt,chosen\na,b,c\n"),
+        (".jsonl", b'{"prompt": "\xff"}\n'),
+        (".jsonl", b'[{"prompt": 1},\n{"pro'),
+    ],
+)
+def test_a_file_of_which_more_than_a_line_may_be_lost_is_not_fixed(ending, content, doctor, tmp_path):
+    file = tmp_path / f"broken{ending}"
+    file.write_bytes(content)
+    status, _, err = doctor(file, "--fix", tmp_path / "out.jsonl")
+    assert status == 2 and err.startswith(f"refused: broken{ending}:") and "mend it, or leave out the file" in err
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_half_a_character_is_left_out_and_still_listed(doctor, tmp_path):
+    bad = {**TEXTS[0], "chosen": "cut \ud83d"}
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (*TEXTS, bad)))
+    status, _, _ = doctor(tmp_path / "in.jsonl", "--fix", tmp_path / "out.jsonl")
+    assert (status, read_rows(tmp_path / "out.jsonl")) == (0, TEXTS)
+    assert read_rows(tmp_path / "out.jsonl.dropped.jsonl")[0]["row"] == bad
+
+
+def test_chats_and_plain_text_together_are_written_and_refused(doctor, tmp_path):
+    status, lines, _ = doctor([CHATS[0], TEXTS[0]], "--fix", tmp_path / "out.jsonl")
+    assert (status, len(read_rows(tmp_path / "out.jsonl"))) == (2, 2)
+    assert said(lines, "DPO") == ["would refuse them:", "would refuse the file written:"]
+    assert said(lines, "form") == ["50% chats, 50% plain text"]
+
+
+def test_a_file_that_is_there_is_kept_unless_overwrite_is_said(doctor, tmp_path):
+    out, beside = tmp_path / "out.jsonl", tmp_path / "out.jsonl.dropped.jsonl"
+    for there in (out, beside):
+        there.write_text("mine")
+        status, lines, err = doctor(CHATS, "--fix", out)
+        way_out = "Name another file, or add --overwrite\n"
+        assert (status, lines) == (2, []) and there.read_text() == "mine"
+        assert err == f"refused: --fix out.jsonl: {there.name} is there already. {way_out}"
+        there.unlink()
+    out.write_text("mine"), beside.write_text("of the run before")
+    assert doctor(CHATS, "--fix", out, "--overwrite")[0] == 0
+    assert read_rows(out) == CHATS and not beside.exists()
+
+
+@pytest.mark.parametrize(
+    "flags, problem",
+    {
+        "--fix in.jsonl --overwrite": "--fix in.jsonl: is one of the files that are read. Name another",
+        "--fix out.csv": "--fix out.csv: rows are written a line each. Name a file that ends in .jsonl",
+        "--overwrite": "--overwrite: nothing is written without --fix. Type --fix OUT.jsonl",
+        "--rlhf_type simpoo": f"--rlhf_type simpoo: no such method. There are {', '.join(EVERY)}. Did you mean SimPO?",
+        "--eval ni.jsonl": "--eval ni.jsonl: no such file or folder. Did you mean in.jsonl?",
+    }.items(),
+)
+def test_bad_flags_are_refused_before_anything_is_read(flags, problem, doctor, tmp_path):
+    words = [str(tmp_path / word) if ".jsonl" in word or ".csv" in word else word for word in flags.split()]
+    before = write_rows(tmp_path / "in.jsonl", CHATS)
+    assert doctor(CHATS, *words) == (2, [], f"refused: {problem}\n")
+    assert read_rows(before) == CHATS and sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl"]
+
+
+# ── what is said ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_problems_are_named_by_file_and_line_and_all_counted(doctor):
+    status, lines, _ = doctor([{"prompt": "q", "chosen": "a", "rejectd": "b"}] * 25)
+    problems = said(lines, "")
+    assert (status, said(lines, "DPO")) == (2, ["would refuse them:"])
+    assert problems[0].startswith('in.jsonl:1: no "rejected". Did you mean that by "rejectd"?')
+    assert problems[19].startswith("in.jsonl:20: ") and problems[20:] == ["... and 5 more, 25 in all"]
+
+
+def test_rows_that_training_would_drop_are_counted_by_reason_and_a_tenth_is_too_many(doctor):
+    empty, same = {**TEXTS[0], "chosen": ""}, {**TEXTS[0], "rejected": TEXTS[0]["chosen"]}
+    many = [{**TEXTS[0], "prompt": f"Q{n}"} for n in range(18)]
+    status, lines, _ = doctor([*many, empty, same])  # 2 of 20 are the tenth that is allowed
+    assert (status, said(lines, "dropped")) == (
+        0,
+        [
+            "1 empty answer, as in.jsonl:19. Mend them, or --fix leaves them out",
+            "1 chosen equals rejected, as in.jsonl:20. Mend them, or --fix leaves them out",
+        ],
+    )
+    status, lines, _ = doctor([*many, empty, same, same])
+    assert status == 2 and said(lines, "")[0].startswith("3 of 21 rows cannot be used")
+
+
+def test_rows_are_counted_by_file_and_notes_are_passed_on(doctor, tmp_path):
+    more = WRITERS[".csv"](tmp_path / "more.csv", [{**row, "id": "7"} for row in CHATS])
+    status, lines, _ = doctor(CHATS[:1], more)
+    assert (status, said(lines, "rows")) == (0, ["1 of in.jsonl; 2 of more.csv"])
+    assert said(lines, "note") == ["columns not used: id"]
+    _, lines, _ = doctor(CHATS, tmp_path / "in.jsonl", tmp_path)  # each file once, however often it is named
+    assert said(lines, "rows") == ["2 of in.jsonl; 2 of more.csv"]
+
+
+def test_repeated_rows_and_pairs_the_other_way_round_are_found(doctor, tmp_path):
+    turned = {**CHATS[1], "chosen": CHATS[1]["rejected"], "rejected": CHATS[1]["chosen"]}
+    rows = [*CHATS, {**CHATS[0], "id": 7}, turned]  # a column that is not trained on makes no difference
+    _, lines, _ = doctor(rows, "--fix", tmp_path / "out.jsonl")
+    assert said(lines, "repeated") == ["1 of 4 rows, as in.jsonl:3 and in.jsonl:1. --fix keeps the first of each"]
+    assert said(lines, "against") == [
+        "1 of 4 rows contradict another, as in.jsonl:4 and in.jsonl:2. Take out the wrong"
+    ]
+    assert read_rows(tmp_path / "out.jsonl") == [*CHATS, turned]
+    _, lines, _ = doctor(CHATS)
+    assert said(lines, "repeated") == said(lines, "against") == []
+
+
+def test_a_thumb_up_and_down_for_one_answer_is_found(doctor):
+    _, lines, _ = doctor([*THUMBS, {**THUMBS[1], "label": True}], "--rlhf_type", "kto")
+    assert said(lines, "against") == [
+        "1 of 3 rows contradict another, as in.jsonl:3 and in.jsonl:2. Take out the wrong"
+    ]
+
+
+def test_a_prompt_with_another_reference_answer_is_no_repetition(doctor):
+    rows = [{"prompt": "q", "answer": "a"}, {"prompt": "q", "answer": "b"}, {"prompt": "q", "answer": "a"}]
+    _, lines, _ = doctor(rows, "--rlhf_type", "GRPO")
+    assert said(lines, "repeated") == ["1 of 3 rows, as in.jsonl:3 and in.jsonl:1. --fix keeps the first of each"]
+
+
+def test_held_out_rows_in_the_training_data_are_found_in_any_form(doctor, tmp_path):
+    whole = [{"chosen": row["prompt"] + row["chosen"], "rejected": row["prompt"] + row["rejected"]} for row in CHATS]
+    held = write_rows(tmp_path / "held.jsonl", whole)
+    _, lines, _ = doctor(CHATS[1:], "--eval", held)
+    assert said(lines, "--eval") == [
+        "1 of 2 rows are in the training data, as held.jsonl:2 and in.jsonl:1. Take them out of one of the two"
+    ]
+    _, lines, _ = doctor([{**CHATS[0], "chosen": assistant("new")}], "--eval", held)
+    assert said(lines, "--eval") == ["0 of 2 rows are in the training data"]
+    held = write_rows(tmp_path / "held.jsonl", [{**THUMBS[0], "label": False}, {**THUMBS[1], "prompt": user("new")}])
+    _, lines, _ = doctor(THUMBS, "--rlhf_type", "KTO", "--eval", held)  # an answer is known, whatever its label
+    assert said(lines, "--eval")[0].startswith("1 of 2 rows are in the training data, as held.jsonl:1")
+
+
+@pytest.mark.parametrize(
+    "true, false, advice",
+    [
+        (4, 4, "within 1:1 to 4:3, as KTO wants them; no weights are needed"),
+        (8, 6, "within 1:1 to 4:3, as KTO wants them; no weights are needed"),  # 8:6 is 4:3
+        # w x 2 : 6 is 1:1 at 3 and 4:3 at 4
+        (2, 6, "type --desirable_weight 3 (3 to 4 bring them within 1:1 to 4:3)"),
+        # 6 : w x 2 is 4:3 at 2.25 and 1:1 at 3
+        (6, 2, "type --undesirable_weight 3 (2.25 to 3 bring them within 1:1 to 4:3)"),
+        # w x 3 : 7 is 1:1 at 2.333.., so 2.34 up, and 4:3 at 3.111.., so 3.11 down
+        (3, 7, "type --desirable_weight 2.34 (2.34 to 3.11 bring them within 1:1 to 4:3)"),
+        # 10 : w x 7 is 4:3 at 1.0714.., so 1.08 up, and 1:1 at 1.428.., so 1.42 down
+        (10, 7, "type --undesirable_weight 1.42 (1.08 to 1.42 bring them within 1:1 to 4:3)"),
+    ],
+)
+def test_labels_are_weighed_as_kto_wants_them(true, false, advice, doctor):
+    rows = [{"prompt": "q", "completion": f"a{n}", "label": n < true} for n in range(true + false)]
+    status, lines, _ = doctor(rows, "--rlhf_type", "KTO")
+    assert (status, said(lines, "labels")) == (0, [f"{true} true, {false} false: {advice}"])
+
+
+def test_one_label_alone_is_refused(doctor):
+    status, lines, _ = doctor([THUMBS[0]], "--rlhf_type", "KTO")
+    assert status == 2 and said(lines, "")[0].startswith("FILE: all 1 labels are true")
+
+
+def test_lengths_roles_and_form_are_told(doctor):
+    rows = [{"prompt": user("x" * n), "completion": assistant("y" * 2 * n)} for n in range(1, 41)]
+    status, lines, _ = doctor(rows, "--rlhf_type", "SFT")
+    # of 1 to 40: the 20th and the 38th (0.95 x 40) in order; answers are twice as long
+    assert (status, said(lines, "length")) == (
+        0,
+        [
+            "prompt: median 20, 95 % within 38, longest 40 characters",
+            "completion: median 40, 95 % within 76, longest 80 characters",
+        ],
+    )
+    assert (said(lines, "roles"), said(lines, "form")) == (["user 40, assistant 40"], ["100% chats, 0% plain text"])
+
+
+def test_rows_that_rules_can_mend_are_told_as_they_leave_them(doctor, tmp_path):
+    rows = [{"conversations": others(talk)} for talk in (*TALKS, TALKS[0])]
+    held = write_rows(tmp_path / "held.jsonl", [{"messages": TALKS[1]}])
+    for words in (["--eval", held], ["--eval", write_rows(tmp_path / "held.jsonl", rows[1:2])]):
+        status, lines, _ = doctor(rows, "--rlhf_type", "SFT", *words)
+        assert (status, said(lines, "roles")) == (2, ["human 3, gpt 3"])  # as they stand in the file
+        assert said(lines, "length")[0] == "prompt: median 2, 95 % within 2, longest 2 characters"  # q1, q2, q1
+        assert said(lines, "repeated")[0].startswith("1 of 3 rows, as in.jsonl:3 and in.jsonl:1.")
+        assert said(lines, "--eval")[0].startswith(
+            "1 of 1 rows are in the training data, as held.jsonl:1 and in.jsonl:2"
+        )
+
+
+def test_prompts_without_answers_name_what_distils_from_them(doctor):
+    status, lines, _ = doctor([{"prompt": "q"}, {"prompt": "r", "completion": "a"}], "--rlhf_type", "gkd")
+    assert (status, said(lines, "answers")) == (0, ["1 of 2 rows have none. Type --lmbda 1 or --seq_kd True"])
+
+
+def test_the_command_reads_every_kind_of_file_and_imports_no_library(tmp_path):
+    for ending, make in WRITERS.items():
+        file, out = make(tmp_path / f"rows{ending}", TEXTS), tmp_path / f"out{ending}.jsonl"
+        done = command("-X", "importtime", "-m", "utils.doctor_data", file, "--fix", out)
+        assert (done.returncode, read_rows(out)) == (0, TEXTS), done.stderr
+        assert "utils.data.repairs" in done.stderr and " torch\n" not in done.stderr
+
+
+def named(rows):
+    return [(f"in.jsonl:{number}", row) for number, row in enumerate(rows, 1)]
