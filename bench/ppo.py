@@ -2,13 +2,13 @@
 
 Tasks of bench/toy.py, a policy of 0.3M parameters with full weights, one process on one thread, the runs in turn:
 share (beta 0.003), share (beta 0.05, at which there is nothing to gain) and zigzag (beta 0.05, where a longer answer
-has more reward); then zigzag with an offset or a scale on every reward, which must change nothing. For TRL 1.12 the
-script installs that version into a folder of its own that only its runs see.
+has more reward); both with LoRA instead of full weights; then zigzag with an offset or a scale on every reward, which
+must change nothing. For TRL 1.12 the script installs that version into a folder of its own that only its runs see.
 
 The last line is JSON: per task and side the reward less beta x KL of an answer, a mean of the last three rollouts
 (offset and scale taken off again), its mean and standard error over the seeds; the explained variance there; episodes
-a second, also as a ratio to TRL 1.12. Curves go to docs/ppo_toy.png. KL of our runs: mean KL of a token x mean length;
-of TRL 1.12 its own sum. `--keep FILE` appends each run as a line and skips those that stand in it already.
+a second of the fastest run, also as a ratio to TRL 1.12. Curves go to docs/ppo_toy.png. KL of our runs: mean KL of a
+token x mean length; of TRL 1.12 its own sum. `--keep FILE` appends each run as a line and skips those in it already.
 """
 
 import argparse
@@ -28,9 +28,12 @@ SIDES = {
     "RLOO": ("RLOO",),
     "head": ("PPO", "--critic", "head"),
     "mlp": ("PPO", "--critic", "mlp"),
-    "model": ("PPO",),  # the default with full weights
+    "lora": ("PPO", "--critic", "lora"),
+    "model": ("PPO", "--critic", "model"),
 }
 TASKS = {"zigzag": 0.05, "share": 0.003, "share at 0.05": 0.05}
+ADAPTED = {"zigzag, lora": 0.05, "share, lora": 0.003}
+LORA = ("--train_mode", "lora", "--learning_rate", "3e-3")
 MOVED = {"zigzag_plus_5": (1, 5), "zigzag_minus_5": (1, -5), "zigzag_times_10": (10, 0)}  # reward = factor x + offset
 
 
@@ -38,7 +41,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--rollouts", type=int, default=24, help="of 128 answers each")
     parser.add_argument("--seeds", type=int, default=8)
-    parser.add_argument("--tasks", nargs="+", default=[*TASKS, *MOVED], help=", ".join((*TASKS, *MOVED)))
+    tasks = [*TASKS, *ADAPTED, *MOVED]
+    parser.add_argument("--tasks", nargs="+", default=tasks, help=", ".join(tasks))
     parser.add_argument("--sides", nargs="+", default=list(SIDES), help=", ".join(SIDES))
     parser.add_argument("--keep", type=Path, help="a file of the single runs")
     asked = parser.parse_args()
@@ -48,14 +52,15 @@ def main():
     runs = {(run["task"], run["side"], run["seed"]): run for run in map(json.loads, kept)}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        toy = make_toy(folder / "toy")
+        toys = {False: make_toy(folder / "toy"), True: make_toy(folder / "toy_for_adapters", spread=0.1)}
         if TRL in asked.sides:
             install_trl(folder / "trl")
         for seed in range(asked.seeds):
             for task in asked.tasks:
-                for side in asked.sides if task in TASKS else ["model"]:
-                    if (task, side, seed) in runs:
+                for side in asked.sides:
+                    if (task, side, seed) in runs or not is_run(side, task):
                         continue
+                    toy = toys[task in ADAPTED]
                     found = run_one(side, task, seed, asked.rollouts, toy, folder) | {"task": task, "side": side}
                     runs[task, side, seed] = found | {"seed": seed}
                     say(runs[task, side, seed])
@@ -66,15 +71,23 @@ def main():
     print(json.dumps({"bench": "ppo", "rollouts": asked.rollouts, "seeds": asked.seeds, "tasks": compare(runs)}))
 
 
+def is_run(side, task):
+    """True if the table has this cell: TRL's script here trains full weights, where the critic is not an adapter."""
+    if task in MOVED:
+        return side == "model"
+    return side not in ((TRL, "model") if task in ADAPTED else ("lora",))
+
+
 def run_one(side, task, seed, rollouts, toy, folder):
     from bench.toy import run_ours
 
     factor, offset = MOVED.get(task, (1, 0))
-    reward, beta = task.split()[0], TASKS.get(task, factor * TASKS["zigzag"])
+    reward = task.split()[0].strip(",")
+    beta = (TASKS | ADAPTED).get(task, factor * TASKS["zigzag"])
     rollouts = rollouts if task != "share at 0.05" else rollouts // 3
     if side == TRL:
         return run_trl(folder / "trl", toy, folder / "out", rollouts, seed, reward, beta)
-    method, *flags = SIDES[side]
+    method, *flags = SIDES[side] + (LORA if task in ADAPTED else ())
     found = run_ours(method, toy, folder / "out", rollouts, seed, *flags, reward=reward, beta=beta)
     for name in ("reward", "reward_minus_kl"):
         found[name] = (found[name] - offset) / factor
@@ -115,7 +128,7 @@ def compare(runs):
             tries = [run for (other, one, _), run in sorted(runs.items()) if (other, one) == (task, side)]
             each = [run["reward_minus_kl"] for run in tries]
             error = statistics.stdev(each) / len(each) ** 0.5 if len(each) > 1 else None
-            speed = statistics.fmean(run["episodes_per_second"] for run in tries)
+            speed = max(run["episodes_per_second"] for run in tries)  # the least disturbed run
             explained = [run["explained_variance"][-3:] for run in tries if run.get("explained_variance")]
             explained = [statistics.fmean(last) for last in explained]
             found[task][side] = {
@@ -137,8 +150,9 @@ def draw(runs, file):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    tasks = [task for task in ("zigzag", "share") if any(task == other for other, _, _ in runs)]
-    figure, axes = pyplot.subplots(1, len(tasks), figsize=(11, 4), layout="constrained", squeeze=False)
+    drawn = {**TASKS, **ADAPTED}
+    tasks = [task for task in ("zigzag", "share", *ADAPTED) if any(task == other for other, _, _ in runs)]
+    figure, axes = pyplot.subplots(1, len(tasks), figsize=(5.5 * len(tasks), 4), layout="constrained", squeeze=False)
     for axis, task in zip(axes[0], tasks, strict=True):
         for colour, side in enumerate(SIDES):
             curves = [run["rewards"] for (other, one, _), run in runs.items() if (other, one) == (task, side)]
@@ -148,7 +162,7 @@ def draw(runs, file):
             axis.plot(means, color=f"C{colour}", label=side, linewidth=2)
             for curve in curves:
                 axis.plot(curve, color=f"C{colour}", alpha=0.2, linewidth=0.8)
-        axis.set_title(f"{task}, beta {TASKS[task]}: reward (thin: single seeds)")
+        axis.set_title(f"{task}, beta {drawn[task]}: reward (thin: single seeds)")
         axis.set_xlabel("rollout of 128 answers")
         axis.legend()
     figure.savefig(file, dpi=120)

@@ -28,14 +28,22 @@ def share(prompts, completions, completion_ids, **columns):
     return [c.count(letter(p)) / len(ids) for p, c, ids in zip(prompts, completions, completion_ids, strict=True)]
 
 
-def share_and_five(**columns):
-    """The same with an offset, which must change nothing."""
-    return [reward + 5 for reward in share(**columns)]
-
-
 def zigzag(completions, **columns):
     """The reward of the second task: 0.12 for each change between vowel and consonant; a longer answer has more."""
     return [0.12 * sum(vowel(a) != vowel(b) for a, b in zip(c, c[1:], strict=False)) for c in completions]
+
+
+# An offset or a scale on every reward must change nothing.
+def zigzag_plus_5(**columns):
+    return [reward + 5 for reward in zigzag(**columns)]
+
+
+def zigzag_minus_5(**columns):
+    return [reward - 5 for reward in zigzag(**columns)]
+
+
+def zigzag_times_10(**columns):
+    return [10 * reward for reward in zigzag(**columns)]
 
 
 def vowel(letter):
@@ -47,8 +55,12 @@ def make_prompts(numbers):
     return [f"{letter}{number:02}:" for number in numbers for letter in LETTERS]
 
 
-def make_toy(folder, seed=0):
-    """The policy with its tokenizer in folder/policy, folder/prompts.jsonl and folder/held_out.jsonl."""
+def make_toy(folder, seed=0, spread=0.02):
+    """The policy with its tokenizer in folder/policy, folder/prompts.jsonl and folder/held_out.jsonl.
+
+    spread: standard deviation of the initial weights. An adapter cannot change the embedding, which is the head too:
+    with 0.02 its largest logits are near 3, so that an adapter can never be sure of a letter. Give 0.1 for adapters.
+    """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
@@ -67,6 +79,7 @@ def make_toy(folder, seed=0):
         num_key_value_heads=4,
         max_position_embeddings=128,
         tie_word_embeddings=True,
+        initializer_range=spread,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,

@@ -56,3 +56,14 @@ def test_the_page_has_a_dash_with_its_reason_and_says_which_losses_differ():
     assert "| DPO lora | 0.500000 | – | 0.400000 |" in said and "ms-swift: losses up to 1.0e-01 apart" in said
     plain = page(ours=ours, ours_plain=other, trl=other)
     assert "- ours-plain has trl's losses to the last digit: DPO lora" in plain
+
+
+def test_each_task_of_the_ppo_bench_has_its_reward():
+    from bench import ppo, toy
+
+    tasks = {task.split()[0].strip(",") for task in (*ppo.TASKS, *ppo.ADAPTED, *ppo.MOVED)}
+    assert len(tasks) == 5
+    for name in tasks:
+        assert len(getattr(toy, name)(prompts=["a01:"], completions=["aba"], completion_ids=[[1, 2, 3]])) == 1
+    for name, (factor, offset) in ppo.MOVED.items():
+        assert getattr(toy, name)(completions=["aba"]) == [factor * 0.24 + offset]  # two changes of 0.12

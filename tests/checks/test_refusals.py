@@ -1,6 +1,6 @@
 """Whatever is wrong is refused before a model is loaded: status 2, a line a problem, nothing written.
 
-`pytest tests/checks/test_refusals.py`: most cases call main() in this process, which is what the command does; the last
+`pytest tests/checks/test_refusals.py`: most cases call main() in this process, as the command does; the last
 chapter types the commands themselves.
 """
 
