@@ -234,6 +234,7 @@ def test_rejection_sampling_in_rounds_starts_its_own_launches(in_recipe, monkeyp
         raise SystemExit("became it")
 
     monkeypatch.setattr(launch, "become", become)
+    monkeypatch.setattr(launch, "read_plan", None)
     with pytest.raises(SystemExit, match="became it"):
         launch.main(["rejection_sampling.py", *words])
 
