@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Distils a teacher into a student: bash gkd_run.sh. Every variable can be given from outside, and whatever follows goes
-# to train_gkd.py and wins: MODEL=Qwen/Qwen2.5-0.5B-Instruct TEACHER=Qwen/Qwen2.5-7B-Instruct LMBDA=1 bash gkd_run.sh
+# Distils a teacher into a student: bash gkd_run.sh. Set variables from outside; flags that follow go to train_gkd.py:
+#   MODEL=Qwen/Qwen2.5-0.5B-Instruct TEACHER=Qwen/Qwen2.5-7B-Instruct LMBDA=1 bash gkd_run.sh --max_length 512
+# A typed flag wins over a recipe (--config FILE), a recipe over a variable, a variable over its default.
 set -euo pipefail
 cd "$(dirname "$0")"
 set -a                                       # export every variable below

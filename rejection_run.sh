@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Samples answers, scores them, selects: bash rejection_run.sh. Every variable can be given from outside, and whatever
-# follows goes to rejection_sampling.py and wins: MODEL=Qwen/Qwen2.5-7B-Instruct TRAIN_DATA=my_prompts.jsonl \
+# Samples answers, scores them, selects: bash rejection_run.sh. Set variables from outside; flags that follow go to
+# rejection_sampling.py: MODEL=Qwen/Qwen2.5-7B-Instruct TRAIN_DATA=my_prompts.jsonl \
 #   REWARD=output/Reward-lora THEN=DPO bash rejection_run.sh --rounds 2
+# A typed flag wins over a recipe (--config FILE), a recipe over a variable, a variable over its default.
 set -euo pipefail
 cd "$(dirname "$0")"
 set -a                                       # export every variable below

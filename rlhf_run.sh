@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Trains a model on preferences: bash rlhf_run.sh. Every variable can be given from outside, and whatever follows goes
-# to train_rlhf.py and wins: RLHF_TYPE=KTO TRAIN_MODE=qlora bash rlhf_run.sh --learning_rate 1e-5
+# Trains a model on preferences: bash rlhf_run.sh. Set variables from outside; flags that follow go to train_rlhf.py:
+#   RLHF_TYPE=KTO TRAIN_MODE=qlora bash rlhf_run.sh --learning_rate 1e-5
+# A typed flag wins over a recipe (--config FILE), a recipe over a variable, a variable over its default.
 set -euo pipefail
 cd "$(dirname "$0")"
 set -a                                       # export every variable below
