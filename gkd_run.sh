@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# Distils a teacher into a student: bash gkd_run.sh. Every variable can be given from outside, and whatever follows goes
-# to train_gkd.py and wins: MODEL=Qwen/Qwen2.5-0.5B-Instruct TEACHER=Qwen/Qwen2.5-7B-Instruct LMBDA=1 bash gkd_run.sh
+# Distils a teacher into a student: bash gkd_run.sh. Set variables from outside; flags that follow go to train_gkd.py:
+#   MODEL=Qwen/Qwen2.5-0.5B-Instruct TEACHER=Qwen/Qwen2.5-7B-Instruct LMBDA=1 bash gkd_run.sh --max_length 512
+# A typed flag wins over a recipe (--config FILE), a recipe over a variable, a variable over its default.
 set -euo pipefail
 cd "$(dirname "$0")"
+set -a                                       # export every variable below
 
 MODEL=${MODEL:-}                             # the student: folder or Hub id; empty: SmolLM2-135M without 8 of its 30 layers
 TEACHER=${TEACHER:-}                         # the teacher; empty: SmolLM2-135M, made without a hub
@@ -27,43 +29,4 @@ MASTER_PORT=${MASTER_PORT:-}
 NODE_TIMEOUT=${NODE_TIMEOUT:-600}            # seconds that the nodes wait for each other
 PYTHON=${PYTHON:-$(command -v python || command -v python3)}
 
-for ((i = 1; i < $#; i++)); do               # flags that decide what the variables below mean
-  value=$((i + 1))
-  case ${!i} in
-    --train_mode) TRAIN_MODE=${!value} ;;
-    --model_name_or_path) MODEL=${!value} ;;
-    --teacher_model_name_or_path | --teacher_model) TEACHER=${!value} ;;
-    --train_data_path | --dataset_name) TRAIN_DATA=${!value} ;;
-    --lmbda) LMBDA=${!value} ;;
-    --beta) BETA=${!value} ;;
-    --seq_kd) SEQ_KD=${!value} ;;
-    --eval_data_path) EVAL_FRACTION=0 ;;
-    --config) echo "refused: --config: a recipe has values of its own. Type: python -m utils.launch train_gkd.py $*" >&2; exit 2 ;;
-  esac
-done
-[ "$SEQ_KD" = False ] && kind=GKD || kind=SeqKD
-OUTPUT_DIR=${OUTPUT_DIR:-output/$kind-$TRAIN_MODE${LMBDA:+-lmbda$LMBDA}${BETA:+-beta$BETA}}
-TASTE=()
-if [ -z "$MODEL$TEACHER$TRAIN_DATA" ]; then  # the shipped pair: a run of minutes, the first flags
-  TASTE=(--learning_rate 1e-4 --max_completion_length 32 --max_steps 16)
-fi
-if [ -z "$TEACHER" ]; then
-  TEACHER=models/SmolLM2-135M-Instruct
-  [ -e $TEACHER ] || "$PYTHON" -m utils.demo_model
-fi
-if [ -z "$MODEL" ]; then
-  MODEL=models/SmolLM2-106M-student
-  [ -e $MODEL ] || "$PYTHON" -m utils.demo_model --student
-fi
-[ "$TRAIN_MODE" = full ] || LEARNING_RATE=${LEARNING_RATE:-1e-4}
-
-job=(train_gkd.py ${TASTE[@]+"${TASTE[@]}"} --model_name_or_path "$MODEL" --teacher_model_name_or_path "$TEACHER"
-  --train_mode "$TRAIN_MODE" ${LMBDA:+--lmbda "$LMBDA"} ${BETA:+--beta "$BETA"} --seq_kd "$SEQ_KD"
-  --train_data_path "${TRAIN_DATA:-data/sft.jsonl}" --eval_fraction "$EVAL_FRACTION" --output_dir "$OUTPUT_DIR"
-  --per_device_train_batch_size "$BATCH_SIZE" --per_device_eval_batch_size 4
-  --gradient_accumulation_steps "$ACCUMULATION" --num_train_epochs "$EPOCHS" --logging_steps 1
-  ${LEARNING_RATE:+--learning_rate "$LEARNING_RATE"} ${MAX_STEPS:+--max_steps "$MAX_STEPS"}
-  --resume_from_checkpoint auto "$@")
-
-export LAUNCH NUM_PROCESSES NNODES NODE_RANK MASTER_ADDR MASTER_PORT NODE_TIMEOUT
-exec "$PYTHON" -m utils.launch "${job[@]}"
+exec "$PYTHON" -m utils.launch --variables train_gkd.py "$@"

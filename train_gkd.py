@@ -14,6 +14,7 @@ from rlhf_args.methods import DISTILLATION, load
 from utils.checks import flags
 from utils.cli import arguments, recipes
 from utils.data.rows import hold_out, load_rows
+from utils.runtime import environment
 from utils.runtime.errors import Refused, collecting, refuse_if
 from utils.training.run import (
     find_start,
@@ -55,7 +56,7 @@ def run(argv):
     if not problems:
         about = teacher.describe(common, config, train, held_out)
         summary.say_plan(common, config, NAME, method, tokenizer, rows, train, held_out, about)
-    else:
+    elif common.check:
         summary.say_findings(rows)
     if common.probe and not problems:
         whole, train, held_out = probe.shorten(config, method, train)
@@ -88,11 +89,11 @@ def run(argv):
 
 
 def parse_and_check(argv):
-    """As train_rlhf.parse_and_check: what is refused is collected with --check."""
+    """As train_rlhf.parse_and_check: refusals are collected with --check and in the one process of a launch."""
     method, config = DISTILLATION[NAME], None
     words = recipes.translate(recipes.expand(argv), dict(method.renamed))
     common, found = arguments.peek(words, load(method.arguments))
-    problems = [] if common.check else None
+    problems = [] if common.check or environment.is_launched_alone() else None
     if not recipes.asks_help(words):
         found += flags.check_common(common, NAME, method)
         paths = common.train_data_path, common.eval_data_path

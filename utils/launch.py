@@ -1,8 +1,10 @@
 """Starts a training script on one or many processes, as the run scripts do: python -m utils.launch train_rlhf.py FLAGS
 
 Read from the environment: LAUNCH (a name in accelerate_configs/, or auto: by the GPUs that are there), NUM_PROCESSES
-(on this node), and for several nodes NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, NODE_TIMEOUT (seconds). The flags
-are checked once, in one process, before accelerate starts them all; when one of them fails, its error comes last.
+(on this node), and for several nodes NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, NODE_TIMEOUT (seconds). With
+--variables before the script, as the run scripts type it, their other variables too (utils/cli/variables.py).
+One process checks its own flags. Several are preceded by a check in one process; when one of them fails, its error
+comes last.
 
 Exit status: that of the training script; 2 also where this launch cannot start.
 """
@@ -22,8 +24,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.cli import recipes
+from utils.cli import recipes, variables
 from utils.runtime.errors import Refused
+from utils.runtime.paths import DEMO_MODEL, DEMO_STUDENT
 from utils.survival import memory
 
 CONFIGS = Path("accelerate_configs")
@@ -46,24 +49,50 @@ class Plan:
     def world(self):
         return self.processes * self.nodes
 
+    @property
+    def is_plain(self):
+        """True for one process without an engine."""
+        return self.world == 1 and self.described["distributed_type"] == "NO"
+
 
 def main(job):
-    if recipes.asks_plan(job):  # of a launch that this machine need not be able to start
-        return subprocess.call([sys.executable, *job])
     try:
+        if job[:1] == ["--variables"]:
+            job = variables.fill(job[1:], os.environ)
+            make_demo_models(job)
+        if recipes.asks_plan(job):  # of a launch that this machine need not be able to start
+            return subprocess.call([sys.executable, *job])
+        given = recipes.given_flags(job)
+        if "then" in given:  # rejection sampling in rounds starts its own launches
+            become([sys.executable, *job], os.environ)
         plan = read_plan(os.environ, count_gpus())
         set_environment(plan)
-        if {"--check", "--help", "-h"} & set(job):
+        if recipes.is_on(given.get("check")) or recipes.asks_help(job):
             return subprocess.call([sys.executable, *job])
-        # a refusal is one message and status 2, however many processes follow
-        status = subprocess.call([sys.executable, *job, "--check"], stdout=subprocess.DEVNULL)
-        os.environ["LAUNCH_CHECKED"] = "1"
-        return status or launch_until_it_fits(plan, job)
+        if not plan.is_plain:  # a refusal is one message and status 2, however many processes follow
+            if status := subprocess.call([sys.executable, *job, "--check"], stdout=subprocess.DEVNULL):
+                return status
+            os.environ["LAUNCH_CHECKED"] = "1"
+        return launch_until_it_fits(plan, job)
     except Refused as refusal:
         refusal.say()
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def make_demo_models(job):
+    """Makes the models of utils/demo_model.py that `job` names and that are not there. Exits with 1 if it cannot."""
+    for folder, flags in ((DEMO_MODEL, []), (DEMO_STUDENT, ["--student"])):
+        if folder in job and not Path(folder).exists() and not recipes.asks_help(job):
+            if subprocess.call([sys.executable, "-m", "utils.demo_model", *flags]):
+                sys.exit(1)
+
+
+def become(command, env):
+    """This process becomes `command`, so that a signal or an exit status is the command's own."""
+    sys.stdout.flush()
+    os.execvpe(command[0], command, env)
 
 
 # ── what was asked for ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -225,10 +254,8 @@ def launch(plan, job):
     if plan.name == "cpu" and plan.world > 1:
         words.append("--multi_gpu")  # accelerate's word for a process group of its own making
     args = launch_command_parser().parse_args([*words, *job])
-    if plan.world == 1 and plan.described["distributed_type"] == "NO":
-        # this process becomes the job, so that a signal or an exit status is the job's own
-        command, env = prepare_simple_launcher_cmd_env(_validate_launch_command(args)[0])
-        os.execvpe(command[0], command, env)
+    if plan.is_plain:
+        become(*prepare_simple_launcher_cmd_env(_validate_launch_command(args)[0]))
     try:
         launch_command(args)
     except ChildFailedError as error:

@@ -9,7 +9,6 @@ in rejection sampling, is tested in tests/rejection/test_servers.py.
 import os
 import re
 import subprocess
-import sys
 
 import pytest
 
@@ -31,6 +30,7 @@ from tests.rejection.test_servers import (
     waits,
 )
 from trainers import online_trainer, ppo_trainer
+from utils.cli import recipes, variables
 from utils.models import load
 from utils.rewards import judge, judge_reward, server
 
@@ -476,23 +476,17 @@ def test_another_method_says_who_takes_a_judge(capsys, tiny_model, tmp_path):
 # ── the run scripts ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("script", ["rlhf_run.sh", "rejection_run.sh"])
-def test_the_samples_reward_is_not_added_to_a_judge(script, tmp_path):
-    """PYTHON prints the command that would run."""
-    python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\n[ "$2" = utils.launch ] && echo "$@" && exit\nexec {sys.executable} "$@"\n')
-    python.chmod(0o755)
+@pytest.mark.parametrize("script", ["train_rlhf.py", "rejection_sampling.py"])
+def test_the_samples_reward_is_not_added_to_a_judge(script):
+    def rewards(*words, **given):
+        env = {"MODEL": "m", "RLHF_TYPE": "GRPO", **given}
+        flags = recipes.read_flags(variables.fill([script, *words], env))
+        return {flag: value for flag, value in flags.items() if "reward" in flag or "judge" in flag}
 
-    def typed(*flags, **variables):
-        env = {**os.environ, "PYTHON": str(python), "MODEL": "m", "RLHF_TYPE": "GRPO", **variables}
-        done = subprocess.run(["bash", script, *flags], cwd=ROOT, env=env, text=True, capture_output=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    assert "--reward_funcs data/rewards.py:brevity" in typed()
-    judged = typed("--judge_model", "j")
-    assert "--judge_model j" in judged and "--reward" not in judged
-    assert "--reward_funcs my.py:f" in typed("--judge_model", "j", REWARD="my.py:f")  # the user named both
+    assert rewards() == {"reward_funcs": "data/rewards.py:brevity"}
+    assert rewards("--judge_model", "j") == {"judge_model": "j"}
+    both = rewards("--judge_model", "j", REWARD="my.py:f")  # the user named both
+    assert both == {"judge_model": "j", "reward_funcs": "my.py:f"}
 
 
 # ── a judge that thinks ──────────────────────────────────────────────────────────────────────────────────────────────

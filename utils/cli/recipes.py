@@ -5,7 +5,6 @@ import json
 import os
 import re
 import sys
-from itertools import pairwise
 from pathlib import Path
 
 from utils.runtime import environment
@@ -20,8 +19,11 @@ RENAMED = {
 }
 
 
-def expand(argv):
-    """`argv` with --config files put before the other flags (which win), and old flag names translated and said."""
+def expand(argv, quiet=False):
+    """`argv` with --config files put before the other flags (which win), and old flag names translated.
+
+    Translations are noted on stderr unless `quiet`. Raises Refused if a recipe cannot be read.
+    """
     argv = [part for word in argv for part in (word.split("=", 1) if re.match(r"--[\w-]+=", word) else [word])]
     recipe = []
     while "--config" in argv:
@@ -30,7 +32,7 @@ def expand(argv):
             raise Refused(["--config: no file given. Type --config recipes/NAME.yaml"])
         recipe += read_recipe(argv[at + 1])
         del argv[at : at + 2]
-    return translate(read_use_peft(recipe + argv), RENAMED)
+    return translate(read_use_peft(recipe + argv, quiet), RENAMED, quiet)
 
 
 def read_recipe(path):
@@ -57,31 +59,33 @@ def read_recipe(path):
     return words
 
 
-def read_use_peft(words):
+def read_use_peft(words, quiet=False):
     """`words` with TRL's own --use_peft as --train_mode lora; --use_peft False as full."""
     if "--use_peft" not in words:
         return words
     at = words.index("--use_peft")
     value = words[at + 1 : at + 2] if words[at + 1 : at + 2] and not words[at + 1].startswith("--") else []
     mode = "full" if value and value[0].lower() in ("false", "0", "no") else "lora"
-    say_note(f"--use_peft is --train_mode {mode} here, and is read as that")
+    say_note(quiet, f"--use_peft is --train_mode {mode} here, and is read as that")
     return [*words[:at], "--train_mode", mode, *words[at + 1 + len(value) :]]
 
 
-def say_note(text):
-    if environment.is_main() and "LAUNCH_CHECKED" not in os.environ:  # said when utils/launch.py had it checked
+def say_note(quiet, text):
+    if (
+        not quiet and environment.is_main() and "LAUNCH_CHECKED" not in os.environ
+    ):  # said when utils/launch.py had it checked
         print(f"note: {text}", file=sys.stderr)
 
 
-def translate(words, renamed):
-    """`words` with the flags of {old name: name here} under their names here, each said."""
+def translate(words, renamed, quiet=False):
+    """`words` with the flags of {old name: name here} under their names here, each noted unless `quiet`."""
     translated = []
     for word in words:
         name = word[2:].replace("-", "_")
         if not word.startswith("--") or name not in renamed:
             translated.append(word)
             continue
-        say_note(f"{word} is called --{renamed[name]} here, and is read as that")
+        say_note(quiet, f"{word} is called --{renamed[name]} here, and is read as that")
         translated.append(f"--{renamed[name]}")
     return translated
 
@@ -91,15 +95,35 @@ def typed_flags(words):
     return frozenset(word[2:].replace("-", "_").removeprefix("no_") for word in words if word.startswith("--"))
 
 
+def read_flags(words):
+    """{flag: its first value, "" without one} of `words`; --no_plain is {"plain": "False"}."""
+    flags, flag = {}, None
+    for word in words:
+        if word.startswith("--"):
+            name = word[2:].replace("-", "_")
+            flag = name.removeprefix("no_")
+            flags[flag] = "" if flag == name else "False"
+        elif flag:
+            flags[flag] = flags[flag] or word
+    return flags
+
+
+def given_flags(argv, renamed=None):
+    """read_flags of what is typed and what stands in its recipes. Raises Refused if a recipe cannot be read."""
+    return read_flags(translate(expand(argv, quiet=True), renamed or {}, quiet=True))
+
+
+def is_on(value):
+    """True if a boolean flag of this `value` is on; "" stands for a flag without a value, None for no flag."""
+    return value is not None and value.lower() in ("", "1", "t", "true", "y", "yes")
+
+
 def asks_help(words):
     return "--help" in words or "-h" in words
 
 
 def asks_plan(words):
-    """Whether --plan stands there, or in a recipe."""
-    given = [part for word in words for part in word.split("=", 1)]
-    for flag, file in pairwise(given):
-        if flag == "--config":
-            with contextlib.suppress(Refused):  # said where the recipe is read
-                given += read_recipe(file)
-    return "--plan" in given and not asks_help(words)
+    """True if --plan is typed or stands in a recipe."""
+    with contextlib.suppress(Refused):  # a recipe that cannot be read is refused where it is expanded
+        return "plan" in given_flags(words) and not asks_help(words)
+    return False

@@ -147,6 +147,11 @@ def processes_asked():
     return int(os.environ.get("LAUNCH_PROCESSES") or os.environ.get("WORLD_SIZE") or 1)
 
 
+def is_launched_alone():
+    """True in the one process of utils/launch.py, which nothing has checked before."""
+    return os.environ.get("LAUNCH_PROCESSES") == "1"
+
+
 def check_world(accelerator):
     """Raises RuntimeError where not all the processes asked for train together, under the engine asked for."""
     wanted = {"zero": "DEEPSPEED", "fsdp": "FSDP"}.get(engine()[:4], "MULTI" if processes_asked() > 1 else "")

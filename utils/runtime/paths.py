@@ -4,6 +4,9 @@ import difflib
 import os
 from pathlib import Path
 
+# made by utils/demo_model.py
+DEMO_MODEL, DEMO_STUDENT = "models/SmolLM2-135M-Instruct", "models/SmolLM2-106M-student"
+
 
 def looks_local(path):
     """Whether `path` can only be meant as a file or folder here, not as a Hub id (`owner/name`)."""
