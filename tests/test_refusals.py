@@ -17,6 +17,7 @@ import pytest
 import train_rlhf
 from rlhf_args.methods import METHODS as TABLE
 from tests.conftest import ROOT, command, write_rows
+from utils.cli import recipes
 from utils.models import load
 
 GOOD = {"prompt": "Say hi. ", "chosen": "Hi there.", "rejected": "No."}
@@ -252,6 +253,50 @@ def test_a_recipe_that_is_not_there_is_refused(refused, tmp_path):
     assert refused(f"--config {tmp_path}/recpie.yaml") == [
         f"--config {tmp_path}/recpie.yaml: no such file or directory. Did you mean {tmp_path}/recipe.yaml?"
     ]
+
+
+@pytest.mark.parametrize("named", ["one", "two"])
+def test_a_recipe_that_names_a_recipe_is_refused(named, refused, tmp_path):
+    """A file that names itself, and two that name each other: reading them must end."""
+    for name, other in (("one", named), ("two", "one")):
+        (tmp_path / f"{name}.yaml").write_text(f"seed: 1\nconfig: {tmp_path}/{other}.yaml\n")
+    (problem,) = refused(f"--config {tmp_path}/one.yaml")
+    assert problem.startswith(f"{tmp_path}/one.yaml:2: config:") and f"--config {tmp_path}/one.yaml" in problem
+
+
+# a line of a recipe: the words that it stands for
+LINES = {
+    "save_strategy: no": ["--save_strategy", "no"],
+    "eval_strategy: No": ["--eval_strategy", "No"],
+    "use_dora: yes": ["--use_dora", "yes"],
+    "report_to: [none, off]": ["--report_to", "none", "off"],
+    "model_revision: 0123": ["--model_revision", "0123"],
+    "model_revision: 1.10": ["--model_revision", "1.10"],
+    "system_prompt: 'null'": ["--system_prompt", "null"],
+    "learning_rate: 1.0e-6": ["--learning_rate", "1.0e-6"],
+    "seed: &same 3": ["--seed", "3"],
+    "lr_scheduler_kwargs: {rate: 0.5, last: true}": ["--lr_scheduler_kwargs", '{"rate": 0.5, "last": true}'],
+}
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_a_value_of_a_recipe_is_read_as_it_is_written(line, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(f"{line}\n")
+    assert recipes.expand(["--config", str(tmp_path / "recipe.yaml")]) == LINES[line]
+
+
+@pytest.mark.parametrize("word, on", {"yes": True, "on": True, "true": True, "no": False, "Off": False}.items())
+def test_a_switch_in_a_recipe_takes_what_yaml_calls_a_boolean(word, on, run, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(f"use_dora: {word}\nsave_strategy: no\n")
+    status, out, lines = run(f"--config {tmp_path}/recipe.yaml --check")
+    assert (status, lines) == (0, []) and ("DoRA" in out) == on
+
+
+@pytest.mark.parametrize("value, said", {"null": "null", "~": "~", "": "no value", "[1, null]": "null"}.items())
+def test_a_recipe_that_gives_a_flag_no_value_is_refused(value, said, refused, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(f"seed: 1\nmax_length: {value}\n")
+    (problem,) = refused(f"--config {tmp_path}/recipe.yaml")
+    assert problem.startswith(f"{tmp_path}/recipe.yaml:2: max_length: {said}.") and "Delete the line" in problem
 
 
 def test_the_command_line_wins_over_a_recipe(run, tmp_path):

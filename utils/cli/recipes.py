@@ -38,7 +38,12 @@ def read_recipe(path):
     import yaml
 
     try:
-        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        loader = yaml.SafeLoader(Path(path).read_text(encoding="utf-8"))
+        recipe = loader.get_single_node()
+        if not isinstance(recipe, yaml.MappingNode):
+            raise Refused([f"{path}: not a mapping. A recipe has a line `flag: value` for each flag"])
+        loader.flatten_mapping(recipe)
+        return [word for flag, value in recipe.value for word in read_flag(path, loader, flag, value)]
     except OSError as error:
         raise Refused([f"--config {path}: {error.strerror.lower()}{near_path(path)}"]) from None
     except UnicodeDecodeError as error:
@@ -46,14 +51,27 @@ def read_recipe(path):
     except yaml.YAMLError as error:
         line = getattr(error, "problem_mark", None)
         raise Refused([f"{path}:{line.line + 1 if line else 1}: not valid yaml"]) from None
-    if not isinstance(recipe, dict):
-        raise Refused([f"{path}: not a mapping. A recipe has a line `flag: value` for each flag"])
-    words = []
-    for flag, value in recipe.items():
-        if value is None:
-            continue
-        values = value if isinstance(value, list) else [value]
-        words += [f"--{flag}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)]
+
+
+def read_flag(path, loader, flag, value):
+    """The words of one line of a recipe. Values stay as written (YAML would make `no` False); mappings become JSON."""
+    import yaml
+
+    where = f"{path}:{flag.start_mark.line + 1}: {flag.value}"
+    if flag.value == "config":
+        raise Refused([f"{where}: a recipe cannot name another. Type both: --config OTHER.yaml --config {path}"])
+    words = [f"--{flag.value}"]
+    for item in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+        if item.tag == "tag:yaml.org,2002:null":
+            quoted = f'"{item.value or "null"}"'
+            raise Refused(
+                [
+                    f"{where}: {item.value or 'no value'}. Delete the line to take the default, or write a value; "
+                    f"type {quoted} in quotes where the word itself is meant"
+                ]
+            )
+        scalar = isinstance(item, yaml.ScalarNode)
+        words.append(item.value if scalar else json.dumps(loader.construct_object(item, deep=True), default=str))
     return words
 
 
@@ -98,7 +116,7 @@ def asks_help(words):
 def asks_plan(words):
     """Whether --plan stands there, or in a recipe."""
     given = [part for word in words for part in word.split("=", 1)]
-    for flag, file in pairwise(given):
+    for flag, file in pairwise([*given]):
         if flag == "--config":
             with contextlib.suppress(Refused):  # said where the recipe is read
                 given += read_recipe(file)
