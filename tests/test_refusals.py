@@ -804,6 +804,10 @@ def test_a_folder_that_holds_something_is_not_written_over(there, flags, said, r
 
 
 def test_a_folder_that_cannot_be_made_is_refused(refused, tmp_path):
+    (tmp_path / "link").symlink_to("gone")
+    for out in (tmp_path / "link", tmp_path / "link" / "out"):
+        (problem,) = refused(out=out)
+        assert problem.startswith(f"--output_dir {out}: {tmp_path}/link is a link to gone")
     file = tmp_path / "file"
     file.write_text("")
     assert refused(out=file) == [f"--output_dir {file}: a file of that name is there. Name a folder"]

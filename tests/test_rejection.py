@@ -1136,6 +1136,17 @@ def test_overwriting_starts_afresh(done, run):
     assert line_with(out, "generate ") == "generate  12 answers to sample, 0 are there"
 
 
+def test_overwriting_works_behind_a_link(run, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    assert run(rows=[*CHATS[:3], {"prompt": "text among chats"}])[0] == 2
+    assert (tmp_path / "out").is_symlink() and not any((tmp_path / "disk").iterdir())
+    (tmp_path / "disk" / "settings.json").write_text("{}")
+    (tmp_path / "disk" / "old").symlink_to(tmp_path)
+    assert run("--max_samples 3 --overwrite_output_dir")[0] == 0
+    assert (tmp_path / "out").is_symlink() and not (tmp_path / "disk" / "old").exists() and tmp_path.exists()
+
+
 def test_overwriting_does_not_delete_what_the_run_needs(done, refused):
     data_path = shutil.copy(done / "prompts.jsonl", done / "mine.jsonl")
     (problem,) = refused("--overwrite_output_dir", rows=str(data_path))

@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import shutil
 from pathlib import Path
 
 
@@ -18,13 +19,15 @@ def near_path(path):
     return f". Did you mean {wanted.parent / near[0]}?" if near and not wanted.exists() else ""
 
 
-def check_writable(folder):
-    """Problems of a folder that is to be made, or written in."""
+def check_writable(folder: Path, flag: str = "--output_dir ") -> list[str]:
+    """Problems of a folder that is to be made, or written in. flag: what stands before it in the message."""
     if folder.is_file():
-        return [f"--output_dir {folder}: a file of that name is there. Name a folder"]
-    above = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+        return [f"{flag}{folder}: a file of that name is there. Name a folder"]
+    above = next(parent for parent in (folder, *folder.absolute().parents) if os.path.lexists(parent))
+    if not above.exists():
+        return [f"{flag}{folder}: {above} is a link to {os.readlink(above)}, which is not there. Name another folder"]
     if not above.is_dir() or not os.access(above, os.W_OK):
-        return [f"--output_dir {folder}: nothing can be written in {above}. Name another folder"]
+        return [f"{flag}{folder}: nothing can be written in {above}. Name another folder"]
     return []
 
 
@@ -35,6 +38,13 @@ def check_overwrite(folder, paths):
         for path in paths
         if path and Path(path).resolve().is_relative_to(Path(folder).resolve())
     ]
+
+
+def empty(folder: str | Path, keep: tuple[str, ...] = ()) -> None:
+    """Deletes everything in a folder but the names in `keep`. A link is deleted, never its target."""
+    for path in Path(folder).iterdir():
+        if path.name not in keep:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def write_whole(file, text):
