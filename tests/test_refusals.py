@@ -7,16 +7,20 @@ the last chapter types the commands themselves.
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import train_rlhf
-from rlhf_args.methods import METHODS as TABLE
+from rlhf_args.methods import EVERY, METHODS as TABLE, REJECTION, load as load_named
 from tests.conftest import ROOT, command, write_rows
+from utils.checks import folders
 from utils.cli import recipes
 from utils.models import load
 
@@ -801,6 +805,64 @@ def test_a_folder_that_holds_something_is_not_written_over(there, flags, said, r
     else:
         with pytest.raises(Loaded):
             run(flags, out=out)
+
+
+# flag: what it is given, OUT standing for the output folder
+NEEDED = {
+    "model_name_or_path": "OUT/model",
+    "train_data_path": ["data/sft.jsonl", "OUT/rows.jsonl"],
+    "eval_data_path": ["OUT/ro*.jsonl"],
+    "chat_template_path": "OUT/chat.jinja",
+    "reward_model_path": "OUT/model",
+    "reward_funcs": ["data/rewards.py:brevity", "OUT/reward.py:score"],
+    "judge_template": "OUT/judge.txt",
+    "value_model_path": "OUT/model",
+    "critic_path": "OUT/critic.safetensors",
+    "teacher_model_name_or_path": "OUT/model",
+    "answers_dir": "OUT/answers",
+    "deepspeed": "OUT/zero.json",
+}
+
+
+def test_every_flag_that_names_a_path_is_known_to_be_read_or_written():
+    """A new flag of this kind joins folders.READS and NEEDED, or the names here."""
+    others = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint"}
+    others |= {"restore_callback_states_from_checkpoint", "enable_jit_checkpoint"}
+    kinds = [load_named(kind) for row in (*EVERY.values(), REJECTION) for kind in (row.arguments, row.config)]
+    flags = {field.name for kind in kinds for field in fields(kind)}
+    paths = {flag for flag in flags if re.search(r"(^|_)(path|dir|file|folder|template|funcs|checkpoint)$", flag)}
+    assert paths - others <= {*folders.READS} <= flags and {*NEEDED} == {*folders.READS}
+
+
+@pytest.mark.parametrize("flag", NEEDED)
+def test_overwriting_deletes_nothing_that_the_run_reads(flag, tmp_path):
+    """By the folder's own name, and through a link to it."""
+    out = tmp_path / "out"
+    for name in ("model", "answers"):
+        (out / name).mkdir(parents=True)
+    for name in ("run_card.json", "rows.jsonl", "chat.jinja", "reward.py", "judge.txt", "critic.safetensors"):
+        (out / name).write_text("{}")
+    (out / "zero.json").write_text("{}")
+    (tmp_path / "way").symlink_to(out)
+    for place in (out, tmp_path / "way"):
+        given = json.loads(json.dumps(NEEDED[flag]).replace("OUT", str(place)))
+        common = SimpleNamespace(overwrite_output_dir=True, **{flag: given})
+        (problem,) = folders.check_output_dir(common, SimpleNamespace(output_dir=str(out)))
+        assert f"would delete {place}/" in problem and f"--{flag}" in problem
+    common = SimpleNamespace(overwrite_output_dir=True, **{flag: json.loads(json.dumps(given).replace("way", "no"))})
+    assert not folders.check_output_dir(common, SimpleNamespace(output_dir=str(out)))
+
+
+def test_overwriting_does_not_delete_the_base_of_an_adapter_or_a_recipe(refused, tiny_model, tmp_path):
+    out, adapter = tmp_path / "out", tmp_path / "adapter"
+    shutil.copytree(tiny_model, out / "base")
+    (out / "run_card.json").write_text("{}")
+    (out / "mine.yaml").write_text("seed: 1")
+    make_folder(adapter, tiny_model, ["config.json"], {})
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(out / "base")}))
+    found = refused(f"--overwrite_output_dir --config {out}/mine.yaml", model=adapter, out=out)
+    says = [(f"{out}/base", "--model_name_or_path"), (f"{out}/mine.yaml", "--config")]
+    assert all(path in one and flag in one for one, (path, flag) in zip(found, says, strict=True)), found
 
 
 def test_a_folder_that_cannot_be_made_is_refused(refused, tmp_path):

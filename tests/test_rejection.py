@@ -1150,7 +1150,24 @@ def test_overwriting_works_behind_a_link(run, tmp_path):
 def test_overwriting_does_not_delete_what_the_run_needs(done, refused):
     data_path = shutil.copy(done / "prompts.jsonl", done / "mine.jsonl")
     (problem,) = refused("--overwrite_output_dir", rows=str(data_path))
-    assert problem.startswith(f"--overwrite_output_dir: would delete {data_path}, which this run needs")
+    assert problem.startswith(f"--overwrite_output_dir: would delete {data_path}, which --train_data_path reads")
+
+
+def test_overwriting_does_not_delete_a_recipe_a_reward_function_or_a_judges_template(done, refused):
+    template = Path("data/judge_score.txt").read_text()
+    judged = f"--judge_model m --judge_base_url http://127.0.0.1:9/v1 --judge_template {done}/mine.txt"
+    cases = [
+        ("mine.yaml", "seed: 1", "--config", f"--config {done}/mine.yaml"),
+        ("mine.txt", template, "--judge_template", judged),
+        ("mine.py", REWARD, "--reward_funcs", f"--reward_funcs {done}/mine.py:total"),
+    ]
+    for name, content, flag, given in cases:
+        (done / name).write_text(content)
+        reward = None if flag == "--reward_funcs" else "total"
+        problem = refused(f"--overwrite_output_dir {given}", reward=reward)[
+            -1
+        ]  # a server that is not there is another
+        assert f"would delete {done}/{name}" in problem and flag in problem
 
 
 OVER = pytest.param("--overwrite_output_dir")

@@ -113,11 +113,16 @@ def asks_help(words):
     return "--help" in words or "-h" in words
 
 
+def recipes_in(words: list[str]) -> list[str]:
+    """The files that --config names on a command line."""
+    given = [part for word in words for part in word.split("=", 1)]
+    return [file for flag, file in pairwise(given) if flag == "--config"]
+
+
 def asks_plan(words):
     """Whether --plan stands there, or in a recipe."""
     given = [part for word in words for part in word.split("=", 1)]
-    for flag, file in pairwise([*given]):
-        if flag == "--config":
-            with contextlib.suppress(Refused):  # said where the recipe is read
-                given += read_recipe(file)
+    for file in recipes_in(words):
+        with contextlib.suppress(Refused):  # said where the recipe is read
+            given += read_recipe(file)
     return "--plan" in given and not asks_help(words)

@@ -1,6 +1,7 @@
 """Paths that a user gives, and files that are written whole or not at all."""
 
 import difflib
+import glob
 import os
 import shutil
 from pathlib import Path
@@ -31,13 +32,20 @@ def check_writable(folder: Path, flag: str = "--output_dir ") -> list[str]:
     return []
 
 
-def check_overwrite(folder, paths):
-    """Problems of deleting what is in the folder: `paths` are what the run is to read, None for nothing."""
+def check_overwrite(folder: str | Path, reads: list[tuple[str, str]]) -> list[str]:
+    """Problems of deleting what is in the folder. reads: (flag, path or glob) of everything that the run reads."""
     return [
-        f"--overwrite_output_dir: would delete {path}, which this run needs. Name another --output_dir"
-        for path in paths
-        if path and Path(path).resolve().is_relative_to(Path(folder).resolve())
+        f"--overwrite_output_dir: would delete {path}, which --{flag} reads. Name another --output_dir"
+        for flag, path in reads
+        if any(is_inside(found, folder) for found in (path, *glob.glob(os.path.expanduser(path))))
     ]
+
+
+def is_inside(path, folder):
+    """True if `path` exists in `folder`, whether by its name or behind links."""
+    here, folder = Path(path).expanduser(), Path(folder)
+    within = here.resolve().is_relative_to(folder.resolve()) or here.absolute().is_relative_to(folder.absolute())
+    return within and (here.exists() or glob.has_magic(str(here)))
 
 
 def empty(folder: str | Path, keep: tuple[str, ...] = ()) -> None:
