@@ -55,6 +55,8 @@ def test_unusable_rows_are_written_down_with_their_reason(tiny_model, tmp_path):
     ]
     card = json.loads((tmp_path / "out" / "run_card.json").read_text())
     assert card["train_rows"] == 8 and sum(card["dropped_rows"].values()) == 3
+    launch = [card[key] for key in ("LAUNCH", "NUM_PROCESSES", "NNODES", "engine", "device")]
+    assert launch == [None, 1, 1, "none", "cpu"] and card["command"].startswith("python train_rlhf.py")
 
 
 def test_overwriting_clears_a_folder_behind_a_link_and_deletes_no_target_of_a_link(tmp_path):

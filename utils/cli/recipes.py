@@ -19,6 +19,8 @@ RENAMED = {
     "torch_dtype": "dtype",
 }
 
+OFF = "false", "f", "no", "n", "off", "0"  # how a switch is typed that is off
+
 
 def expand(argv):
     """`argv` with --config files put before the other flags (which win), and old flag names translated and said."""
@@ -81,7 +83,7 @@ def read_use_peft(words):
         return words
     at = words.index("--use_peft")
     value = words[at + 1 : at + 2] if words[at + 1 : at + 2] and not words[at + 1].startswith("--") else []
-    mode = "full" if value and value[0].lower() in ("false", "0", "no") else "lora"
+    mode = "full" if value and value[0].lower() in OFF else "lora"
     say_note(f"--use_peft is --train_mode {mode} here, and is read as that")
     return [*words[:at], "--train_mode", mode, *words[at + 1 + len(value) :]]
 
@@ -119,10 +121,16 @@ def recipes_in(words: list[str]) -> list[str]:
     return [file for flag, file in pairwise(given) if flag == "--config"]
 
 
-def asks_plan(words):
-    """Whether --plan stands there, or in a recipe."""
-    given = [part for word in words for part in word.split("=", 1)]
+def asks(words: list[str], flag: str) -> bool:
+    """True if a switch is on, on the command line or in a recipe. The last one wins; `--check False` is off."""
+    recipe = []
     for file in recipes_in(words):
         with contextlib.suppress(Refused):  # said where the recipe is read
-            given += read_recipe(file)
-    return "--plan" in given and not asks_help(words)
+            recipe += read_recipe(file)
+    given = [part for word in [*recipe, *words] for part in word.split("=", 1)]
+    values = [value.lower() for word, value in pairwise([*given, ""]) if word == f"--{flag}"]
+    return bool(values) and values[-1] not in OFF
+
+
+def asks_plan(words):
+    return asks(words, "plan") and not asks_help(words)

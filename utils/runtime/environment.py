@@ -147,6 +147,20 @@ def processes_asked():
     return int(os.environ.get("LAUNCH_PROCESSES") or os.environ.get("WORLD_SIZE") or 1)
 
 
+def describe_launch() -> dict[str, str | int | None]:
+    """What it takes to start such a run again; LAUNCH is None where utils/launch.py did not start it."""
+    import torch
+
+    nodes = int(os.environ.get("NNODES") or 1) if "LAUNCH_NAME" in os.environ else 1
+    return {
+        "LAUNCH": os.environ.get("LAUNCH_NAME"),
+        "NUM_PROCESSES": processes_asked() // nodes,  # on each node
+        "NNODES": nodes,
+        "engine": engine() or ("ddp" if processes_asked() > 1 else "none"),
+        "device": torch.cuda.get_device_name() if has_gpu() else "cpu",
+    }
+
+
 def check_world(accelerator):
     """Raises RuntimeError where not all the processes asked for train together, under the engine asked for."""
     wanted = {"zero": "DEEPSPEED", "fsdp": "FSDP"}.get(engine()[:4], "MULTI" if processes_asked() > 1 else "")
