@@ -11,7 +11,9 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from dataclasses import fields
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +25,7 @@ from tests.conftest import ROOT, command, write_rows
 from utils.checks import folders
 from utils.cli import recipes
 from utils.models import load
+from utils.models.folders import check_folder
 
 GOOD = {"prompt": "Say hi. ", "chosen": "Hi there.", "rejected": "No."}
 CHAT = {
@@ -750,6 +753,59 @@ def test_a_model_folder_that_is_not_there_is_refused(refused, tmp_path):
     assert refused(model=tmp_path / "SmolLM-135M") == [
         f"--model_name_or_path {tmp_path}/SmolLM-135M: no such folder. Did you mean {tmp_path}/SmolLM2-135M?"
     ]
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub on 127.0.0.1 that has Qwen/Qwen9 alone."""
+    from huggingface_hub import constants
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self):
+            known = self.path == "/api/models/Qwen/Qwen9"
+            body = b'{"id": "Qwen/Qwen9"}' if known else b"{}"
+            self.send_response(200 if known else 404)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *words):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        yield
+        server.shutdown()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "Qwen/Other", "Qwen/Qwen9", "Else/Qwen9"])
+def test_a_hub_id_is_left_to_the_loader_whatever_folders_there_are(name, hub, tmp_path, monkeypatch):
+    """An owner's name may be a folder's too, with a model of nearly that name in it."""
+    (tmp_path / "Qwen" / "Qwen8").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert check_folder(name, "--model_name_or_path") == ([], None)
+
+
+@pytest.mark.parametrize("name", ["Qwenn", "Qwen/Qwen7"])
+@pytest.mark.parametrize("reached", [True, False])
+def test_a_misspelt_folder_is_refused_whether_the_hub_is_reached_or_not(reached, name, hub, tmp_path, monkeypatch):
+    (tmp_path / "Qwen" / "Qwen8").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    if not reached:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    (problem,), _ = check_folder(name, "--model_name_or_path")
+    near = {"Qwenn": "Qwen", "Qwen/Qwen7": "Qwen/Qwen8"}[name]
+    assert problem == f"--model_name_or_path {name}: no such folder. Did you mean {near}?"
+
+
+def test_a_hub_id_that_cannot_be_reached_is_one_line(tmp_path):
+    flags = ["--model_name_or_path", "gpt2", "--train_data_path", "data/preference.jsonl", "--output_dir", tmp_path]
+    done = command("train_rlhf.py", *flags, env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")})
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("refused: --model_name_or_path gpt2: ") and "no such folder here" in line
 
 
 # what the template is: the beginning of what is said of it, for chats

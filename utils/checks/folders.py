@@ -19,7 +19,7 @@ from utils.models.folders import (
     vocabulary_rows,
 )
 from utils.runtime.errors import Refused
-from utils.runtime.paths import check_overwrite, check_writable, looks_local
+from utils.runtime.paths import check_overwrite, check_writable, looks_local, near_path
 
 
 def check_model(path, name, method):
@@ -49,7 +49,8 @@ def check_value_model(path, common, kind):
     if looks_local(path) or Path(path).exists():
         yield from check_folder(path, "--value_model_path")[0]
     else:
-        yield f"{flag}: not a folder here. Download it and name its folder: its tokenizer and head are looked at first"
+        way_out = near_path(path) or ". Download it and name its folder: its tokenizer and head are looked at first"
+        yield f"{flag}: not a folder here{way_out}"
     adapter = (Path(path) / "adapter_config.json").exists()
     if kind == "model" and adapter:
         yield f"{flag}: an adapter. Merge it first: python -m utils.merge_lora {path} MERGED"

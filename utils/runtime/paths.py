@@ -7,10 +7,9 @@ import shutil
 from pathlib import Path
 
 
-def looks_local(path):
-    """Whether `path` can only be meant as a file or folder here, not as a Hub id (`owner/name`)."""
-    parts = Path(path).parts
-    return len(parts) != 2 or path.startswith((".", "/", "~")) or path.endswith("/") or Path(parts[0]).is_dir()
+def looks_local(path: str) -> bool:
+    """True if `path` can only be a file or folder here, not a Hub id (`owner/name`, or `name` as gpt2 has it)."""
+    return len(Path(path).parts) not in (1, 2) or path.startswith((".", "/", "~")) or path.endswith("/")
 
 
 def near_path(path):
