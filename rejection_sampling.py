@@ -55,9 +55,10 @@ def parse_and_check(argv):
     """Flags, folders and templates. What needs no library is refused within a second, so that comes first."""
     words = recipes.expand(argv)
     common, config, left = arguments.parse_rejection(words)
+    from utils.checks import folders
     from utils.rejection import checks
 
-    refuse_if(checks.check_flags(common, config, words))
+    refuse_if(checks.check_flags(common, config, words) + folders.check_recipes(common, config, argv))
     return common, config, left
 
 

@@ -107,6 +107,7 @@ def parse_and_check(argv):
     with collecting(problems):
         found = flags.check_config(common, config, NAME, method)
         found += [*distillation.check_distillation(common, config, rows), *folders.check_folders(common, config)]
+        found += folders.check_recipes(common, config, argv)
         refuse_if(found)
     with collecting(problems):
         hold_out(rows, common.eval_fraction, config.seed)

@@ -129,7 +129,8 @@ def parse_and_check(argv):
 
     with collecting(problems):
         found = flags.check_config(common, config, name, method)
-        refuse_if(found + folders.check_folders(common, config))
+        found += [*folders.check_folders(common, config), *folders.check_recipes(common, config, argv)]
+        refuse_if(found)
     with collecting(problems):
         hold_out(rows, common.eval_fraction, config.seed)
         check_labels(rows.train, name)

@@ -206,7 +206,7 @@ def search_path():
 
 def set_environment(plan):
     """What the check and every process inherit; the engine's variables are those that accelerate sets again later."""
-    env = {"LAUNCH_PROCESSES": str(plan.world), "PATH": search_path()}
+    env = {"LAUNCH_NAME": plan.name, "LAUNCH_PROCESSES": str(plan.world), "PATH": search_path()}
     # seconds that a large checkpoint has once a signal came; a second signal does not wait
     env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "1800")
     for name in ("zero_stage", "offload_optimizer_device"):

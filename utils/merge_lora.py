@@ -7,7 +7,6 @@ is left, float32 is saved instead, and said. In the end a fresh process compares
 """
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 
@@ -17,22 +16,25 @@ from utils.results import proof
 from utils.runtime import environment
 from utils.runtime.errors import Failed, Refused, refuse_if
 from utils.runtime.output import first_line
+from utils.runtime.paths import check_writable, empty
 
 ENOUGH = 0.9  # share of the adapter's effect on the outputs that a merge must keep
 
 
 def merge(adapter, output, dtype="auto"):
     """Writes the merged model. Returns (dtype it is saved in, share of the adapter's effect that it keeps, notes)."""
+    described = read_adapter(adapter)
+    if described is None:
+        raise Refused([f"{adapter}: no adapter_config.json in it, so not an adapter"])
+    refuse_if(check_writable(Path(output), flag=""))
+    if Path(output).exists() and any(Path(output).iterdir()):
+        raise Refused([f"{output}: is there already. Name another folder"])
+    refuse_if(check_folder(str(adapter), "adapter")[0])  # PEFT would read pickled weights
+
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    described = read_adapter(adapter)
-    if described is None:
-        raise Refused([f"{adapter}: no adapter_config.json in it, so not an adapter"])
-    if Path(output).exists() and any(Path(output).iterdir()):
-        raise Refused([f"{output}: is there already. Name another folder"])
-    refuse_if(check_folder(str(adapter), "adapter")[0])  # PEFT would read pickled weights
     scores = described["task_type"] == "SEQ_CLS"
     kind, extra = (AutoModelForSequenceClassification, {"num_labels": 1}) if scores else (AutoModelForCausalLM, {})
     tokenizer = load_tokenizer(adapter)
@@ -58,7 +60,8 @@ def merge(adapter, output, dtype="auto"):
     notes = []
     wanted = own_dtype if dtype == "auto" else getattr(torch, dtype)
     for target in (wanted, torch.float32):
-        shutil.rmtree(output, ignore_errors=True)
+        if Path(output).exists():
+            empty(output)
         merged.config.dtype = target
         once = {}  # tied weights are one tensor, and stay one
         state = {name: once.setdefault(t.data_ptr(), t.to(target)) for name, t in merged.state_dict().items()}

@@ -7,17 +7,25 @@ chapter types the commands themselves.
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import threading
+from dataclasses import fields
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import train_rlhf
-from rlhf_args.methods import METHODS as TABLE
+from rlhf_args.methods import EVERY, METHODS as TABLE, REJECTION, load as load_named
 from tests.conftest import ROOT, command, write_rows
+from utils.checks import folders
+from utils.cli import recipes
 from utils.models import load
+from utils.models.folders import check_folder
 
 GOOD = {"prompt": "Say hi. ", "chosen": "Hi there.", "rejected": "No."}
 CHAT = {
@@ -252,6 +260,50 @@ def test_a_recipe_that_is_not_there_is_refused(refused, tmp_path):
     assert refused(f"--config {tmp_path}/recpie.yaml") == [
         f"--config {tmp_path}/recpie.yaml: no such file or directory. Did you mean {tmp_path}/recipe.yaml?"
     ]
+
+
+@pytest.mark.parametrize("named", ["one", "two"])
+def test_a_recipe_that_names_a_recipe_is_refused(named, refused, tmp_path):
+    """A file that names itself, and two that name each other: reading them must end."""
+    for name, other in (("one", named), ("two", "one")):
+        (tmp_path / f"{name}.yaml").write_text(f"seed: 1\nconfig: {tmp_path}/{other}.yaml\n")
+    (problem,) = refused(f"--config {tmp_path}/one.yaml")
+    assert problem.startswith(f"{tmp_path}/one.yaml:2: config:") and f"--config {tmp_path}/one.yaml" in problem
+
+
+# a line of a recipe: the words that it stands for
+LINES = {
+    "save_strategy: no": ["--save_strategy", "no"],
+    "eval_strategy: No": ["--eval_strategy", "No"],
+    "use_dora: yes": ["--use_dora", "yes"],
+    "report_to: [none, off]": ["--report_to", "none", "off"],
+    "model_revision: 0123": ["--model_revision", "0123"],
+    "model_revision: 1.10": ["--model_revision", "1.10"],
+    "system_prompt: 'null'": ["--system_prompt", "null"],
+    "learning_rate: 1.0e-6": ["--learning_rate", "1.0e-6"],
+    "seed: &same 3": ["--seed", "3"],
+    "lr_scheduler_kwargs: {rate: 0.5, last: true}": ["--lr_scheduler_kwargs", '{"rate": 0.5, "last": true}'],
+}
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_a_value_of_a_recipe_is_read_as_it_is_written(line, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(f"{line}\n")
+    assert recipes.expand(["--config", str(tmp_path / "recipe.yaml")]) == LINES[line]
+
+
+@pytest.mark.parametrize("word, on", {"yes": True, "on": True, "true": True, "no": False, "Off": False}.items())
+def test_a_switch_in_a_recipe_takes_what_yaml_calls_a_boolean(word, on, run, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(f"use_dora: {word}\nsave_strategy: no\n")
+    status, out, lines = run(f"--config {tmp_path}/recipe.yaml --check")
+    assert (status, lines) == (0, []) and ("DoRA" in out) == on
+
+
+@pytest.mark.parametrize("value, said", {"null": "null", "~": "~", "": "no value", "[1, null]": "null"}.items())
+def test_a_recipe_that_gives_a_flag_no_value_is_refused(value, said, refused, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(f"seed: 1\nmax_length: {value}\n")
+    (problem,) = refused(f"--config {tmp_path}/recipe.yaml")
+    assert problem.startswith(f"{tmp_path}/recipe.yaml:2: max_length: {said}.") and "Delete the line" in problem
 
 
 def test_the_command_line_wins_over_a_recipe(run, tmp_path):
@@ -703,6 +755,59 @@ def test_a_model_folder_that_is_not_there_is_refused(refused, tmp_path):
     ]
 
 
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub on 127.0.0.1 that has Qwen/Qwen9 alone."""
+    from huggingface_hub import constants
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self):
+            known = self.path == "/api/models/Qwen/Qwen9"
+            body = b'{"id": "Qwen/Qwen9"}' if known else b"{}"
+            self.send_response(200 if known else 404)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *words):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        yield
+        server.shutdown()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "Qwen/Other", "Qwen/Qwen9", "Else/Qwen9"])
+def test_a_hub_id_is_left_to_the_loader_whatever_folders_there_are(name, hub, tmp_path, monkeypatch):
+    """An owner's name may be a folder's too, with a model of nearly that name in it."""
+    (tmp_path / "Qwen" / "Qwen8").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert check_folder(name, "--model_name_or_path") == ([], None)
+
+
+@pytest.mark.parametrize("name", ["Qwenn", "Qwen/Qwen7"])
+@pytest.mark.parametrize("reached", [True, False])
+def test_a_misspelt_folder_is_refused_whether_the_hub_is_reached_or_not(reached, name, hub, tmp_path, monkeypatch):
+    (tmp_path / "Qwen" / "Qwen8").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    if not reached:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    (problem,), _ = check_folder(name, "--model_name_or_path")
+    near = {"Qwenn": "Qwen", "Qwen/Qwen7": "Qwen/Qwen8"}[name]
+    assert problem == f"--model_name_or_path {name}: no such folder. Did you mean {near}?"
+
+
+def test_a_hub_id_that_cannot_be_reached_is_one_line(tmp_path):
+    flags = ["--model_name_or_path", "gpt2", "--train_data_path", "data/preference.jsonl", "--output_dir", tmp_path]
+    done = command("train_rlhf.py", *flags, env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")})
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("refused: --model_name_or_path gpt2: ") and "no such folder here" in line
+
+
 # what the template is: the beginning of what is said of it, for chats
 TEMPLATES = {
     None: "the data are chats, and this model's tokenizer has no chat template. Take the instruct model, save a "
@@ -758,7 +863,69 @@ def test_a_folder_that_holds_something_is_not_written_over(there, flags, said, r
             run(flags, out=out)
 
 
+# flag: what it is given, OUT standing for the output folder
+NEEDED = {
+    "model_name_or_path": "OUT/model",
+    "train_data_path": ["data/sft.jsonl", "OUT/rows.jsonl"],
+    "eval_data_path": ["OUT/ro*.jsonl"],
+    "chat_template_path": "OUT/chat.jinja",
+    "reward_model_path": "OUT/model",
+    "reward_funcs": ["data/rewards.py:brevity", "OUT/reward.py:score"],
+    "judge_template": "OUT/judge.txt",
+    "value_model_path": "OUT/model",
+    "critic_path": "OUT/critic.safetensors",
+    "teacher_model_name_or_path": "OUT/model",
+    "answers_dir": "OUT/answers",
+    "deepspeed": "OUT/zero.json",
+}
+
+
+def test_every_flag_that_names_a_path_is_known_to_be_read_or_written():
+    """A new flag of this kind joins folders.READS and NEEDED, or the names here."""
+    others = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint"}
+    others |= {"restore_callback_states_from_checkpoint", "enable_jit_checkpoint"}
+    kinds = [load_named(kind) for row in (*EVERY.values(), REJECTION) for kind in (row.arguments, row.config)]
+    flags = {field.name for kind in kinds for field in fields(kind)}
+    paths = {flag for flag in flags if re.search(r"(^|_)(path|dir|file|folder|template|funcs|checkpoint)$", flag)}
+    assert paths - others <= {*folders.READS} <= flags and {*NEEDED} == {*folders.READS}
+
+
+@pytest.mark.parametrize("flag", NEEDED)
+def test_overwriting_deletes_nothing_that_the_run_reads(flag, tmp_path):
+    """By the folder's own name, and through a link to it."""
+    out = tmp_path / "out"
+    for name in ("model", "answers"):
+        (out / name).mkdir(parents=True)
+    for name in ("run_card.json", "rows.jsonl", "chat.jinja", "reward.py", "judge.txt", "critic.safetensors"):
+        (out / name).write_text("{}")
+    (out / "zero.json").write_text("{}")
+    (tmp_path / "way").symlink_to(out)
+    for place in (out, tmp_path / "way"):
+        given = json.loads(json.dumps(NEEDED[flag]).replace("OUT", str(place)))
+        common = SimpleNamespace(overwrite_output_dir=True, **{flag: given})
+        (problem,) = folders.check_output_dir(common, SimpleNamespace(output_dir=str(out)))
+        assert f"would delete {place}/" in problem and f"--{flag}" in problem
+    common = SimpleNamespace(overwrite_output_dir=True, **{flag: json.loads(json.dumps(given).replace("way", "no"))})
+    assert not folders.check_output_dir(common, SimpleNamespace(output_dir=str(out)))
+
+
+def test_overwriting_does_not_delete_the_base_of_an_adapter_or_a_recipe(refused, tiny_model, tmp_path):
+    out, adapter = tmp_path / "out", tmp_path / "adapter"
+    shutil.copytree(tiny_model, out / "base")
+    (out / "run_card.json").write_text("{}")
+    (out / "mine.yaml").write_text("seed: 1")
+    make_folder(adapter, tiny_model, ["config.json"], {})
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(out / "base")}))
+    found = refused(f"--overwrite_output_dir --config {out}/mine.yaml", model=adapter, out=out)
+    says = [(f"{out}/base", "--model_name_or_path"), (f"{out}/mine.yaml", "--config")]
+    assert all(path in one and flag in one for one, (path, flag) in zip(found, says, strict=True)), found
+
+
 def test_a_folder_that_cannot_be_made_is_refused(refused, tmp_path):
+    (tmp_path / "link").symlink_to("gone")
+    for out in (tmp_path / "link", tmp_path / "link" / "out"):
+        (problem,) = refused(out=out)
+        assert problem.startswith(f"--output_dir {out}: {tmp_path}/link is a link to gone")
     file = tmp_path / "file"
     file.write_text("")
     assert refused(out=file) == [f"--output_dir {file}: a file of that name is there. Name a folder"]

@@ -1136,10 +1136,38 @@ def test_overwriting_starts_afresh(done, run):
     assert line_with(out, "generate ") == "generate  12 answers to sample, 0 are there"
 
 
+def test_overwriting_works_behind_a_link(run, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    assert run(rows=[*CHATS[:3], {"prompt": "text among chats"}])[0] == 2
+    assert (tmp_path / "out").is_symlink() and not any((tmp_path / "disk").iterdir())
+    (tmp_path / "disk" / "settings.json").write_text("{}")
+    (tmp_path / "disk" / "old").symlink_to(tmp_path)
+    assert run("--max_samples 3 --overwrite_output_dir")[0] == 0
+    assert (tmp_path / "out").is_symlink() and not (tmp_path / "disk" / "old").exists() and tmp_path.exists()
+
+
 def test_overwriting_does_not_delete_what_the_run_needs(done, refused):
     data_path = shutil.copy(done / "prompts.jsonl", done / "mine.jsonl")
     (problem,) = refused("--overwrite_output_dir", rows=str(data_path))
-    assert problem.startswith(f"--overwrite_output_dir: would delete {data_path}, which this run needs")
+    assert problem.startswith(f"--overwrite_output_dir: would delete {data_path}, which --train_data_path reads")
+
+
+def test_overwriting_does_not_delete_a_recipe_a_reward_function_or_a_judges_template(done, refused):
+    template = Path("data/judge_score.txt").read_text()
+    judged = f"--judge_model m --judge_base_url http://127.0.0.1:9/v1 --judge_template {done}/mine.txt"
+    cases = [
+        ("mine.yaml", "seed: 1", "--config", f"--config {done}/mine.yaml"),
+        ("mine.txt", template, "--judge_template", judged),
+        ("mine.py", REWARD, "--reward_funcs", f"--reward_funcs {done}/mine.py:total"),
+    ]
+    for name, content, flag, given in cases:
+        (done / name).write_text(content)
+        reward = None if flag == "--reward_funcs" else "total"
+        problem = refused(f"--overwrite_output_dir {given}", reward=reward)[
+            -1
+        ]  # a server that is not there is another
+        assert f"would delete {done}/{name}" in problem and flag in problem
 
 
 OVER = pytest.param("--overwrite_output_dir")

@@ -55,6 +55,22 @@ def test_unusable_rows_are_written_down_with_their_reason(tiny_model, tmp_path):
     ]
     card = json.loads((tmp_path / "out" / "run_card.json").read_text())
     assert card["train_rows"] == 8 and sum(card["dropped_rows"].values()) == 3
+    launch = [card[key] for key in ("LAUNCH", "NUM_PROCESSES", "NNODES", "engine", "device")]
+    assert launch == [None, 1, 1, "none", "cpu"] and card["command"].startswith("python train_rlhf.py")
+
+
+def test_overwriting_clears_a_folder_behind_a_link_and_deletes_no_target_of_a_link(tmp_path):
+    """Of the output folder itself, and of what lies in it; training and rejection sampling share the function."""
+    (tmp_path / "disk" / "checkpoint-3").mkdir(parents=True)
+    (tmp_path / "disk" / "metrics.jsonl").write_text("{}")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "kept").write_text("")
+    (tmp_path / "disk" / "best").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "disk" / "dangling").symlink_to("gone")
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    saves.prepare_output_dir(tmp_path / "out", True, [])
+    assert (tmp_path / "out").is_symlink() and (tmp_path / "elsewhere" / "kept").exists()
+    assert [file.name for file in (tmp_path / "disk").iterdir()] == ["dropped.jsonl"]
 
 
 def test_an_interrupted_run_has_its_report_and_is_finished_by_resume_auto(tiny_model, tmp_path, monkeypatch):
@@ -183,6 +199,19 @@ def test_merging_keeps_what_the_adapter_does(method, tiny_model, tmp_path, capsy
     assert "keeps 100.0% of what the adapter does" in capsys.readouterr().out
     assert merge_lora.main([str(tmp_path / "merged"), str(tmp_path / "again")]) == 2
     assert merge_lora.main([str(tmp_path / "adapter"), str(tmp_path / "merged")]) == 2
+
+
+def test_a_merge_into_what_is_no_folder_is_refused_before_a_model_is_loaded(tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "/gone"}')
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("gone")
+    for output in ("file", "file/merged", "link"):
+        code = "import sys; from utils import merge_lora; print(merge_lora.main(sys.argv[1:]), 'torch' in sys.modules)"
+        done = command("-c", code, tmp_path / "adapter", tmp_path / output)
+        assert done.stdout == "2 False\n"
+        (problem,) = done.stderr.splitlines()
+        assert problem.startswith(f"refused: {tmp_path / output}: ") and "ame a" in problem
 
 
 def test_a_merge_that_rounding_would_undo_is_saved_in_float32(tmp_path, capsys):

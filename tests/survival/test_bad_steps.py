@@ -440,3 +440,6 @@ def test_auto_batch_of_two_processes(tiny_model, warm, tmp_path):
     card = json.loads((out / "run_card.json").read_text())
     assert card["world_size"] == 2 and card["arguments"]["per_device_train_batch_size"] == 1
     assert card["arguments"]["gradient_accumulation_steps"] == 2
+    launch = [card[key] for key in ("LAUNCH", "NUM_PROCESSES", "NNODES", "engine", "device")]
+    assert launch == ["cpu", 2, 1, "ddp", "cpu"]
+    assert card["command"].startswith("LAUNCH=cpu NUM_PROCESSES=2 NNODES=1 python -m utils.launch train_rlhf.py")

@@ -925,6 +925,17 @@ BAD = [
 ]
 
 
+def test_overwriting_does_not_delete_the_teacher_or_a_recipe(run, pair, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(pair[1], out / "teacher")
+    (out / "run_card.json").write_text("{}")
+    (out / "mine.yaml").write_text("seed: 1")
+    status, _, lines = run(f"--overwrite_output_dir --config {out}/mine.yaml", teacher=out / "teacher")
+    assert status == 2 and (out / "teacher" / "config.json").exists()
+    says = [(f"{out}/teacher", "--teacher_model_name_or_path"), (f"{out}/mine.yaml", "--config")]
+    assert all(path in line and flag in line for line, (path, flag) in zip(lines, says, strict=True)), lines
+
+
 @pytest.mark.parametrize("flags, problems", BAD, ids=[flags for flags, _ in BAD])
 def test_a_flag_that_is_wrong_is_refused(flags, problems, refused):
     found = refused(flags)

@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+from utils.cli.recipes import recipes_in
 from utils.models.folders import (
     base_of,
     check_adapter,
@@ -18,7 +19,7 @@ from utils.models.folders import (
     vocabulary_rows,
 )
 from utils.runtime.errors import Refused
-from utils.runtime.paths import check_overwrite, check_writable, looks_local
+from utils.runtime.paths import check_overwrite, check_writable, looks_local, near_path
 
 
 def check_model(path, name, method):
@@ -48,7 +49,8 @@ def check_value_model(path, common, kind):
     if looks_local(path) or Path(path).exists():
         yield from check_folder(path, "--value_model_path")[0]
     else:
-        yield f"{flag}: not a folder here. Download it and name its folder: its tokenizer and head are looked at first"
+        way_out = near_path(path) or ". Download it and name its folder: its tokenizer and head are looked at first"
+        yield f"{flag}: not a folder here{way_out}"
     adapter = (Path(path) / "adapter_config.json").exists()
     if kind == "model" and adapter:
         yield f"{flag}: an adapter. Merge it first: python -m utils.merge_lora {path} MERGED"
@@ -68,6 +70,25 @@ def check_value_model(path, common, kind):
         yield f"{flag}: its tokenizer is not the policy's: {different}. A critic reads the policy's tokens"
 
 
+# The flags that name what a run reads, one path or several; a reward function is FILE.py:FUNCTION.
+MODELS = "model_name_or_path", "reward_model_path", "teacher_model_name_or_path", "value_model_path"
+READS = (
+    *MODELS, "train_data_path", "eval_data_path", "reward_funcs", "judge_template", "critic_path",
+    "chat_template_path", "answers_dir", "deepspeed",
+)  # fmt: skip
+
+
+def reads(*configs: object) -> list[tuple[str, str]]:
+    """(flag, path) of everything that a run with these dataclasses of flags reads; of an adapter also its base."""
+    given = {flag: value for config in configs for flag, value in vars(config).items() if flag in READS and value}
+    found = []
+    for flag, value in given.items():
+        for path in value if isinstance(value, list) else [value] * isinstance(value, str):
+            path = path.rpartition(":")[0] if flag == "reward_funcs" else path
+            found += [(flag, one) for one in dict.fromkeys((path, base_of(path) if flag in MODELS else path))]
+    return found
+
+
 def check_output_dir(common, config):
     folder = Path(config.output_dir)
     if problems := check_writable(folder):
@@ -77,8 +98,7 @@ def check_output_dir(common, config):
     if not any((folder / trace).exists() for trace in ("metrics.jsonl", "run_card.json", "dropped.jsonl")):
         return [f"--output_dir {folder}: holds files that no run of ours made. Name another folder"]
     if common.overwrite_output_dir:
-        read = common.model_name_or_path, *common.train_data_path, *(common.eval_data_path or ())
-        return check_overwrite(folder, read)
+        return check_overwrite(folder, reads(common, config))
     if (folder / "run_card.json").exists():
         return [f"--output_dir {folder}: holds a finished run. Name another folder, or add --overwrite_output_dir"]
     if not config.resume_from_checkpoint:
@@ -89,14 +109,19 @@ def check_output_dir(common, config):
     return []
 
 
+def check_recipes(common, config, argv):
+    """Problems of deleting a recipe that --config names."""
+    if not common.overwrite_output_dir or not config.output_dir:
+        return []
+    return check_overwrite(config.output_dir, [("config", file) for file in recipes_in(argv)])
+
+
 EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in)\.weight$")
 
 
 def check_folders(common, config):
     """Problems of the weights of every model that the run would load, as far as their headers tell."""
-    named = [common.model_name_or_path, getattr(common, "reward_model_path", None)]
-    named += [getattr(config, flag, None) for flag in ("teacher_model_name_or_path", "value_model_path")]
-    folders = dict.fromkeys(folder for path in named if path for folder in (path, base_of(path)))
+    folders = dict.fromkeys(path for flag, path in reads(common, config) if flag in MODELS)
     return [problem for folder in folders if Path(folder).is_dir() for problem in check_weights(Path(folder))]
 
 

@@ -128,9 +128,18 @@ def make_parser(dataclass_types, **kwargs):
     # allow_abbrev would read --lora_r as --lora_rank, and any typo that is a prefix as something else
     parser = Parser(dataclass_types, allow_abbrev=False, **kwargs)
     for action in parser._actions:
-        if action.nargs is None and getattr(action.type, "__name__", "") == "string_to_bool":
-            action.nargs, action.const = "?", True  # --bf16 alone, as --use_dora alone
+        if getattr(action.type, "__name__", "") == "string_to_bool":
+            action.type = to_bool
+            if action.nargs is None:
+                action.nargs, action.const = "?", True  # --bf16 alone, as --use_dora alone
     return parser
+
+
+def to_bool(word: str | bool) -> bool:
+    """transformers' own reading of a switch, and YAML's on and off. Raises ArgumentTypeError."""
+    from transformers.hf_argparser import string_to_bool
+
+    return string_to_bool({"on": True, "off": False}.get(str(word).lower(), word))
 
 
 def flag_first(message):

@@ -18,6 +18,8 @@ RENAMED = {
     "torch_dtype": "dtype",
 }
 
+OFF = "false", "f", "no", "n", "off", "0"  # how a switch is typed that is off
+
 
 def expand(argv, quiet=False):
     """`argv` with --config files put before the other flags (which win), and old flag names translated.
@@ -40,7 +42,12 @@ def read_recipe(path):
     import yaml
 
     try:
-        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        loader = yaml.SafeLoader(Path(path).read_text(encoding="utf-8"))
+        recipe = loader.get_single_node()
+        if not isinstance(recipe, yaml.MappingNode):
+            raise Refused([f"{path}: not a mapping. A recipe has a line `flag: value` for each flag"])
+        loader.flatten_mapping(recipe)
+        return [word for flag, value in recipe.value for word in read_flag(path, loader, flag, value)]
     except OSError as error:
         raise Refused([f"--config {path}: {error.strerror.lower()}{near_path(path)}"]) from None
     except UnicodeDecodeError as error:
@@ -48,14 +55,27 @@ def read_recipe(path):
     except yaml.YAMLError as error:
         line = getattr(error, "problem_mark", None)
         raise Refused([f"{path}:{line.line + 1 if line else 1}: not valid yaml"]) from None
-    if not isinstance(recipe, dict):
-        raise Refused([f"{path}: not a mapping. A recipe has a line `flag: value` for each flag"])
-    words = []
-    for flag, value in recipe.items():
-        if value is None:
-            continue
-        values = value if isinstance(value, list) else [value]
-        words += [f"--{flag}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)]
+
+
+def read_flag(path, loader, flag, value):
+    """The words of one line of a recipe. Values stay as written (YAML would make `no` False); mappings become JSON."""
+    import yaml
+
+    where = f"{path}:{flag.start_mark.line + 1}: {flag.value}"
+    if flag.value == "config":
+        raise Refused([f"{where}: a recipe cannot name another. Type both: --config OTHER.yaml --config {path}"])
+    words = [f"--{flag.value}"]
+    for item in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+        if item.tag == "tag:yaml.org,2002:null":
+            quoted = f'"{item.value or "null"}"'
+            raise Refused(
+                [
+                    f"{where}: {item.value or 'no value'}. Delete the line to take the default, or write a value; "
+                    f"type {quoted} in quotes where the word itself is meant"
+                ]
+            )
+        scalar = isinstance(item, yaml.ScalarNode)
+        words.append(item.value if scalar else json.dumps(loader.construct_object(item, deep=True), default=str))
     return words
 
 
@@ -65,7 +85,7 @@ def read_use_peft(words, quiet=False):
         return words
     at = words.index("--use_peft")
     value = words[at + 1 : at + 2] if words[at + 1 : at + 2] and not words[at + 1].startswith("--") else []
-    mode = "full" if value and value[0].lower() in ("false", "0", "no") else "lora"
+    mode = "full" if value and not is_on(value[0]) else "lora"
     say_note(quiet, f"--use_peft is --train_mode {mode} here, and is read as that")
     return [*words[:at], "--train_mode", mode, *words[at + 1 + len(value) :]]
 
@@ -115,15 +135,21 @@ def given_flags(argv, renamed=None):
 
 def is_on(value):
     """True if a boolean flag of this `value` is on; "" stands for a flag without a value, None for no flag."""
-    return value is not None and value.lower() in ("", "1", "t", "true", "y", "yes")
+    return value is not None and value.lower() not in OFF
+
+
+def recipes_in(words: list[str]) -> list[str]:
+    """The files that --config names on a command line."""
+    given = [part for word in words for part in word.split("=", 1)]
+    return [file for flag, file in pairwise(given) if flag == "--config"]
 
 
 def asks_help(words):
     return "--help" in words or "-h" in words
 
 
-def asks_plan(words):
-    """True if --plan is typed or stands in a recipe."""
+def asks_plan(words: list[str]) -> bool:
+    """True if --plan is on, typed or in a recipe."""
     with contextlib.suppress(Refused):  # a recipe that cannot be read is refused where it is expanded
-        return "plan" in given_flags(words) and not asks_help(words)
+        return is_on(given_flags(words).get("plan")) and not asks_help(words)
     return False

@@ -36,7 +36,9 @@ def find_files(paths, flag):
             files = sorted(file for file in glob.glob(str(here), recursive=True) if is_data(Path(file)))
             problem = f"{flag} {path}: no {', '.join(ENDINGS)} file matches"
         else:
-            files = [] if looks_local(path) or is_ending(here) else [path]
+            owner = here.parts[0]  # of a data set's id, OWNER/NAME
+            here_alone = looks_local(path) or len(here.parts) == 1 or Path(owner).is_dir() or is_ending(here)
+            files = [] if here_alone else [path]
             problem = f"{flag} {path}: no such file or folder{near_path(path)}"
         found += files
         if not files:

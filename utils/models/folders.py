@@ -15,8 +15,9 @@ def check_folder(path, flag):
     """(problems, its config.json or adapter_config.json as a dict) of a model or adapter folder; None for a Hub id."""
     folder = Path(path)
     if not folder.exists():
-        if looks_local(path):
-            way_out = near_path(path) or ". `python -m utils.demo_model` makes models/SmolLM2-135M-Instruct"
+        near = near_path(path)
+        if looks_local(path) or near and not on_hub(path):
+            way_out = near or ". `python -m utils.demo_model` makes models/SmolLM2-135M-Instruct"
             return [f"{flag} {path}: no such folder{way_out}"], None
         return [], None
     adapter, config = folder / "adapter_config.json", folder / "config.json"
@@ -49,6 +50,18 @@ def check_folder(path, flag):
     if not isinstance(described, dict):
         return [*problems, f"{file}: not a JSON object. Copy it from the original model"], None
     return problems, described
+
+
+def on_hub(path: str) -> bool:
+    """True if the Hub, or its cache here, has a model of that name: for a name that may be a folder's, misspelt."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        cached = [try_to_load_from_cache(path, file) for file in ("config.json", "adapter_config.json")]
+        return any(isinstance(file, str) for file in cached) or bool(HfApi().model_info(path, timeout=5))
+    except (*HfHubHTTPError.__bases__, OSError, ValueError):  # not found; not reached, by any HTTP library; no id
+        return False
 
 
 def is_reward_model(described):

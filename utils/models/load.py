@@ -1,6 +1,7 @@
 """Tokenizer, policy, reference and adapter, built right in every train mode."""
 
 import contextlib
+from pathlib import Path
 
 from utils.models.folders import read_adapter
 from utils.runtime import environment
@@ -17,7 +18,14 @@ def load_tokenizer(path, revision=None, trust_remote_code=False, flag="--model_n
             path, revision=revision, trust_remote_code=trust_remote_code, padding_side="right"
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # files of other things raise any
-        raise Refused([f"{flag} {path}: its tokenizer cannot be loaded ({first_line(error)})"]) from None
+        raise not_loaded(flag, path, f"its tokenizer cannot be loaded ({first_line(error)})") from None
+
+
+def not_loaded(flag: str, path: str, reason: str) -> Refused:
+    """The refusal of a model that transformers could not load: of a folder, or of what is no folder here."""
+    if not Path(path).exists():
+        reason += ". There is no such folder here either: name one, or a Hub id that can be reached or is in the cache"
+    return Refused([f"{flag} {path}: {reason}"])
 
 
 def load_policy(path, *, train_mode, dtype, deepspeed, **source):
@@ -127,7 +135,7 @@ def load_model(
             **kwargs,
         )
     except (OSError, ValueError) as error:
-        raise Refused([f"{flag} {path}: cannot be loaded ({first_line(error)})"]) from None
+        raise not_loaded(flag, path, f"cannot be loaded ({first_line(error)})") from None
     fit_config(model, tokenizer)
     if four_bit:
         keep_trainable(model)

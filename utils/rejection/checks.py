@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rlhf_args.methods import METHODS, REJECTION, find_method
 from utils.checks import flags
+from utils.checks.folders import reads
 from utils.data import files
 from utils.models import folders, sampling
 from utils.rejection import selection
@@ -189,11 +190,7 @@ def check_output_dir(common, config):
         holds, other = ("rounds of --then", "without") if rounds else ("one sampling", "with")
         return [f"--output_dir {folder}: holds {holds}, and this run is {other} --then. Name another folder"]
     if common.overwrite_output_dir:
-        read = (
-            common.model_name_or_path, common.reward_model_path, config.judge_template,
-            *(common.train_data_path or ()), *(common.eval_data_path or ()),
-        )  # fmt: skip
-        return check_overwrite(folder, read)
+        return check_overwrite(folder, reads(common, config))
     if config.then:
         return []  # of a round's folder its own run looks
     if "generate" not in config.stages and not (folder / "completions.jsonl").exists():

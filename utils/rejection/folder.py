@@ -48,13 +48,6 @@ class Prompts:
         return json.loads(self.handle.readline())
 
 
-def empty(folder):
-    """Deletes all in a folder but its lock, which this process has."""
-    for path in Path(folder).iterdir():
-        if path.name != ".lock":
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
 def write_prompts(file, rows, notes, tokenizer=None, system=None, longest=None, reference=None):
     """Writes the prompts of `rows` (utils.data.files.FileRows), each once.
 

@@ -20,10 +20,11 @@ from utils.data import files
 from utils.data.rows import make_rows
 from utils.rejection import selection
 from utils.rejection.checks import TRAINING
-from utils.rejection.folder import compare_settings, empty, keep_settings, locked
+from utils.rejection.folder import compare_settings, keep_settings, locked
 from utils.rejection.stages import check
 from utils.runtime.errors import Failed, Refused, refuse_if
 from utils.runtime.output import say
+from utils.runtime.paths import empty
 
 PLAIN = ("auto", "cpu", "single_gpu", "multi_gpu")  # launches under which each process holds a whole model
 
@@ -43,7 +44,7 @@ def run(common, config, words):
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         if common.overwrite_output_dir:
-            empty(folder)
+            empty(folder, keep=(".lock",))
         keep_settings(folder, "rounds", wanted)
         model, rows = common.model_name_or_path, [{"round": 0, "model": common.model_name_or_path}]
         measured = bool(common.eval_fraction or common.eval_data_path)

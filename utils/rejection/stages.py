@@ -4,7 +4,6 @@ import contextlib
 import gc
 import os
 import re
-import shutil
 
 import numpy
 
@@ -13,11 +12,12 @@ from utils.data import files
 from utils.data.rows import Rows, check_dropped, count_reasons, make_rows
 from utils.models import folders, load, sampling
 from utils.rejection import checks, engines, report, scoring, selection
-from utils.rejection.folder import Lines, Prompts, empty, keep_settings, locked, read_settings, write_prompts
+from utils.rejection.folder import Lines, Prompts, keep_settings, locked, read_settings, write_prompts
 from utils.results import plots, saves
 from utils.rewards import functions
 from utils.runtime import environment, output
 from utils.runtime.errors import Failed, Refused
+from utils.runtime.paths import empty
 
 # ── prompts ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -30,13 +30,15 @@ def opened(folder, common):
         folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         if environment.is_main() and common.overwrite_output_dir:
-            empty(folder)
+            empty(folder, keep=(".lock",))
         environment.wait_for_everyone()
         try:
             yield
         except Refused:
             if environment.is_main() and fresh and not any(folder.glob("completions.*")):
-                shutil.rmtree(folder)
+                empty(folder)
+                if not folder.is_symlink():
+                    folder.rmdir()
             raise
 
 

@@ -16,7 +16,7 @@ from utils.data.template import render, tokenize
 from utils.results.log import append_line, evaluated_at, keep, read_lines
 from utils.results.plots import draw_report
 from utils.results.watch import Watch
-from utils.runtime import secrets
+from utils.runtime import environment, secrets
 from utils.runtime.environment import peak_memory
 from utils.runtime.output import say
 from utils.runtime.paths import write_whole
@@ -221,10 +221,13 @@ class Report(TrainerCallback):
 
     def write_run_card(self, argv, common, config, name, rows, train, held_out, after):
         """run_card.json: everything needed to do this run again and to judge it."""
-        held = self.held_out()
+        held, launch = self.held_out(), environment.describe_launch()
+        variables = [f"{key}={launch[key]}" for key in ("LAUNCH", "NUM_PROCESSES", "NNODES")]
+        start = [*variables, "python", "-m", "utils.launch"] if launch["LAUNCH"] else ["python"]
         card = {
             "method": name,
-            "command": shlex.join(["python", f"train_{self.method.entry}.py", *secrets.hide_words(argv)]),
+            "command": shlex.join([*start, f"train_{self.method.entry}.py", *secrets.hide_words(argv)]),
+            **launch,
             "arguments": {**asdict(common), **config.to_dict()},
             "versions": versions(),
             "data_hash": hash_rows(rows.train + rows.held_out),

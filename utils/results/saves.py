@@ -1,10 +1,10 @@
 """Saving the result, and that it is one: every trained number is there, and they moved."""
 
 import json
-import shutil
 from pathlib import Path
 
 from utils.runtime.errors import Failed
+from utils.runtime.paths import empty
 
 
 def save(trainer, tokenizer):
@@ -67,7 +67,7 @@ def prepare_output_dir(folder, overwrite, dropped):
     """Makes the folder, empties it if asked, and writes dropped.jsonl: each row that is not trained on, and why."""
     folder = Path(folder)
     if overwrite and folder.is_dir():
-        shutil.rmtree(folder)
+        empty(folder)  # the folder itself may be a link, or a mount
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "dropped.jsonl", "w", encoding="utf-8") as handle:
         for where, reason, values in dropped:

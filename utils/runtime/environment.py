@@ -25,7 +25,8 @@ def calm_libraries():
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for name in ("bitsandbytes", "accelerate"):
+    # what cannot be downloaded is said once, when the attempts are over
+    for name in ("bitsandbytes", "accelerate", "huggingface_hub.utils._http"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # DeepSpeed sets its logger's level when it is imported; a filter stays
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
@@ -150,6 +151,20 @@ def processes_asked():
 def is_launched_alone():
     """True in the one process of utils/launch.py, which nothing has checked before."""
     return os.environ.get("LAUNCH_PROCESSES") == "1"
+
+
+def describe_launch() -> dict[str, str | int | None]:
+    """What it takes to start such a run again; LAUNCH is None where utils/launch.py did not start it."""
+    import torch
+
+    nodes = int(os.environ.get("NNODES") or 1) if "LAUNCH_NAME" in os.environ else 1
+    return {
+        "LAUNCH": os.environ.get("LAUNCH_NAME"),
+        "NUM_PROCESSES": processes_asked() // nodes,  # on each node
+        "NNODES": nodes,
+        "engine": engine() or ("ddp" if processes_asked() > 1 else "none"),
+        "device": torch.cuda.get_device_name() if has_gpu() else "cpu",
+    }
 
 
 def check_world(accelerator):

@@ -1,17 +1,18 @@
 """Paths that a user gives, and files that are written whole or not at all."""
 
 import difflib
+import glob
 import os
+import shutil
 from pathlib import Path
 
 # made by utils/demo_model.py
 DEMO_MODEL, DEMO_STUDENT = "models/SmolLM2-135M-Instruct", "models/SmolLM2-106M-student"
 
 
-def looks_local(path):
-    """Whether `path` can only be meant as a file or folder here, not as a Hub id (`owner/name`)."""
-    parts = Path(path).parts
-    return len(parts) != 2 or path.startswith((".", "/", "~")) or path.endswith("/") or Path(parts[0]).is_dir()
+def looks_local(path: str) -> bool:
+    """True if `path` can only be a file or folder here, not a Hub id (`owner/name`, or `name` as gpt2 has it)."""
+    return len(Path(path).parts) not in (1, 2) or path.startswith((".", "/", "~")) or path.endswith("/")
 
 
 def near_path(path):
@@ -21,23 +22,39 @@ def near_path(path):
     return f". Did you mean {wanted.parent / near[0]}?" if near and not wanted.exists() else ""
 
 
-def check_writable(folder):
-    """Problems of a folder that is to be made, or written in."""
+def check_writable(folder: Path, flag: str = "--output_dir ") -> list[str]:
+    """Problems of a folder that is to be made, or written in. flag: what stands before it in the message."""
     if folder.is_file():
-        return [f"--output_dir {folder}: a file of that name is there. Name a folder"]
-    above = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+        return [f"{flag}{folder}: a file of that name is there. Name a folder"]
+    above = next(parent for parent in (folder, *folder.absolute().parents) if os.path.lexists(parent))
+    if not above.exists():
+        return [f"{flag}{folder}: {above} is a link to {os.readlink(above)}, which is not there. Name another folder"]
     if not above.is_dir() or not os.access(above, os.W_OK):
-        return [f"--output_dir {folder}: nothing can be written in {above}. Name another folder"]
+        return [f"{flag}{folder}: nothing can be written in {above}. Name another folder"]
     return []
 
 
-def check_overwrite(folder, paths):
-    """Problems of deleting what is in the folder: `paths` are what the run is to read, None for nothing."""
+def check_overwrite(folder: str | Path, reads: list[tuple[str, str]]) -> list[str]:
+    """Problems of deleting what is in the folder. reads: (flag, path or glob) of everything that the run reads."""
     return [
-        f"--overwrite_output_dir: would delete {path}, which this run needs. Name another --output_dir"
-        for path in paths
-        if path and Path(path).resolve().is_relative_to(Path(folder).resolve())
+        f"--overwrite_output_dir: would delete {path}, which --{flag} reads. Name another --output_dir"
+        for flag, path in reads
+        if any(is_inside(found, folder) for found in (path, *glob.glob(os.path.expanduser(path))))
     ]
+
+
+def is_inside(path, folder):
+    """True if `path` exists in `folder`, whether by its name or behind links."""
+    here, folder = Path(path).expanduser(), Path(folder)
+    within = here.resolve().is_relative_to(folder.resolve()) or here.absolute().is_relative_to(folder.absolute())
+    return within and (here.exists() or glob.has_magic(str(here)))
+
+
+def empty(folder: str | Path, keep: tuple[str, ...] = ()) -> None:
+    """Deletes everything in a folder but the names in `keep`. A link is deleted, never its target."""
+    for path in Path(folder).iterdir():
+        if path.name not in keep:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def write_whole(file, text):
