@@ -329,29 +329,28 @@ def test_a_signal_ends_every_process(processes, warm, tmp_path):
     assert process.stdout.read() == "" and time.monotonic() - began < 10  # nobody holds the other end any more
 
 
+OFF = ["--check=no", "--plan", "False"]
+
+
 @pytest.mark.parametrize(
     ("flags", "recipe", "starts"),
     [
-        ("", "", [["--check"], []]),
-        ("--check False", "", [["--check", "False", "--check"], ["--check", "False"]]),
-        (
-            "--check=no --plan False",
-            "",
-            [["--check=no", "--plan", "False", "--check"], ["--check=no", "--plan", "False"]],
-        ),
+        ("", "", [["--check"], [], []]),
+        ("--check False", "", [["--check", "False", "--check"], *[["--check", "False"]] * 2]),
+        ("--check=no --plan False", "", [[*OFF, "--check"], OFF, OFF]),
         ("--check True", "", [["--check", "True"]]),
         ("--plan", "", [["--plan"]]),
         ("", "check: true", [[]]),
     ],
 )
 def test_a_switch_that_is_typed_as_off_is_off_for_the_launcher_too(flags, recipe, starts, warm, tmp_path):
-    """What the script is started with: checked first, then by accelerate; once and alone with --check and --plan."""
+    """What the script is started with: checked first, then twice; once and alone with --check and --plan."""
     (tmp_path / "script.py").write_text(f"import sys\nprint(sys.argv[1:], file=open('{tmp_path}/starts', 'a'))\n")
     if recipe:
         (tmp_path / "recipe.yaml").write_text(recipe)
         flags = f"{flags} --config {tmp_path}/recipe.yaml"
         starts = [[*start, "--config", f"{tmp_path}/recipe.yaml"] for start in starts]
     command = [warm, "-m", "utils.launch", str(tmp_path / "script.py"), *flags.split()]
-    env = {**os.environ, "LAUNCH": "cpu", "NUM_PROCESSES": "1"}
+    env = {**os.environ, "LAUNCH": "cpu", "NUM_PROCESSES": "2"}
     assert subprocess.run(command, cwd=ROOT, env=env, timeout=120).returncode == 0
     assert [ast.literal_eval(line) for line in (tmp_path / "starts").read_text().splitlines()] == starts

@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+import types
 from pathlib import Path
 
 import pytest
@@ -392,7 +393,7 @@ def test_a_teacher_and_a_reward_model_are_looked_at_too(tmp_path, tiny_model):
     (file,) = cut.glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-1])
     for flag in ("reward_model_path", "teacher_model_name_or_path", "value_model_path"):
-        both = [collections.namedtuple("Flags", ("model_name_or_path", flag))(tiny_model, str(cut))] * 2
+        both = [types.SimpleNamespace(**{"model_name_or_path": tiny_model, flag: str(cut)})] * 2
         (problem,) = check_folders(*both)
         assert problem.startswith(f"{file}: has ")
 

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 from utils.runtime import environment
