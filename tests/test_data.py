@@ -2,10 +2,11 @@
 
 import csv
 import json
+import re
 
 import pytest
 
-from rlhf_args.methods import DIALOGUE, METHODS, PAIR, RANKED, UNPAIRED
+from rlhf_args.methods import DIALOGUE, METHODS, PAIR, PROMPT, RANKED, UNPAIRED
 from tests.conftest import ROOT, write_rows
 from utils.data.rows import Rows, check_dropped, count_reasons, hash_rows, hold_out, load_rows
 from utils.runtime.errors import Refused
@@ -263,6 +264,35 @@ def test_max_samples_takes_the_first_rows_of_the_training_data_only(tmp_path):
     assert [row["chosen"] for row in values(rows.train)] == ["answer 0", "answer 1", "answer 2"]
     assert (len(rows.held_out), rows.total) == (9, 12)
     assert len(load(file, max_samples=100).train) == 9
+
+
+HALF = "cut \ud83d"  # JSON's \\ud83d without the other half of the emoji
+
+
+@pytest.mark.parametrize(
+    "named, further",
+    [
+        ('"id"', {"id": HALF}),
+        ('"id"', {"id": {"source": ["web", {"by": HALF}]}}),
+        ('"id"', {"id": {HALF: "a key"}}),
+        (r"\\ud83d", {HALF: "a name of a column"}),
+        ('"rejected"', {"rejected": [{**assistant("no")[0], "name": HALF}]}),  # a part that is not trained on
+    ],
+)
+@pytest.mark.parametrize("columns", [PAIR, PROMPT])
+def test_half_a_character_in_any_column_is_refused_with_its_line(columns, named, further, tmp_path):
+    sound = {**CHATS[0], "id": "a whole one: \U0001f600"}
+    file = write_rows(tmp_path / "rows.jsonl", [sound])
+    assert load(file, columns=columns).total == 1
+    unequal = {**sound, "id": "x"} | {"chosen": CHATS[0]["rejected"]}  # a row that is dropped is refused all the same
+    with open(file, "w") as handle:
+        handle.writelines(json.dumps(row) + "\n" for row in (sound, sound | further, unequal | further))
+    with pytest.raises(Refused) as refusal:
+        load(file, columns=columns)
+    assert len(refusal.value.problems) == 2
+    for line, problem in zip((2, 3), refusal.value.problems, strict=True):
+        assert re.match(rf"{re.escape(file)}:{line}: .*{named}.*half a character", problem), problem
+        problem.encode()  # the refusal itself can be written
 
 
 # ── what is held out ─────────────────────────────────────────────────────────────────────────────────────────────────

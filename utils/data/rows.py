@@ -13,6 +13,7 @@ from rlhf_args.methods import ANSWERED, PROMPT, RANKED, UNPAIRED
 from utils.data.columns import (
     ACCEPTED,
     SAMPLE,
+    check_characters,
     check_further,
     check_row,
     convert,
@@ -115,14 +116,14 @@ def walk(rows, columns, notes, found):
     """Yields the rows that can be used, (where, converted); `rows` are gone over more than once."""
     found.kind = find_kind(rows, columns)
     found.names = {name: None for _, values in rows for name in values}
-    for where, values in rows:
-        if columns == PROMPT:  # a reward function is given every column of every row, None where a row has none
-            values = found.names | values
+    for where, given in rows:
+        # a reward function is given every column of every row, None where a row has none
+        values = found.names | given if columns == PROMPT else given
         row_kind = found.kind
         if columns == ANSWERED and values.get("prompt") is not None and values.get("completion") is None:
             row_kind = PROMPT  # whether an answer is needed hangs on the flags: teacher.check_distillation
         messages = (message for name in found.kind if isinstance(values.get(name), list) for message in values[name])
-        problem = check_row(values, row_kind, columns)
+        problem = check_row(values, row_kind, columns) or check_characters(given)
         if problem:
             found.problems.append(f"{where}: {problem}")
             continue
