@@ -225,12 +225,17 @@ def count_held(rows, fraction):
     return min(max(round(rows * fraction), 1), rows - 1) if fraction else 0
 
 
-def hash_rows(rows):
-    """sha256 over the rows in sorted order: the same data has the same hash, whatever file and order it stands in."""
-    lines = sorted(json.dumps(values, sort_keys=True, ensure_ascii=False) for _, values in rows)
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+def hash_rows(rows: list, in_order: bool = False) -> str:
+    """sha256 over the rows, whatever file they stand in and, unless `in_order`, in whatever order."""
+    lines = (to_json(values) for _, values in rows)
+    text = "\n".join(lines if in_order else sorted(lines))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def text_key(*values):
-    written = json.dumps(values, sort_keys=True, ensure_ascii=False, default=str)
-    return int.from_bytes(hashlib.sha256(written.encode()).digest()[:8], "little")
+    return int.from_bytes(hashlib.sha256(to_json(values).encode()).digest()[:8], "little")
+
+
+def to_json(values) -> str:
+    """Values as JSON with sorted names. What JSON does not know (a date, Decimal or bytes of parquet) is its str()."""
+    return json.dumps(values, sort_keys=True, ensure_ascii=False, default=str)
