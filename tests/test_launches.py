@@ -13,8 +13,10 @@ import socket
 import subprocess
 import time
 from itertools import cycle, product
+from types import SimpleNamespace
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from rlhf_args.methods import METHODS
@@ -22,6 +24,7 @@ from tests.conftest import ROOT, read_rows
 from tests.matrix.cells import JOBS, LAUNCHES, MODES, expected, judge, run_cell, run_script
 from utils import launch
 from utils.runtime.errors import Refused
+from utils.training import run
 
 # every launch once, over them the modes and every other method in turn; tests/matrix has them all
 FEW = [(name, mode, kind) for kind, mode, name in zip(LAUNCHES, cycle(MODES), cycle([*JOBS][1::2]), strict=False)]
@@ -31,6 +34,28 @@ FEW = [(name, mode, kind) for kind, mode, name in zip(LAUNCHES, cycle(MODES), cy
 def test_a_few_cells_of_the_matrix(name, mode, kind, warm, model_for, tmp_path):
     outcome = judge(warm, model_for(mode, kind), tmp_path / "out", name, mode, kind)
     assert outcome.state == expected(name, mode), outcome
+
+
+@pytest.mark.parametrize(
+    ("asked", "numbers", "fitted"),
+    [
+        ({}, 7, 7),  # numbers to train, all of them fit into 5e8
+        ({"reduce_bucket_size": "auto"}, 7, 7),
+        ({"reduce_bucket_size": "auto"}, 6 * 10**8, 5 * 10**8),
+        ({"reduce_bucket_size": 5}, 7, 5),
+        ({"reduce_bucket_size": 2e8}, 7, 7),
+        ({"reduce_bucket_size": "5e8"}, 7, 7),
+    ],
+)
+def test_the_reduce_bucket_is_no_larger_than_the_gradients_or_than_what_was_asked(asked, numbers, fitted):
+    model = torch.nn.Module()
+    model.trained = torch.nn.Parameter(torch.empty(numbers, device="meta"))
+    model.frozen = torch.nn.Parameter(torch.empty(9, device="meta"), requires_grad=False)
+    settings = {"stage": 2, **asked}
+    plugin = SimpleNamespace(deepspeed_config={"zero_optimization": settings})
+    accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
+    run.fit_bucket(SimpleNamespace(model=model, accelerator=accelerator))
+    assert settings == {"stage": 2, "reduce_bucket_size": fitted}
 
 
 @pytest.mark.parametrize("name", ["DPO", pytest.param("CPO", marks=pytest.mark.slow)])

@@ -1,5 +1,7 @@
 """Knowledge distillation on TRL's stable DistillationTrainer: its sampling, vLLM and chunked loss, for any answers."""
 
+import math
+from fractions import Fraction
 from itertools import cycle, islice
 
 import torch
@@ -65,9 +67,13 @@ class GKDTrainer(SamplesAnswers, trl.DistillationTrainer):
         )
 
     def is_on_policy(self):
-        """Whether this step learns from the student's own answers: evenly spaced, the same on all processes."""
-        step, share = self.state.global_step, self.args.lmbda
-        return int((step + 1) * share) > int(step * share)
+        """True if this step learns from the student's own answers: floor(n * lmbda) of the first n steps do.
+
+        The steps are evenly spaced and the same on all processes. lmbda counts as the decimal that was typed: in
+        floats 100 * 0.29 is 28.999999999999996, one step too few.
+        """
+        step, share = self.state.global_step, Fraction(str(self.args.lmbda))
+        return math.floor((step + 1) * share) > math.floor(step * share)
 
     def _generate_and_score_completions(self, inputs):
         on_policy = self.model.training and self.is_on_policy()

@@ -162,6 +162,16 @@ def test_what_rows_have_in_common_is_tokenised_once(monkeypatch):
     assert sum(any(answer in part for answer in answers) for part in seen) == 2 * len(PAIRS)
 
 
+def test_a_template_that_refuses_the_first_chunk_of_rows_names_each_of_them(monkeypatch):
+    monkeypatch.setattr(data_prepare, "CHUNK", 2)
+    refusing = "{% if 'No' in messages[0]['content'] %}{{ raise_exception('not this') }}{% endif %}" + TEMPLATE
+    rows = [(f"rows.jsonl:{n}", pair(n, prompt="Say." if n == 4 else "No {}.")) for n in (1, 2, 3, 4, 5)]
+    with pytest.raises(Refused) as refusal:
+        data_prepare.prepare_rows(rows, make_tokenizer(refusing), PAIR, 64)
+    assert [line.split(": ")[0] for line in refusal.value.problems] == [f"rows.jsonl:{n}" for n in (1, 2, 3, 5)]
+    assert all("chat template" in line and "not this" in line for line in refusal.value.problems)
+
+
 def test_lengths_are_counted_in_tokens_of_every_row_that_was_read(check):
     # a token a byte. "<|im_start|>user\nSay 10.<|im_end|>\n<|im_start|>assistant\n" is 3 special tokens,
     # 5 + 7 + 1 + 10 bytes: 26. The answers "Yes 10." and "No 10." are 7 and 6 bytes and an end of turn: 8, 7

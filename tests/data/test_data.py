@@ -1,11 +1,16 @@
 """Every form of data that is read, and what becomes of its rows: `pytest tests/data/test_data.py`."""
 
 import csv
+import datetime
+import decimal
+import hashlib
 import json
+import math
+import re
 
 import pytest
 
-from rlhf_args.methods import DIALOGUE, METHODS, PAIR, RANKED, UNPAIRED
+from rlhf_args.methods import DIALOGUE, METHODS, PAIR, PROMPT, RANKED, UNPAIRED
 from tests.conftest import ROOT, write_rows
 from utils.data.rows import Rows, check_dropped, count_reasons, hash_rows, hold_out, load_rows
 from utils.runtime.errors import Refused
@@ -265,6 +270,35 @@ def test_max_samples_takes_the_first_rows_of_the_training_data_only(tmp_path):
     assert len(load(file, max_samples=100).train) == 9
 
 
+HALF = "cut \ud83d"  # JSON's \\ud83d without the other half of the emoji
+
+
+@pytest.mark.parametrize(
+    "named, further",
+    [
+        ('"id"', {"id": HALF}),
+        ('"id"', {"id": {"source": ["web", {"by": HALF}]}}),
+        ('"id"', {"id": {HALF: "a key"}}),
+        (r"\\ud83d", {HALF: "a name of a column"}),
+        ('"rejected"', {"rejected": [{**assistant("no")[0], "name": HALF}]}),  # a part that is not trained on
+    ],
+)
+@pytest.mark.parametrize("columns", [PAIR, PROMPT])
+def test_half_a_character_in_any_column_is_refused_with_its_line(columns, named, further, tmp_path):
+    sound = {**CHATS[0], "id": "a whole one: \U0001f600"}
+    file = write_rows(tmp_path / "rows.jsonl", [sound])
+    assert load(file, columns=columns).total == 1
+    unequal = {**sound, "id": "x"} | {"chosen": CHATS[0]["rejected"]}  # a row that is dropped is refused all the same
+    with open(file, "w") as handle:
+        handle.writelines(json.dumps(row) + "\n" for row in (sound, sound | further, unequal | further))
+    with pytest.raises(Refused) as refusal:
+        load(file, columns=columns)
+    assert len(refusal.value.problems) == 2
+    for line, problem in zip((2, 3), refusal.value.problems, strict=True):
+        assert re.match(rf"{re.escape(file)}:{line}: .*{named}.*half a character", problem), problem
+        problem.encode()  # the refusal itself can be written
+
+
 # ── what is held out ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -306,3 +340,38 @@ def test_the_hash_of_the_data_depends_on_its_rows_not_on_its_file(tmp_path):
     one, other = write_rows(tmp_path / "a.jsonl", TEXTS), write_parquet(tmp_path / "b.parquet", TEXTS)
     assert hash_rows(load(one).train) == hash_rows(load(other).train)
     assert hash_rows(load(one).train) != hash_rows(load(one, max_samples=1).train)
+
+
+# a further column of every type that parquet has and JSON has not, and of a number that JSON has not
+UNWRITABLE = {
+    "datetime": datetime.datetime(2026, 1, 2, 3, 4, 5, 6),
+    "zone": datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC),
+    "date": datetime.date(2026, 1, 2),
+    "time": datetime.time(3, 4, 5),
+    "duration": datetime.timedelta(seconds=1.5),
+    "decimal": decimal.Decimal("1.50"),
+    "bytes": b"\x00\xff",
+    "nan": math.nan,
+    "nested": {"days": [datetime.date(2026, 1, 2)], "price": decimal.Decimal("2.25")},
+}
+
+
+@pytest.mark.parametrize("name", UNWRITABLE)
+def test_a_further_value_that_json_cannot_write_is_kept_and_hashed(name, tmp_path):
+    row = {"prompt": "q", name: UNWRITABLE[name]}
+    file = write_parquet(tmp_path / "rows.parquet", [row])
+    first, again = (load(file, columns=PROMPT).train for _ in range(2))
+    other = load(write_parquet(tmp_path / "other.parquet", [row | {name: None}]), columns=PROMPT).train
+    assert str(first[0][1]["further"][name]) == str(UNWRITABLE[name])
+    for in_order in (False, True):
+        hashed = hash_rows(first, in_order)
+        assert hashed == hash_rows(again, in_order)
+        assert hashed != hash_rows(other, in_order)
+
+
+def test_the_hash_of_ordinary_rows_stays_that_of_earlier_run_cards():
+    """sha256 of the rows as JSON, names sorted, one a line in sorted order."""
+    rows = [("rows.jsonl:1", {"prompt": "b 天", "chosen": "c"}), ("rows.jsonl:2", {"prompt": "a", "margin": 0.5})]
+    one, two = '{"chosen": "c", "prompt": "b 天"}', '{"margin": 0.5, "prompt": "a"}'
+    assert hash_rows(rows) == hash_rows(rows[::-1]) == hashlib.sha256(f"{one}\n{two}".encode()).hexdigest()
+    assert hash_rows(rows[::-1], in_order=True) == hashlib.sha256(f"{two}\n{one}".encode()).hexdigest()

@@ -447,11 +447,11 @@ def test_a_file_of_which_more_than_a_line_may_be_lost_is_not_fixed(ending, conte
 
 
 def test_half_a_character_is_left_out_and_still_listed(doctor, tmp_path):
-    bad = {**TEXTS[0], "chosen": "cut \ud83d"}
-    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (*TEXTS, bad)))
+    bad = [{**TEXTS[0], "chosen": "cut \ud83d"}, {**TEXTS[0], "chosen": "whole", "id": "cut \ud83d"}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (*TEXTS, *bad)))
     status, _, _ = doctor(tmp_path / "in.jsonl", "--fix", tmp_path / "out.jsonl")
     assert (status, read_rows(tmp_path / "out.jsonl")) == (0, TEXTS)
-    assert read_rows(tmp_path / "out.jsonl.dropped.jsonl")[0]["row"] == bad
+    assert [line["row"] for line in read_rows(tmp_path / "out.jsonl.dropped.jsonl")] == bad
 
 
 def test_chats_and_plain_text_together_are_written_and_refused(doctor, tmp_path):

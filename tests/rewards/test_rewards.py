@@ -3,11 +3,14 @@
 The judge here is a Llama of another tokenizer and template than the Qwen that answers, as reward models are.
 """
 
+import datetime
+import decimal
 import json
 import re
 import shutil
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 import torch
 from safetensors import safe_open
@@ -510,6 +513,22 @@ def test_an_async_function_judges(run, write, tmp_path):
     assert run(f"--reward_funcs {file}:judge")[0] == 0
     for line in recorded(tmp_path):
         assert line["rewards"] == {"judge": len(line["completion"])}
+
+
+def test_dates_in_a_further_column_reach_the_function_and_the_run_card(write, tiny_model, tmp_path):
+    rows = [row | {"day": datetime.date(2026, 1, 2), "price": decimal.Decimal("1.50")} for row in TEXTS]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    file = write(
+        "def judge(completions, day, price, **_):\n"
+        "    return [len(answer) + float(d.day * p) for answer, d, p in zip(completions, day, price)]\n"
+    )
+    words = ["--rlhf_type", "RLOO", "--model_name_or_path", tiny_model, "--train_data_path", tmp_path / "rows.parquet"]
+    words += ["--output_dir", tmp_path / "out", "--reward_funcs", f"{file}:judge", *FAST.split()]
+    assert train_rlhf.main(list(map(str, words))) == 0
+    for line in recorded(tmp_path):
+        assert line["rewards"]["judge"] == len(line["completion"]) + 2 * 1.5
+    card = json.loads((tmp_path / "out" / "run_card.json").read_text(encoding="utf-8"))
+    assert re.fullmatch("[0-9a-f]{64}", card["data_hash"])
 
 
 def test_further_columns_of_the_data_reach_the_function(run, write, tmp_path):

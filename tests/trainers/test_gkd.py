@@ -342,8 +342,24 @@ def test_a_head_is_cut_with_its_bias():
     "lmbda, steps", [(0, [0] * 8), (1, [1] * 8), (0.5, [0, 1] * 4), (0.25, [0, 0, 0, 1] * 2), (0.75, [0, 1, 1, 1] * 2)]
 )
 def test_steps_on_the_students_own_answers_are_spaced_evenly(lmbda, steps):
-    at = (SimpleNamespace(state=SimpleNamespace(global_step=n), args=SimpleNamespace(lmbda=lmbda)) for n in range(8))
-    assert [int(GKDTrainer.is_on_policy(trainer)) for trainer in at] == steps
+    assert on_policy_steps(lmbda, 8) == steps
+
+
+def on_policy_steps(lmbda, steps):
+    at = (
+        SimpleNamespace(state=SimpleNamespace(global_step=n), args=SimpleNamespace(lmbda=lmbda)) for n in range(steps)
+    )
+    return [int(GKDTrainer.is_on_policy(trainer)) for trainer in at]
+
+
+def test_no_step_on_the_students_own_answers_is_lost_to_rounding():
+    """As floats 100 * 0.29 = 28.999999999999996 and 100 * 0.57 = 56.99999999999999."""
+    for percent in range(101):
+        steps = on_policy_steps(percent / 100, 100)
+        assert sum(steps) == percent
+        for start in range(91):  # 10 steps have the share, rounded to one side or the other
+            assert abs(sum(steps[start : start + 10]) - percent / 10) < 1, percent
+    assert sum(on_policy_steps(0.001, 3000)) == 3
 
 
 def test_a_step_learns_from_the_rows_or_from_the_student_and_says_which(tmp_path):

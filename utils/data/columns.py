@@ -1,6 +1,7 @@
 """What a row may look like: its columns, roles and labels, and how one kind of row becomes another."""
 
 import difflib
+import json
 import math
 import re
 
@@ -67,6 +68,31 @@ def check_row(values, kind, columns):
         if name in ("chosen", "rejected", "completion") and last not in ("assistant", None):
             return f'the "{name}" ends with a turn of the {last}. It ends with the assistant\'s answer'
     return None
+
+
+def check_characters(values: dict) -> str | None:
+    """What is wrong with the characters of any column, its name and nested values included, or None.
+
+    Columns that are not trained on count too: reward functions, completions, hashes and dropped.jsonl need UTF-8.
+    """
+    for name, value in values.items():
+        if is_halved(name):
+            return f"the name of a column, {json.dumps(name)}, {HALVED}"
+        if any(map(is_halved, strings_in(value))):
+            return f'"{name}" {HALVED}'
+    return None
+
+
+def strings_in(value):
+    """Every string in a value: itself, or within lists and objects, whose keys count."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for part in value.items():
+            yield from strings_in(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from strings_in(part)
 
 
 def check_further(types):

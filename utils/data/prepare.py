@@ -141,8 +141,11 @@ class Tokens:
         self.known, self.proven = {}, False
 
     def learn(self, texts):
-        """Tokenises what these texts are made of, all at once, and forgets what is not in them."""
-        if not self.proven:
+        """Tokenises the parts of these texts in one call, and forgets all others. The first texts prove the cuts.
+
+        Without texts (the template refused every row of a chunk) there is nothing to prove them on yet.
+        """
+        if texts and not self.proven:
             self.prove(texts[:8])
         parts = dict.fromkeys(part for text in texts for part in self.cut(text))
         self.known = {part: self.known[part] for part in parts if part in self.known}
@@ -179,7 +182,7 @@ class Tokens:
     def prove(self, texts):
         """Cuts no text any more where that gives other tokens; a prefix or suffix that the tokenizer adds is seen."""
         self.proven = True
-        if self.marks is None or not texts:
+        if self.marks is None:
             return
         bare, full = (tokenize(self.tokenizer, "a", add_special_tokens=added) for added in (False, True))
         at = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)

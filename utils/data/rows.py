@@ -13,6 +13,7 @@ from rlhf_args.methods import ANSWERED, PROMPT, RANKED, UNPAIRED
 from utils.data.columns import (
     ACCEPTED,
     SAMPLE,
+    check_characters,
     check_further,
     check_row,
     convert,
@@ -115,14 +116,14 @@ def walk(rows, columns, notes, found):
     """Yields the rows that can be used, (where, converted); `rows` are gone over more than once."""
     found.kind = find_kind(rows, columns)
     found.names = {name: None for _, values in rows for name in values}
-    for where, values in rows:
-        if columns == PROMPT:  # a reward function is given every column of every row, None where a row has none
-            values = found.names | values
+    for where, given in rows:
+        # a reward function is given every column of every row, None where a row has none
+        values = found.names | given if columns == PROMPT else given
         row_kind = found.kind
         if columns == ANSWERED and values.get("prompt") is not None and values.get("completion") is None:
             row_kind = PROMPT  # whether an answer is needed hangs on the flags: teacher.check_distillation
         messages = (message for name in found.kind if isinstance(values.get(name), list) for message in values[name])
-        problem = check_row(values, row_kind, columns)
+        problem = check_row(values, row_kind, columns) or check_characters(given)
         if problem:
             found.problems.append(f"{where}: {problem}")
             continue
@@ -224,12 +225,17 @@ def count_held(rows, fraction):
     return min(max(round(rows * fraction), 1), rows - 1) if fraction else 0
 
 
-def hash_rows(rows):
-    """sha256 over the rows in sorted order: the same data has the same hash, whatever file and order it stands in."""
-    lines = sorted(json.dumps(values, sort_keys=True, ensure_ascii=False) for _, values in rows)
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+def hash_rows(rows: list, in_order: bool = False) -> str:
+    """sha256 over the rows, whatever file they stand in and, unless `in_order`, in whatever order."""
+    lines = (to_json(values) for _, values in rows)
+    text = "\n".join(lines if in_order else sorted(lines))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def text_key(*values):
-    written = json.dumps(values, sort_keys=True, ensure_ascii=False, default=str)
-    return int.from_bytes(hashlib.sha256(written.encode()).digest()[:8], "little")
+    return int.from_bytes(hashlib.sha256(to_json(values).encode()).digest()[:8], "little")
+
+
+def to_json(values) -> str:
+    """Values as JSON with sorted names. What JSON does not know (a date, Decimal or bytes of parquet) is its str()."""
+    return json.dumps(values, sort_keys=True, ensure_ascii=False, default=str)

@@ -7,6 +7,7 @@ import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
+from utils.data.rows import hash_rows
 from utils.runtime import environment
 from utils.runtime.errors import Refused, refuse_if
 from utils.survival.checkpoints import list_checkpoints, newest_whole, problems_of, read_manifest
@@ -57,7 +58,7 @@ def describe_run(common, config, name, rows):
     passes = config.per_device_train_batch_size * config.gradient_accumulation_steps
     run |= {
         "model": describe_model(common.model_name_or_path),
-        "data": f"{len(rows.train)} rows {hash_in_order(rows.train)[:12]}",
+        "data": f"{len(rows.train)} rows {hash_rows(rows.train, in_order=True)[:12]}",
         "processes": environment.processes_asked(),
         "engine": environment.engine() or "none",
         "rows a step": passes * environment.processes_asked(),
@@ -73,11 +74,6 @@ def describe_model(path):
     described = [f"{file.name} {file.stat().st_size}" for file in sorted(folder.glob("*.safetensors"))]
     described += [file.read_text(encoding="utf-8") for file in sorted(folder.glob("*config.json"))]
     return f"{folder.resolve().name} {hashlib.sha256(repr(described).encode()).hexdigest()[:12]}"
-
-
-def hash_in_order(rows):
-    lines = (json.dumps(values, sort_keys=True, ensure_ascii=False, default=str) for _, values in rows)
-    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def differences(there, here):

@@ -132,10 +132,14 @@ def make_trainer(trainer_class, policy, config, tokenizer, train, held_out, lora
 
 
 def fit_bucket(trainer):
-    """Makes the buffer in which DeepSpeed reduces gradients no larger than they are: it comes as 5e8 numbers, 1 GB."""
+    """Makes DeepSpeed's reduce bucket no larger than the gradients. Unset or "auto": at most its default, 5e8 numbers.
+
+    An "auto" left in place would become hidden_size squared (transformers 5.23, integrations/deepspeed.py).
+    """
     trained = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters() if p.requires_grad)
     settings = trainer.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
-    settings["reduce_bucket_size"] = min(int(settings.get("reduce_bucket_size", 5e8)), trained)
+    asked = settings.get("reduce_bucket_size", "auto")
+    settings["reduce_bucket_size"] = min(int(5e8 if asked == "auto" else float(asked)), trained)
 
 
 def train_and_report(trainer, start, common, method, tokenizer, rows, train, held_out):
