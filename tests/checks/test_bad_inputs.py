@@ -1,7 +1,7 @@
 """What people get wrong, each with what has to be named: `pytest tests/checks/test_bad_inputs.py`.
 
 Every case is typed twice, as a training and with --check: status 2, the flag or the file:line in the message, no
-traceback, nothing written. tests/checks/test_refusals.py has the messages word by word.
+traceback, nothing written. tests/checks/test_refused_*.py have the messages word by word.
 """
 
 import json

@@ -1,10 +1,10 @@
 """A language model judges the answers of online RL, and rubrics: `python -m pytest tests/rewards/test_judge.py -q`.
 
 Offline but for a server on 127.0.0.1, whose verdict follows from the answer that it is shown. The judge by itself, and
-in rejection sampling, is tested in tests/rejection/test_servers.py.
+in rejection sampling, is tested in tests/rejection/servers/test_servers.py.
 """
 
-# ruff: noqa: F401, F811  fixtures are imported from tests/rejection/test_servers.py
+# ruff: noqa: F401, F811  fixtures are imported from tests/rejection/servers/test_servers.py
 
 import os
 import re
@@ -16,7 +16,7 @@ import train_rlhf
 from data.rewards import brevity
 from rlhf_args.judge_config import JudgeConfig
 from tests.conftest import ROOT, read_rows, write_rows
-from tests.rejection.test_servers import (
+from tests.rejection.servers.conftest import (
     FAULTS,
     KEY,
     clients,

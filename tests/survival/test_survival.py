@@ -8,117 +8,30 @@ A run that was broken off and started again ends with the weights of an undistur
 
 import errno
 import os
-import random
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-import train_gkd
-import train_rlhf
 from rlhf_args.methods import EVERY
-from tests.conftest import ROOT, make_model, read_rows, write_rows
+from tests.conftest import ROOT, read_rows, write_rows
+from tests.survival.conftest import assert_same_run, copied, log_of, steps_saved, train
 from utils.results import report
 from utils.runtime.errors import Failed, Refused
 from utils.survival import checkpoints, resume, stops
 
-LETTERS = "def letters(completions, **kwargs):\n    return [float(sum(map(ord, str(c))) % 7) for c in completions]\n"
-ROLLOUT = {"max_completion_length": 8, "num_iterations": 2, "num_generations": 4, "steps_per_generation": 2}
 CELLS = [(name, mode) for name in EVERY for mode in ("lora", "full")]
+
+
 FAST = [("DPO", "lora"), ("KTO", "lora"), ("RLOO", "lora"), ("PPO", "full"), ("GKD", "lora")]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """A folder with a model, a teacher of it, and a reward function."""
-    folder = tmp_path_factory.mktemp("models")
-    make_model(folder / "model")
-    make_model(folder / "teacher", seed=1)
-    (folder / "rewards.py").write_text(LETTERS)
-    return folder
-
-
-def words(models, out, name="DPO", mode="lora", **more):
-    """The flags of a run of 6 steps, 3 an epoch: 13 rows, one of them held out, 4 a step. None leaves one out."""
-    method = EVERY[name]
-    flags = {"model_name_or_path": models / "model", "train_data_path": method.sample_data, "max_samples": 13}
-    flags |= {"train_mode": mode, "output_dir": out, "per_device_train_batch_size": 2, "num_train_epochs": 2}
-    flags |= {"gradient_accumulation_steps": 2, "logging_steps": 3, "save_steps": 1, "learning_rate": 1e-3}
-    flags |= {"eval_fraction": 0.1, "eval_strategy": "steps", "eval_steps": 3, "per_device_eval_batch_size": 4}
-    flags |= {"resume_from_checkpoint": "auto"}
-    if method.entry == "rlhf":
-        flags["rlhf_type"] = name
-    if method.sample_reward:
-        flags |= ROLLOUT | {"reward_funcs": f"{models}/rewards.py:letters", "max_steps": 6}
-    if name == "PPO":
-        flags["num_generations"] = 1
-    if name == "GKD":
-        flags |= {"teacher_model_name_or_path": models / "teacher", "lmbda": 0.5, "max_completion_length": 8}
-    given = {flag: value for flag, value in (flags | more).items() if value is not None}
-    return [str(word) for flag, value in given.items() for word in (f"--{flag}", value)]
-
-
-def train(models, out, name="DPO", mode="lora", **more):
-    main = train_gkd.main if name == "GKD" else train_rlhf.main
-    return main(words(models, out, name, mode, **more))
-
-
-def steps_saved(folder):
-    return sorted(checkpoints.step_of(path) for path in checkpoints.list_checkpoints(folder))
-
-
-def cut(folder, last):
-    """Leaves of a finished run what a kill after step `last` would have."""
-    for path in checkpoints.list_checkpoints(folder):
-        if checkpoints.step_of(path) > last:
-            shutil.rmtree(path)
-    for path in [folder / "run_card.json", *folder.glob("*.safetensors")]:
-        path.unlink(missing_ok=True)
-
-
-def copied(folder, target, last=6):
-    shutil.copytree(folder, target)
-    cut(target, last)
-    return target
-
-
-def log_of(folder, name):
-    """The lines of a log, without what the clock says."""
-    timed = ("step_time", "runtime", "per_second")
-    return [{k: v for k, v in row.items() if not any(t in k for t in timed)} for row in read_rows(folder / name)]
-
-
-def same_weights(one, other):
-    (one,), (other,) = (list(folder.glob("*model.safetensors")) for folder in (one, other))
-    one, other = load_file(one), load_file(other)
-    return one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
-
-
-def assert_same_run(one, other):
-    assert same_weights(one, other)
-    for name in ("metrics.jsonl", "eval.jsonl"):
-        if (one / name).exists():
-            assert log_of(one, name) == log_of(other, name)
-    assert len(log_of(one, "metrics.jsonl")) >= 2
 
 
 def tree(folder):
     return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))}
-
-
-@pytest.fixture(scope="module")
-def whole(models, tmp_path_factory):
-    """An undisturbed DPO run: 6 steps, each with its checkpoint, evaluated before, after 3 and after 6."""
-    out = tmp_path_factory.mktemp("whole") / "out"
-    assert train(models, out) == 0
-    assert steps_saved(out) == [1, 2, 3, 4, 5, 6]
-    return out
 
 
 # ── a resumed run ends as an unbroken one ────────────────────────────────────────────────────────────────────────────
@@ -535,121 +448,3 @@ def test_a_disk_that_really_is_full(models, tmp_path, capsys):
         assert_same_run(tmp_path / "whole", out)
     finally:
         subprocess.run(["umount", str(disk)], check=True)
-
-
-# ── killed, and signals to the command itself ────────────────────────────────────────────────────────────────────────
-
-STARTED_AGAIN = [(name, mode, 1 + (number % 3 < 2)) for number, (name, mode) in enumerate(
-    (name, mode) for name in ("DPO", "KTO", "Reward", "RLOO", "PPO", "GKD") for mode in ("lora", "full")
-)]  # fmt: skip
-assert sum(kills for *_, kills in STARTED_AGAIN) == 20
-
-
-def start(warm, models, out, name="DPO", mode="lora", **more):
-    """The real command in a process of its own, its words in a log beside `out`."""
-    script = [warm, f"train_{EVERY[name].entry}.py", *words(models, out, name, mode, **more)]
-    with open(out.parent / f"{out.name}.log", "a") as log:
-        return subprocess.Popen(script, cwd=ROOT, stdout=log, stderr=log)
-
-
-def wait_for(condition, process, seconds=120):
-    until = time.monotonic() + seconds
-    while process.poll() is None and not condition():
-        assert time.monotonic() < until
-        time.sleep(0.001)
-
-
-def kill(process, out, moments, in_a_save):
-    """Kills a run at a moment behind its first log line, or within a save that comes then; whether it was running."""
-    before = (out / "metrics.jsonl").read_bytes() if (out / "metrics.jsonl").exists() else b""
-    wait_for(lambda: (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_bytes() != before, process)
-    if in_a_save:
-        time.sleep(moments.random() / 4)
-        wait_for((out / checkpoints.ASIDE).exists, process)
-        time.sleep(moments.random() / 50)  # a save takes about so long
-    else:
-        time.sleep(moments.random() / 2)
-    process.kill()
-    return process.wait() == -signal.SIGKILL
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "mode", "kills"), STARTED_AGAIN)
-def test_a_run_that_was_killed_at_any_moment_ends_as_one_that_was_not(name, mode, kills, warm, models, tmp_path):
-    flags = {"logging_steps": 1, "num_train_epochs": 4}
-    flags |= {"max_steps": 12} if EVERY[name].sample_reward else {}
-    assert start(warm, models, tmp_path / "whole", name, mode, **flags).wait() == 0
-    moments, hit, out = random.Random(f"{name} {mode}"), 0, tmp_path / "out"
-    for number in range(kills):
-        hit += kill(start(warm, models, out, name, mode, **flags), out, moments, number % 2 == 0)
-        time.sleep(0.2)  # until the last of it is gone
-    assert hit == kills and not (out / "run_card.json").exists()
-    assert start(warm, models, out, name, mode, **flags).wait() == 0, (tmp_path / "out.log").read_text()
-    assert_same_run(tmp_path / "whole", out)
-    assert [row["step"] for row in read_rows(out / "metrics.jsonl")] == list(range(1, 13))
-    assert not list(out.glob("checkpoint-being-written*"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_command_ends_by_a_signal_with_its_status_and_goes_on(number, warm, models, whole, tmp_path):
-    out, flags = tmp_path / "out", {"logging_steps": 1, "max_steps": 4000, "save_steps": 9999}
-    process = start(warm, models, out, **flags)
-    wait_for((out / "metrics.jsonl").exists, process)
-    process.send_signal(number)
-    assert process.wait(timeout=60) == 128 + number
-    (checkpoint,) = checkpoints.list_checkpoints(out)
-    assert checkpoints.problems_of(checkpoint) == [] and (out / "report.png").exists()
-    last = checkpoints.step_of(checkpoint)
-    flags["max_steps"] = last + 2
-    assert start(warm, models, out, **flags).wait() == 0
-    assert [row["step"] for row in read_rows(out / "metrics.jsonl")] == list(range(1, last + 3))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("launched", ["cpu", "zero3"])
-def test_a_signal_to_two_processes_saves_and_they_go_on(launched, warm, models, tmp_path):
-    out = tmp_path / "out"
-    env = {**os.environ, "LAUNCH": launched, "NUM_PROCESSES": "2", "OMP_NUM_THREADS": "1"}
-
-    def launch(steps, constant="constant"):
-        flags = {"logging_steps": 1, "max_steps": steps, "save_steps": 9999, "lr_scheduler_type": constant}
-        job = [warm, "-m", "utils.launch", "train_rlhf.py", *words(models, out, **flags)]
-        with open(tmp_path / "log", "a") as log:
-            return subprocess.Popen(job, cwd=ROOT, env=env, stdout=log, stderr=log)
-
-    process = launch(4000)
-    try:
-        wait_for((out / "metrics.jsonl").exists, process)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=90) == 128 + signal.SIGTERM, (tmp_path / "log").read_text()
-    finally:
-        process.kill()
-    (checkpoint,) = checkpoints.list_checkpoints(out)
-    assert checkpoints.problems_of(checkpoint) == []
-    last = checkpoints.step_of(checkpoint)
-    assert launch(last + 2).wait(timeout=170) == 0, (tmp_path / "log").read_text()
-    assert [row["step"] for row in read_rows(out / "metrics.jsonl")] == list(range(1, last + 3))
-    resumed = tmp_path / "resumed"
-    os.replace(out, resumed)
-    assert launch(last + 2).wait(timeout=170) == 0  # undisturbed
-    assert same_weights(out, resumed)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("launched", "mode"), [("cpu", "qlora"), ("zero2", "full"), ("zero3", "full")])
-def test_a_resumed_critic_and_the_scale_of_its_values_are_those_that_were_saved(
-    launched, mode, warm, models, tmp_path
-):
-    env = {**os.environ, "LAUNCH": launched, "NUM_PROCESSES": "1", "OMP_NUM_THREADS": "1"}
-
-    def launch(out):
-        flags = {"logging_steps": 1, "max_steps": 4, "eval_strategy": "no", "eval_steps": None}
-        job = [warm, "-m", "utils.launch", "train_rlhf.py", *words(models, out, "PPO", mode, **flags)]
-        done = subprocess.run(job, cwd=ROOT, env=env, capture_output=True, text=True, timeout=170)
-        assert done.returncode == 0, done.stderr
-        return log_of(out, "metrics.jsonl")
-
-    whole = launch(tmp_path / "whole")
-    assert whole[2]["value"] != 0  # a scale that was lost would begin anew
-    assert launch(copied(tmp_path / "whole", tmp_path / "out", last=2)) == whole

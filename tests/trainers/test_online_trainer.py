@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM
 import train_rlhf
 from rlhf_args.methods import ANSWERED, DIALOGUE, METHODS, PAIR, PROMPT, RANKED, UNPAIRED, load
 from tests.conftest import make_tokenizer, read_rows, slow_but
-from tests.trainers import test_gkd, test_ppo
+from tests.trainers import test_ppo
+from tests.trainers.distillation import test_gkd
 from tests.trainers.test_losses import (
     LN2,
     POLICY,

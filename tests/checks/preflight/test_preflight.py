@@ -1,9 +1,8 @@
-"""What is found before a model is loaded, and kept for the next start: `pytest tests/checks/test_preflight.py`."""
+"""What is found before a model is loaded: `pytest tests/checks/preflight`."""
 
 import collections
 import importlib.metadata
 import json
-import os
 import shutil
 import types
 from pathlib import Path
@@ -14,27 +13,14 @@ from safetensors.torch import save_file
 
 import train_gkd
 import train_rlhf
-from rlhf_args.methods import ANSWERED, DIALOGUE, EVERY, METHODS, PAIR, PROMPT, RANKED, UNPAIRED
+from rlhf_args.methods import METHODS, PAIR
+from tests.checks.preflight.conftest import PAIRS, pair, thumbs
 from tests.conftest import TEMPLATE, make_model, make_tokenizer, write_rows
 from utils.checks import findings, schedule
 from utils.checks.folders import check_folders
-from utils.data import cache, prepare as data_prepare, template as data_template
-from utils.data.rows import load_rows
+from utils.data import prepare as data_prepare, template as data_template
 from utils.models import folders
 from utils.runtime.errors import Refused, collecting
-
-
-def pair(n, prompt="Say {}.", chosen="Yes {}.", rejected="No {}."):
-    sides = {"prompt": ("user", prompt), "chosen": ("assistant", chosen), "rejected": ("assistant", rejected)}
-    return {name: [{"role": role, "content": said.format(n)}] for name, (role, said) in sides.items()}
-
-
-PAIRS = [pair(n) for n in range(10, 26)]
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -84,7 +70,10 @@ def test_a_sound_run_has_no_warning(warnings):
 
 # ── tokens ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
+
 TURNS = [{"role": role, "content": said} for role, said in (("user", "hi"), ("assistant", "ok"), ("user", "<pad> so"))]
+
+
 TEXTS = ["", "plain", "a<|im_end|>", "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", "<|im_end|><|im_end|>"]
 
 
@@ -249,13 +238,6 @@ def test_held_out_rows_that_are_trained_on_are_found(warnings, tmp_path):
         f"1 of 2 held-out rows are trained on too, as {tmp_path}/held.jsonl:1 and {tmp_path}/rows"
     )
     assert warnings(held=[pair(98), pair(99)]) == []
-
-
-def thumbs(true, false):
-    good = [{"prompt": p["prompt"], "completion": p["chosen"], "label": True} for p in map(pair, range(true))]
-    return good + [
-        {"prompt": p["prompt"], "completion": p["rejected"], "label": False} for p in map(pair, range(false))
-    ]
 
 
 @pytest.mark.parametrize(
@@ -559,116 +541,3 @@ def test_collecting_goes_on_after_a_refusal_and_hides_only_what_follows_from_one
     assert problems == ["a", "b", "c"]
     with pytest.raises(Refused), collecting(None):
         raise Refused(["a"])
-
-
-# ── the second time ──────────────────────────────────────────────────────────────────────────────────────────────────
-
-KINDS = {
-    "DPO": (PAIR, PAIRS),
-    "Reward": (RANKED, PAIRS),
-    "KTO": (UNPAIRED, thumbs(6, 6)),
-    "SFT": (DIALOGUE, [{"messages": row["prompt"] + row["chosen"]} for row in PAIRS]),
-    "GKD": (ANSWERED, [{"messages": row["prompt"] + row["chosen"]} for row in PAIRS]),
-    "GRPO": (PROMPT, [{"prompt": row["prompt"], "answer": n} for n, row in enumerate(PAIRS)]),
-}
-
-
-@pytest.fixture
-def prepare(tmp_path, monkeypatch):
-    """prepare(name, ...) is (what the cache says came of the rows of a method, whether it was made anew)."""
-    made = []
-    prepare_rows = data_prepare.prepare_rows
-    monkeypatch.setattr(data_prepare, "prepare_rows", lambda *args: made.append(1) or prepare_rows(*args))
-
-    def prepare(name="DPO", rows=None, max_length=40, template=TEMPLATE, file="rows.jsonl"):
-        columns, sample = KINDS[name]
-        path = write_rows(tmp_path / file, (rows or sample) + [long_row(columns)])
-        read = load_rows([path], None, columns, name)
-        tokenizer = make_tokenizer(template)
-        data_template.fit_tokenizer(tokenizer, chat=True)
-        made.clear()
-        return cache.prepare_rows(read.train, tokenizer, columns, max_length), bool(made)
-
-    return prepare
-
-
-def long_row(columns):
-    """One that max_length drops, and whose answer has an end of turn in it."""
-    row = pair(1, prompt="!" * 100, chosen="a<|im_end|>b", rejected="c")
-    if columns == UNPAIRED:
-        return {"prompt": row["prompt"], "completion": row["chosen"], "label": True}
-    if columns in (DIALOGUE, ANSWERED):
-        return {"messages": row["prompt"] + row["chosen"]}
-    return row | {"answer": 5} if columns in (PAIR, RANKED) else {"prompt": row["prompt"], "answer": 5}
-
-
-@pytest.mark.parametrize("name", KINDS)
-def test_the_second_start_gets_the_same_rows_without_a_tokenizer(name, prepare):
-    first, anew = prepare(name)
-    assert anew and len(first.dropped) == 1 and first.rows
-    second, anew = prepare(name)
-    assert not anew and second == first
-
-
-def test_what_decides_the_rows_decides_whether_they_are_made_anew(prepare, monkeypatch):
-    prepare()
-    assert prepare(max_length=41)[1] and prepare(rows=PAIRS[:-1])[1] and prepare(file="other.jsonl")[1]
-    assert prepare(template=TEMPLATE + " ")[1] and prepare("Reward")[1]
-    dated = TEMPLATE + "{# strftime_now #}"  # a template that could write the date
-    monkeypatch.setattr(cache.time, "strftime", lambda form: "2026-01-01")
-    assert prepare(template=dated)[1] and not prepare(template=dated)[1]
-    monkeypatch.setattr(cache.time, "strftime", lambda form: "2026-01-02")
-    assert prepare(template=dated)[1]
-    assert not prepare()[1]
-
-
-@pytest.mark.parametrize("damage", [b"", b"{}", b"0" * 64 + b"\n{}", None], ids=["empty", "no hash", "wrong", "cut"])
-def test_a_damaged_entry_is_made_anew(damage, prepare):
-    first, _ = prepare()
-    (entry,) = cache.folder().iterdir()
-    entry.write_bytes(entry.read_bytes()[:-9] if damage is None else damage)
-    assert prepare() == (first, True)
-    assert prepare() == (first, False)  # and written anew
-
-
-def test_a_cache_that_cannot_be_written_is_done_without(prepare, tmp_path):
-    (tmp_path / "cache").write_text("a file where the folder would be")
-    assert prepare()[1] and prepare()[1]
-
-
-def test_an_entry_is_for_the_user_alone_and_nothing_is_left_beside_it(prepare):
-    prepare()
-    (entry,) = cache.folder().iterdir()
-    assert entry.stat().st_mode & 0o77 == 0 and cache.folder().stat().st_mode & 0o77 == 0
-
-
-def test_the_entry_used_longest_ago_makes_room(prepare, monkeypatch):
-    for n, limit in enumerate((40, 41, 42)):
-        prepare(max_length=limit)
-        newest = max(cache.folder().iterdir(), key=lambda file: file.stat().st_mtime_ns)
-        os.utime(newest, (n, n))
-    size = max(file.stat().st_size for file in cache.folder().iterdir())
-    assert not prepare(max_length=40)[1]  # used now, so that 41 is the oldest
-    monkeypatch.setattr(cache, "ROOM", 3 * size + 100)
-    prepare(max_length=43)
-    assert [prepare(max_length=limit)[1] for limit in (40, 42, 43)] == [False] * 3
-    assert prepare(max_length=41)[1]
-    monkeypatch.setattr(cache, "ROOM", size)  # of which an entry may take half
-    shutil.rmtree(cache.folder())
-    assert prepare()[1] and prepare()[1]
-
-
-# ── where it goes ────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_findings_stand_on_the_rows_for_the_run_card(tiny_model, tmp_path):
-    from utils.cli import arguments
-    from utils.training import run
-
-    path = write_rows(tmp_path / "rows.jsonl", [*PAIRS, PAIRS[0]])
-    words = f"--model_name_or_path {tiny_model} --train_data_path {path} --output_dir {tmp_path / 'out'}"
-    common, config = arguments.parse(words.split(), "DPO")
-    rows = load_rows([path], None, PAIR, "DPO")
-    run.prepare_text(common, config, EVERY["DPO"], rows)
-    assert [finding.kind for finding in rows.findings] == ["pace", "weights", "lengths", "disk", "warning"]
-    assert rows.findings[-1].text.startswith("1 of 17 rows repeat another")
