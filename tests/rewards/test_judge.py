@@ -32,6 +32,7 @@ from tests.rejection.servers.conftest import (
 from trainers import online_trainer, ppo_trainer
 from utils.cli import recipes, variables
 from utils.models import load
+from utils.rejection import scoring
 from utils.rewards import judge, judge_reward, server
 
 CHATS = [{"prompt": [{"role": "user", "content": f"What is {n} + {n}?"}]} for n in range(8)]
@@ -282,6 +283,26 @@ def test_one_answer_is_no_request(make_judge):
     assert isinstance(alone[0], server.GivenUp) and "one answer" in str(alone[0]) and pair == [0.5, 0.5]
     assert len(found.api.asked) == 2 and "Why?" not in str(found.api.asked)
     assert found.score([("Why?", ["So."])]) and len(found.api.asked) == 2
+
+
+def test_answers_of_one_text_are_no_request_and_share_the_win(make_judge):
+    """A judge that always says [[A]] gave three of them 0.5, 0 and 0.5: a signal from their places alone."""
+    found = make_judge(lambda body: ("[[A]]", "stop"), mode="pick")
+    same, two, empty = found.score([("Why?", ["So."] * 3), ("Who?", ["I.", "You."]), ("Me?", [])])
+    assert (same, two, empty) == ([1 / 3] * 3, [0.5, 0.5], [])
+    assert len(found.api.asked) == 2 and "Why?" not in str(found.api.asked)
+    assert found.score([("Why?", ["So.", "So.", "No."])]) and len(found.api.asked) == 4  # another text is compared
+    rated = make_judge(lambda body: ("[[7]]", "stop"))
+    assert rated.score([("Why?", ["So."] * 3)]) == [[7.0] * 3]  # each by itself, as ever
+
+
+def test_rejection_sampling_pays_no_request_for_the_only_answer_left(make_judge):
+    """Of two answers the server gave up on one, so that stages.py scores a group of one."""
+    scorers = object.__new__(scoring.Scorers)
+    scorers.judge, scorers.functions, scorers.weights = make_judge(rate, mode="pick"), [], {"j": 1.0}
+    (line,) = scorers.score([{"prompt": "Why?", "further": {}}], [[{"prompt": 0, "sample": 1, "completion": "So."}]])
+    assert (line["prompt"], line["sample"]) == (0, 1) and "one answer" in line["failed"] and "score" not in line
+    assert not scorers.judge.server.failures and not scorers.judge.api.asked
 
 
 # ── what the judge fails on ──────────────────────────────────────────────────────────────────────────────────────────

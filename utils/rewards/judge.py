@@ -170,10 +170,12 @@ class Judge:
 
         A verdict is a number, with a rubric {criterion: number}.
         """
-        found = iter(self.server.ask_all([ask for group in groups for ask in self.asks(*group)]))
-        if self.mode == "score":
+        pick = self.mode == "pick"
+        asked = [group for group in groups if not pick or len(set(group[1])) > 1]  # a single text needs no comparison
+        found = iter(self.server.ask_all([ask for group in asked for ask in self.asks(*group)]))
+        if not pick:
             return [[next(found) for _ in answers] for _, answers in groups]
-        return [self.count_wins(len(answers), found) for _, answers in groups]
+        return [self.count_wins(answers, found) for _, answers in groups]
 
     def asks(self, prompt, answers):
         """The requests [(messages, read, sampling)] of a prompt's answers: one each, or the two passes of a pick.
@@ -187,19 +189,21 @@ class Judge:
         order = list(range(len(answers)))
         random.Random(text_key(self.seed, prompt)).shuffle(order)
         asks = []
-        for shown in (order, order[::-1]) if len(answers) > 1 else ():
+        for shown in order, order[::-1]:
             written = "\n\n".join(f"[{LABELS[n]}]\n{answers[who]}" for n, who in enumerate(shown))
             messages = self.write(prompt=prompt_text, completions=written)
             asks.append((messages, lambda *reply, shown=shown: self.read_label(*reply, shown), self.sampling))
         return asks
 
     def count_wins(self, answers, found):
-        """The scores of one group, from its two passes, the next of `found`."""
-        if answers < 2:
-            return [GivenUp("one answer is left, and nothing to pick from")] * answers
+        """The scores of one group, from its two passes, the next of `found`; equal shares if all are one text."""
+        if len(answers) < 2:
+            return [GivenUp("one answer is left, and nothing to pick from")] * len(answers)
+        if len(set(answers)) == 1:
+            return [1 / len(answers)] * len(answers)
         wins = [next(found), next(found)]
         failed = next((win for win in wins if isinstance(win, GivenUp)), None)
-        return [failed or wins.count(who) / 2 for who in range(answers)]
+        return [failed or wins.count(who) / 2 for who in range(len(answers))]
 
     def by_name(self, verdict):
         """A verdict as {name: number}, by the names of `weights`."""
