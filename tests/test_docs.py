@@ -116,3 +116,28 @@ def test_ruff_finds_nothing():
     for what in (["check"], ["format", "--check"]):
         done = subprocess.run([sys.executable, "-m", "ruff", *what, "."], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_library_that_is_imported_stands_in_the_requirements():
+    import ast
+    import re
+    import sys
+    from importlib.metadata import packages_distributions
+
+    files = [
+        *ROOT.glob("*.py"),
+        *(file for room in ("utils", "trainers", "rlhf_args") for file in (ROOT / room).rglob("*.py")),
+    ]
+    imported = set()
+    for node in (node for file in files for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module.split(".")[0])
+    ours = {"common_args", "rlhf_args", "trainers", "utils"}
+    optional = {"liger_kernel", "vllm"}  # used where they are installed
+    pinned = {name.lower() for name in re.findall(r"^([\w-]+)==", (ROOT / "requirements.txt").read_text(), re.M)}
+    of = packages_distributions()
+    libraries = imported - ours - optional - set(sys.stdlib_module_names)
+    assert {"torch", "trl", "psutil"} <= libraries
+    assert [name for name in sorted(libraries) if not {one.lower() for one in of[name]} & pinned] == []
