@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -131,6 +132,21 @@ def command(*words, env=None, timeout=900):
         text=True,
         capture_output=True,
         timeout=timeout,
+    )
+
+
+def undocumented(name, folder):
+    """Metrics in `folder`'s metrics.jsonl and eval.jsonl without a row in the method's page in docs/methods/.
+
+    The page names a metric in backticks, one of eval.jsonl with or without its `eval_`; a reward's own name is NAME.
+    """
+    page = (ROOT / "docs" / "methods" / f"{name.lower()}.md").read_text(encoding="utf-8")
+    ticked = set(re.findall("`[^`]+`", page))
+    logged = {key for file in ("metrics.jsonl", "eval.jsonl") for line in read_rows(folder / file) for key in line}
+    assert {"loss", "eval_loss"} <= logged
+    names = {key: re.sub("rewards/[^/]+/(?=mean$|std$|cut$)", "rewards/NAME/", key) for key in logged}
+    return sorted(
+        key for key, known in names.items() if not {f"`{known}`", f"`{known.removeprefix('eval_')}`"} & ticked
     )
 
 

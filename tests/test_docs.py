@@ -8,7 +8,7 @@ import sys
 import pytest
 import yaml
 
-from rlhf_args.methods import METHODS, load, method_table
+from rlhf_args.methods import EVERY, METHODS, load, method_table
 from tests.conftest import ROOT
 from utils.cli import arguments
 from utils.cli.recipes import expand
@@ -26,6 +26,65 @@ def test_both_commands_stand_in_the_readme(name):
     assert "pip install -r requirements.txt && bash rlhf_run.sh" in readme
     assert "pip install -r requirements-dev.txt && python -m pytest" in readme
     assert "pip install -q -r requirements-dev.txt && python -m pytest" in (ROOT / ".ci/run").read_text()
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_method_has_a_page_that_starts_with_its_command(name):
+    page = (ROOT / "docs" / "methods" / f"{name.lower()}.md").read_text(encoding="utf-8")
+    command = next(line for line in page.splitlines() if line.startswith("    "))
+    assert f"{EVERY[name].entry}_run.sh" in command and (name in METHODS) == ("RLHF_TYPE=" in command)
+    assert "## What the log says" in page
+
+
+def pages():
+    return [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+
+
+def anchors(page):
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall("^#+ (.*)", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_link_of_the_docs_leads_to_a_file_and_a_heading():
+    found = 0
+    for page in pages():
+        for link in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+            if link.startswith("http"):
+                continue
+            path, _, anchor = link.partition("#")
+            target = (page.parent / path).resolve() if path else page
+            assert target.exists(), f"{page.name}: {link}"
+            assert not anchor or anchor in anchors(target), f"{page.name}: {link}"
+            found += 1
+    assert found > 50
+
+
+def test_the_index_links_every_page():
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    missing = [page.name for page in (ROOT / "docs").rglob("*.md") if f"{page.name})" not in index]
+    assert missing == []
+
+
+@pytest.mark.parametrize("name", ["README.md", "README_zh.md"])
+def test_every_file_that_the_readme_names_exists(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    named = set(
+        re.findall(r"`((?:utils|trainers|rlhf_args|tests|docs|data|recipes|accelerate_configs)/[\w./]*)`", text)
+    )
+    named = {path for path in named if "METHOD" not in path}
+    assert len(named) > 40
+    assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
+
+
+def test_both_readmes_have_the_same_sections_code_and_tables():
+    def shape(name):
+        lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+        return [
+            line[:3] if line.startswith("## ") else line[:1] for line in lines if line.startswith(("## ", "|", "```"))
+        ]
+
+    assert shape("README.md") == shape("README_zh.md")
 
 
 @pytest.mark.parametrize("name", METHODS)

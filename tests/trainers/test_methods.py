@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification
 
 import train_rlhf
 from rlhf_args.methods import METHODS, load
-from tests.conftest import ROOT, read_rows, slow_but
+from tests.conftest import ROOT, read_rows, slow_but, undocumented
 from tests.matrix.answers import spread
 from tests.matrix.cells import rollout_flags
 from utils.data import prepare, template
@@ -108,6 +108,7 @@ def test_trains_and_reloads_in_a_new_process(name, mode, tiny_model, tmp_path, r
     lines = read_rows(out / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3] and all("loss" in line for line in lines)
     assert {path.name for path in out.iterdir()} >= {"tokenizer.json", "chat_template.jinja", "report.png"}
+    assert undocumented(name, out) == []
 
     # What the trained model said while it was trained, a new process must hear from the folder; and it is not what
     # the start said, so a folder that holds the start would be found out.

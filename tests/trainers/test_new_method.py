@@ -1,4 +1,4 @@
-"""A new method is one row and one config file: `pytest -m slow tests/trainers/test_new_method.py`.
+"""A new method is one row, one config file and its page: `pytest -m slow tests/trainers/test_new_method.py`.
 
 A copy of the project gains IPO under its own name; the tests that loop over the table must pick it up and pass.
 """
@@ -48,6 +48,8 @@ def test_a_method_added_by_one_row_and_one_file_is_covered_by_the_tests(tmp_path
     table = copy / "rlhf_args" / "methods.py"
     table.write_text(table.read_text().replace('    "CPO": Method(', ROW + '    "CPO": Method('))
     (copy / "rlhf_args" / "ipo_config.py").write_text(CONFIG)
+    pages = copy / "docs" / "methods"
+    (pages / "ipo.md").write_text((pages / "dpo.md").read_text())
     rows = python(copy, "rlhf_args.methods").stdout.strip()
     for name in ("README.md", "README_zh.md"):
         text = (copy / name).read_text(encoding="utf-8")

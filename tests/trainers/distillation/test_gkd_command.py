@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rlhf_args.methods import ANSWERED, DISTILLATION
-from tests.conftest import ROOT, make_tokenizer, read_rows, write_rows
+from tests.conftest import ROOT, make_tokenizer, read_rows, undocumented, write_rows
 from tests.trainers.distillation.conftest import (
     CHATS,
     FAST,
@@ -126,6 +126,7 @@ def test_an_adapter_learns_from_its_base_as_from_a_copy_of_it(run, pair, trainer
         flags = "--lmbda 0 --train_mode lora --max_steps 2 --learning_rate 1e-2 --eval_fraction 0.34"
         status, lines, _ = run(flags, model=tmp_path / "adapter", teacher=teaching, out=out)
         assert status == 0 and said in line_with(lines, "teacher   ")
+        assert undocumented("GKD", out) == []
         logs.append(read_rows(out / "metrics.jsonl") + read_rows(out / "eval.jsonl"))
     assert trainers[0].teacher_model is None and trainers[1].teacher_model is not None
     assert logs[0][0]["loss"] > 1e-3
