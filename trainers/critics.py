@@ -173,8 +173,8 @@ def make_critic(kind, policy, path=None, layer=None, lora=None, shares=True):
     return Critic(backbone.config.get_text_config().hidden_size, backbone, guess=read_head(path))
 
 
-def check_tokenizer(path, tokenizer):
-    """Raises Refused unless the model in `path` reads the policy's tokens.
+def check_tokenizer(path, tokenizer, rows):
+    """Raises Refused unless the model in `path` reads the policy's tokens, of which the policy embeds `rows`.
 
     An adapter stands on the policy's own base, whose tokenizer it may leave out.
     """
@@ -183,7 +183,7 @@ def check_tokenizer(path, tokenizer):
     theirs = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     different = first_difference(tokenizer.get_vocab(), theirs.get_vocab())
     size = AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config().vocab_size
-    highest = max(tokenizer.get_vocab().values())
+    highest = max(number for number in tokenizer.get_vocab().values() if number < rows)  # some tokens have no row
     if different or highest >= size:
         different = different or f"it has {size} embeddings, and the policy's token {highest} is beyond them"
         raise Refused([f"--value_model_path {path}: {different}. A critic reads the policy's tokens"])

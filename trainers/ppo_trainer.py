@@ -122,7 +122,7 @@ class PPOTrainer(GRPOTrainer):
         trained = next(p for p in self.model.parameters() if p.requires_grad)
         self.critic_kind = args.critic_kind("lora" if lora else "full")
         if args.value_model_path:
-            check_tokenizer(args.value_model_path, self.processing_class)
+            check_tokenizer(args.value_model_path, self.processing_class, base.config.get_text_config().vocab_size)
         shares = not self.is_fsdp_enabled
         critic = make_critic(self.critic_kind, base, args.value_model_path, args.critic_layer, lora, shares)
         if args.disable_dropout:
