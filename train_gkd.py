@@ -16,25 +16,16 @@ from utils.cli import arguments, recipes
 from utils.data.rows import hold_out, load_rows
 from utils.runtime import environment
 from utils.runtime.errors import Refused, collecting, refuse_if
-from utils.training.run import (
-    find_start,
-    guard,
-    make_lora,
-    make_trainer,
-    model_source,
-    prepare_text,
-    save_and_verify,
-    train_and_report,
-)
+from utils.training import run
 
 NAME = "GKD"
 
 
 def main(argv=None):
-    return guard(run, sys.argv[1:] if argv is None else list(argv))
+    return run.guard(train_from_words, sys.argv[1:] if argv is None else list(argv))
 
 
-def run(argv):
+def train_from_words(argv):
     if recipes.asks_plan(argv):
         from utils.plan import planner
 
@@ -51,7 +42,7 @@ def run(argv):
     # ── the text that is trained on ──────────────────────────────────────────────────────────────────────────────────
     with collecting(problems):
         room = distillation.prompt_room(common, config)
-        tokenizer, train, held_out = prepare_text(common, config, method, rows, max_prompt=room)
+        tokenizer, train, held_out = run.prepare_text(common, config, method, rows, max_prompt=room)
         distillation.check_tokens(common, config, tokenizer, train, held_out)
     if not problems:
         about = teacher.describe(common, config, train, held_out)
@@ -61,7 +52,7 @@ def run(argv):
     if common.probe and not problems:
         whole, train, held_out = probe.shorten(config, method, train)
     with collecting(problems):
-        start = find_start(common, config, NAME, rows)
+        start = run.find_start(common, config, NAME, rows)
     refuse_if(problems)
     if common.check:
         summary.say_checked(rows)
@@ -69,22 +60,22 @@ def run(argv):
 
     # ── the teacher's answers, then both models ──────────────────────────────────────────────────────────────────────
     teacher.write_answers(common, config, tokenizer, train, held_out)
-    source = model_source(common, config, method, tokenizer)
+    source = run.model_source(common, config, method, tokenizer)
     student = load_policy(**source | {"path": start.policy_path(common)})
     teaching = None if teacher.shares_base(common, config) else teacher.load_teacher(common, config, tokenizer)
-    lora = make_lora(common, method)
+    lora = run.make_lora(common, method)
 
     # ── train, save, and prove the save ──────────────────────────────────────────────────────────────────────────────
-    trainer = make_trainer(
+    trainer = run.make_trainer(
         load(method.trainer), student, config, tokenizer, train, held_out, lora, teacher_model=teaching
     )
     if common.probe:
         return probe.run(trainer, whole, common, method)
     shown = common, method, tokenizer, rows, train, held_out
-    follow = train_and_report(trainer, start, *shown)
+    follow = run.train_and_report(trainer, start, *shown)
     again = {"TEACHER": config.teacher_model_name_or_path, "LMBDA": f"{config.lmbda:g}", "BETA": f"{config.beta:g}"}
     again |= {"SEQ_KD": "True"} if config.seq_kd else {}
-    save_and_verify(trainer, follow, argv, NAME, *shown, again=again)
+    run.save_and_verify(trainer, follow, argv, NAME, *shown, again=again)
     return 0
 
 

@@ -17,23 +17,14 @@ from utils.cli import arguments, recipes
 from utils.data.rows import check_labels, hold_out, load_rows
 from utils.runtime import environment
 from utils.runtime.errors import Refused, collecting, refuse_if
-from utils.training.run import (
-    find_start,
-    guard,
-    make_lora,
-    make_trainer,
-    model_source,
-    prepare_text,
-    save_and_verify,
-    train_and_report,
-)
+from utils.training import run
 
 
 def main(argv=None):
-    return guard(run, sys.argv[1:] if argv is None else list(argv))
+    return run.guard(train_from_words, sys.argv[1:] if argv is None else list(argv))
 
 
-def run(argv):
+def train_from_words(argv):
     if recipes.asks_plan(argv):
         from utils.plan import planner
 
@@ -48,7 +39,7 @@ def run(argv):
 
     # ── the text that is trained on ──────────────────────────────────────────────────────────────────────────────────
     with collecting(problems):
-        tokenizer, train, held_out = prepare_text(common, config, method, rows)
+        tokenizer, train, held_out = run.prepare_text(common, config, method, rows)
         flags.check_rollout_fits(config, len(train.rows))
     if not problems:
         summary.say_plan(common, config, name, method, tokenizer, rows, train, held_out)
@@ -61,7 +52,7 @@ def run(argv):
     if common.probe and not problems:
         whole, train, held_out = probe.shorten(config, method, train)
     with collecting(problems):
-        start = find_start(common, config, name, rows)
+        start = run.find_start(common, config, name, rows)
     refuse_if(problems)
     if common.check:
         summary.say_checked(rows)
@@ -88,21 +79,21 @@ def run(argv):
         if judge:
             config.reward_weights = judge.spread_weights(config.reward_weights, len(judges))
             judges += judge.rewards()
-    source = model_source(common, config, method, tokenizer)
+    source = run.model_source(common, config, method, tokenizer)
     policy = load_policy(**source | {"path": start.policy_path(common)})
     if needs_reference(config, method):
         others |= load_other_models(method.models, **source)
-    lora = make_lora(common, method)
+    lora = run.make_lora(common, method)
 
     # ── train, save, and prove the save ──────────────────────────────────────────────────────────────────────────────
-    trainer = make_trainer(load(method.trainer), policy, config, tokenizer, train, held_out, lora, **others)
+    trainer = run.make_trainer(load(method.trainer), policy, config, tokenizer, train, held_out, lora, **others)
     if common.probe:
         return probe.run(trainer, whole, common, method)
     shown = common, method, tokenizer, rows, train, held_out
-    follow = train_and_report(trainer, start, *shown)
+    follow = run.train_and_report(trainer, start, *shown)
     if judge:
         judge.say_failures()
-    save_and_verify(trainer, follow, argv, name, *shown, again={"RLHF_TYPE": name})
+    run.save_and_verify(trainer, follow, argv, name, *shown, again={"RLHF_TYPE": name})
     return 0
 
 

@@ -266,4 +266,5 @@ def kept_dtypes(model):
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters() if parameter.requires_grad}
     yield
     for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(dtypes.get(name, parameter.dtype))
+        if parameter.dtype != dtypes.get(name, parameter.dtype):
+            parameter.data = parameter.data.to(dtypes[name])

@@ -7,6 +7,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 import train_gkd
 from tests.conftest import make_tokenizer, write_rows
 from utils.models import load as models_load
+from utils.training import run as training_run
 
 
 def make_qwen(seed, vocabulary=264, hidden=16, sharp=10):
@@ -114,11 +115,11 @@ def line_with(lines, begin):
 @pytest.fixture
 def trainers(monkeypatch):
     """The trainers that the commands of a test made."""
-    made, make = [], train_gkd.make_trainer
+    made, make = [], training_run.make_trainer
 
     def keep(*args, **kwargs):
         made.append(make(*args, **kwargs))
         return made[-1]
 
-    monkeypatch.setattr(train_gkd, "make_trainer", keep)
+    monkeypatch.setattr(training_run, "make_trainer", keep)
     return made
