@@ -23,6 +23,8 @@ COUNTS = (
 class OnlineConfig(JudgeConfig):
     """Mixin before TRL's config. `notes`: what was translated, for the plan that a run prints."""
 
+    length_flag = "max_prompt_length"
+
     # TRL's None asks num_generations answers to each held-out prompt, and an evaluation batch that divides by them.
     num_generations_eval: int | None = field(
         default=1, metadata={"help": "Answers to each held-out prompt when the policy is measured, 1 or more."}

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import trl
 
+from rlhf_args.method_config import MethodConfig
 from rlhf_args.online_config import OnlineConfig
 
 OWN_TRUNK = ("lora", "model")  # critics that read tokens themselves, and not the policy's hidden states
@@ -11,7 +12,7 @@ SCALE = "return_scale"  # the name of the values' scale in critic.safetensors
 
 
 @dataclass
-class PPOConfig(OnlineConfig, trl.GRPOConfig):
+class PPOConfig(OnlineConfig, trl.GRPOConfig, MethodConfig):
     """PPO on GRPO's rollouts: what is not said here is GRPO's. Defaults are those of TRL 1.12's PPO, its last."""
 
     # A critic says what an answer should be worth, so no second answer to the same prompt is needed.
