@@ -116,7 +116,7 @@ class PPOTrainer(GRPOTrainer):
 
     _tag_names = ["trl", "ppo"]
     _name = "PPO"
-    _buffered_inputs: list[dict[str, Any]] | None  # TRL's: the mini-batches of the rollout
+    _buffered_inputs: Any  # TRL's: the parts of the rollout; None before the first
 
     def __init__(self, model: PreTrainedModel, reward_funcs: list[Callable], args: PPOConfig, **kwargs: Any):
         super().__init__(model=model, reward_funcs=reward_funcs, args=args, **kwargs)
