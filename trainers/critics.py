@@ -18,7 +18,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_args.ppo_config import OWN_TRUNK
@@ -27,7 +27,7 @@ from utils.models.load import keep_trainable
 from utils.runtime.errors import Refused
 
 EXACT = {"mps": torch.float32}  # MPS has no float64
-Reduce = Callable[[torch.Tensor], torch.Tensor]  # sums a tensor over all processes
+Reduce = Callable[[Tensor], Tensor]  # sums a tensor over all processes
 
 
 # ── the scale of the values ──────────────────────────────────────────────────────────────────────────────────────────
@@ -46,13 +46,13 @@ class ReturnScale:
     def __init__(self) -> None:
         self.mean, self.spread, self.gain, self.shift, self.begun = 0.0, 1.0, 0.0, 0.0, False
 
-    def values(self, normalised: torch.Tensor) -> torch.Tensor:
+    def values(self, normalised: Tensor) -> Tensor:
         return self.mean + self.spread * normalised
 
-    def normalise(self, values: torch.Tensor) -> torch.Tensor:
+    def normalise(self, values: Tensor) -> Tensor:
         return (values - self.mean) / self.spread
 
-    def update(self, returns: torch.Tensor, mask: torch.Tensor, reduce: Reduce) -> None:
+    def update(self, returns: Tensor, mask: Tensor, reduce: Reduce) -> None:
         """Update the scale with the returns (B, T) of a rollout."""
         if not reduce(mask.sum()[None]).item():  # every answer is masked
             return
@@ -64,7 +64,7 @@ class ReturnScale:
             self.spread += rate * (spread - self.spread)
             self.begun = True
 
-    def fit_guess(self, guesses: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor, reduce: Reduce) -> None:
+    def fit_guess(self, guesses: Tensor, returns: Tensor, mask: Tensor, reduce: Reduce) -> None:
         """Fit the guesses (B, T) to the normalised returns by least squares, after `update` with these returns."""
         guess_mean, guess_variance = masked_moments(guesses, mask, reduce)
         mean, _ = masked_moments(returns, mask, reduce)
@@ -72,11 +72,11 @@ class ReturnScale:
         slope = product / guess_variance if guess_variance > 1e-12 else 0.0
         self.gain, self.shift = slope / self.spread, (mean - self.mean - slope * guess_mean) / self.spread
 
-    def state(self) -> torch.Tensor:
+    def state(self) -> Tensor:
         numbers = [self.mean, self.spread, self.gain, self.shift, float(self.begun), self.kind]
         return torch.tensor(numbers, dtype=torch.float64)
 
-    def load(self, state: torch.Tensor) -> None:
+    def load(self, state: Tensor) -> None:
         """Raises ValueError if the state is from the other class."""
         *numbers, begun, kind = state.tolist()
         if kind != self.kind:
@@ -90,12 +90,12 @@ class FixedScale(ReturnScale):
 
     kind = 1.0
 
-    def update(self, returns: torch.Tensor, mask: torch.Tensor, reduce: Reduce) -> None:
+    def update(self, returns: Tensor, mask: Tensor, reduce: Reduce) -> None:
         super().update(returns, mask, reduce)
         self.mean, self.spread = 0.0, 1.0
 
 
-def masked_moments(x: torch.Tensor, mask: torch.Tensor, reduce: Reduce, correction: int = 0) -> tuple[float, float]:
+def masked_moments(x: Tensor, mask: Tensor, reduce: Reduce, correction: int = 0) -> tuple[float, float]:
     """Mean and variance of x (B, T) where the mask is 1, over all processes; the divisor is n - correction."""
     x = x.to(EXACT.get(x.device.type, torch.float64)) * mask
     count, total = reduce(torch.stack([mask.sum().to(x.dtype), x.sum()])).tolist()
@@ -121,7 +121,7 @@ class Critic(nn.Module):
         backbone: nn.Module | None = None,
         mlp: bool = False,
         layer: int | None = None,
-        guess: torch.Tensor | None = None,
+        guess: Tensor | None = None,
     ):
         super().__init__()
         self.backbone, self.layer, self.off = backbone, layer, False
@@ -134,9 +134,9 @@ class Critic(nn.Module):
         hidden = [nn.Linear(hidden_size, hidden_size), nn.GELU()] if mlp else []
         self.score = nn.Sequential(*norm, *hidden, last)
         self.register_buffer("guess", guess)
-        self.guesses: torch.Tensor | None = None  # (B, L) of the latest call, for ReturnScale.fit_guess
+        self.guesses: Tensor | None = None  # (B, L) of the latest call, for ReturnScale.fit_guess
 
-    def forward(self, hidden: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         if self.backbone is None:
             hidden = hidden.detach()
         else:
@@ -151,12 +151,7 @@ class Critic(nn.Module):
 
 
 def make_critic(
-    kind: str,
-    policy: PreTrainedModel,
-    path: str | None = None,
-    layer: int | None = None,
-    lora: LoraConfig | None = None,
-    shares: bool = True,
+    kind: str, policy: PreTrainedModel, path: str | None, layer: int | None, lora: LoraConfig | None, shares: bool
 ) -> Critic:
     """The critic of this kind for a policy (causal language model) that already has its adapter.
 
@@ -224,7 +219,7 @@ def copy_whole(trunk: PreTrainedModel) -> PreTrainedModel:
     return twin
 
 
-def read_head(path: str | None) -> torch.Tensor | None:
+def read_head(path: str | None) -> Tensor | None:
     """The score head (1, H) in the safetensors of a reward model's folder; None if there is none."""
     if path is None:
         return None
@@ -249,7 +244,8 @@ def load_reward_adapter(backbone: nn.Module, path: str, prefix: str) -> None:
         name = name.removeprefix("base_model.model.").removeprefix(f"{prefix}.")
         if name.endswith("score.weight"):
             continue
-        held = own.get(f"{name.removesuffix('.weight')}.default.weight")
+        key = f"{name.removesuffix('.weight')}.default.weight"
+        held = own.get(key)
         if held is None or held.shape != tensor.shape:
             shape = "no such layer" if held is None else f"{tuple(held.shape)}"
             raise Refused([
@@ -257,7 +253,7 @@ def load_reward_adapter(backbone: nn.Module, path: str, prefix: str) -> None:
                 "Both need the same --lora_rank and --lora_target_modules"
             ])  # fmt: skip
         held.data.copy_(tensor)
-        left.discard(f"{name.removesuffix('.weight')}.default.weight")
+        left.discard(key)
     if left:
         raise Refused([
             f"--value_model_path {path}: has no {min(left)}. Both need the same --lora_target_modules and --use_dora"
@@ -287,7 +283,7 @@ def add_critic(model: PreTrainedModel, critic: Critic, output_class: type) -> No
         finally:
             hook.remove()
         last = states[0]
-        last = last if isinstance(last, torch.Tensor) else getattr(last, "last_hidden_state", None)
+        last = last if isinstance(last, Tensor) else getattr(last, "last_hidden_state", None)
         values = self.critic(states[0][0] if last is None else last, kwargs["input_ids"], kwargs["attention_mask"])
         return output_class(**outputs, token_values=values[:, :-1])
 

@@ -12,14 +12,8 @@ from typing import Any
 import torch
 import trl
 from torch.utils.data import Sampler
-from transformers import (
-    GenerationConfig,
-    PreTrainedModel,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    StopStringCriteria,
-    Trainer,
-)
+from transformers import GenerationConfig, PreTrainedModel, Trainer
+from transformers.generation import StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
@@ -59,10 +53,8 @@ class SamplesAnswers(Trainer):
         rows = self.args.per_device_train_batch_size
         prompts, answers = (torch.ones(rows, width, dtype=torch.int64) for width in (prompt, completion))
         given = {"prompt_ids": prompts, "prompt_mask": prompts, "completion_ids": answers, "completion_mask": answers}
-        for name in ("old_per_token_logps", "ref_per_token_logps"):
-            given[name] = torch.zeros(rows, completion)
-        for name in ("old_logps", "ref_logps", "advantages"):
-            given[name] = torch.zeros(rows)
+        given |= {name: torch.zeros(rows, completion) for name in ("old_per_token_logps", "ref_per_token_logps")}
+        given |= {name: torch.zeros(rows) for name in ("old_logps", "ref_logps", "advantages")}
         return given | {"num_items_in_batch": torch.ones(())}
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
@@ -192,16 +184,9 @@ class Online(SamplesAnswers):
 
         Returns (ids of each prompt, images: None, further inputs: {}), in TRL's form.
         """
-        ids = [
-            tokenize(
-                self.processing_class,
-                prompt
-                if isinstance(prompt, str)
-                else template(self.processing_class, prompt, add_generation_prompt=True, **self.chat_template_kwargs),
-            )
-            for prompt in prompts
-        ]
-        return ids, None, {}
+        tokenizer, settings = self.processing_class, {"add_generation_prompt": True, **self.chat_template_kwargs}
+        texts = [text if isinstance(text, str) else template(tokenizer, text, **settings) for text in prompts]
+        return [tokenize(tokenizer, text) for text in texts], None, {}
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         """TRL's method; also append each answer with its rewards to completions.jsonl."""
@@ -254,10 +239,8 @@ class Lengths(StoppingCriteria):
         found = self.criterion(input_ids, scores, **kwargs)
         self.sampled += 1
         self.lengths = self.lengths or [None] * len(found)
-        self.lengths = [
-            self.sampled if length is None and stops else length
-            for length, stops in zip(self.lengths, found.tolist(), strict=True)
-        ]
+        for answer in found.nonzero().flatten().tolist():
+            self.lengths[answer] = self.lengths[answer] or self.sampled
         return found
 
 

@@ -26,16 +26,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import FusedCausalLMOutput, shuffle_sequence_dict, split_tensor_dict, use_adapter
 
 from rlhf_args.ppo_config import SCALE, PPOConfig
-from trainers.critics import (
-    FixedScale,
-    Reduce,
-    ReturnScale,
-    add_critic,
-    check_value_tokens,
-    clip_apart,
-    make_critic,
-    masked_moments,
-)
+from trainers import critics
 from trainers.online_trainer import GRPOTrainer, disable_dropout
 from utils.runtime.errors import Refused
 
@@ -75,12 +66,12 @@ def estimate_advantages(
     return advantages, advantages + values
 
 
-def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True, reduce: Reduce = lambda sums: sums) -> Tensor:
+def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True, reduce: critics.Reduce = lambda sums: sums) -> Tensor:
     """Scale x (B, T) to variance 1 where the mask is 1, and to mean 0 with `shift_mean`; 0 elsewhere.
 
     Source: TRL 1.12, masked_whiten; differs: statistics over the rollout of all processes, not of each process.
     """
-    mean, variance = masked_moments(x, mask, reduce, correction=1)
+    mean, variance = critics.masked_moments(x, mask, reduce, correction=1)
     whitened = (x - mean) / math.sqrt(variance + 1e-8)
     return (whitened if shift_mean else whitened + mean) * mask
 
@@ -124,16 +115,16 @@ class PPOTrainer(GRPOTrainer):
         base, lora = self.policy(), getattr(self.model, "peft_config", {}).get("default")
         trained = next(p for p in self.model.parameters() if p.requires_grad)
         self.critic_kind = args.critic_kind("lora" if lora else "full")
-        if args.value_model_path:
-            check_value_tokens(args.value_model_path, self.processing_class, base.config.get_text_config().vocab_size)
-        shares = not self.is_fsdp_enabled
-        critic = make_critic(self.critic_kind, base, args.value_model_path, args.critic_layer, lora, shares)
+        path, shares = args.value_model_path, not self.is_fsdp_enabled
+        if path:
+            critics.check_value_tokens(path, self.processing_class, base.config.get_text_config().vocab_size)
+        critic = critics.make_critic(self.critic_kind, base, path, args.critic_layer, lora, shares)
         if args.disable_dropout:
             disable_dropout(critic)
         if lora and critic.backbone is not None and args.gradient_checkpointing:
             critic.backbone.enable_input_require_grads()
         if not args.normalize_values:
-            critic.scale = FixedScale()
+            critic.scale = critics.FixedScale()
         self.scale = critic.scale
         # sharding engines need one dtype; otherwise the critic is trained in float32
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
@@ -141,7 +132,7 @@ class PPOTrainer(GRPOTrainer):
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(trained.dtype if sharded else torch.float32)
         self.critic = critic.to(trained.device)
-        add_critic(base, self.critic, PolicyOutput)
+        critics.add_critic(base, self.critic, PolicyOutput)
         if args.critic_path:
             self.load_critic(args.critic_path)
 
@@ -164,7 +155,7 @@ class PPOTrainer(GRPOTrainer):
     def training_step(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         zero = getattr(model, "optimizer", None) if self.is_deepspeed_enabled else None
         if zero is not None and not hasattr(zero, "norms_apart"):
-            clip_apart(zero)
+            critics.clip_apart(zero)
         return super().training_step(model, *args, **kwargs)
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> float:
@@ -204,17 +195,15 @@ class PPOTrainer(GRPOTrainer):
 
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         """TRL's method; the values of the same forward pass stay in `_values`, the guesses in `_guesses` (B, T)."""
-        values: list[Any] = []
-        guesses: list[Any] = []
+        seen: list[tuple] = []
 
         def with_values(**inputs: Any) -> Any:
             outputs = model(**inputs)
-            values.append(outputs.get("token_values"))
-            guesses.append(self.critic.guesses)
+            seen.append((outputs.get("token_values"), self.critic.guesses))
             return outputs
 
         found = super()._get_per_token_logps_and_entropies(with_values, *args, **kwargs)
-        width = found[0].shape[1]
+        width, (values, guesses) = found[0].shape[1], zip(*seen, strict=True)
         self._values = None if values[0] is None else torch.cat(values)[:, -width:]
         self._guesses = None if guesses[0] is None else torch.cat(guesses)[:, -width - 1 : -1]
         return found
@@ -238,8 +227,7 @@ class PPOTrainer(GRPOTrainer):
             if logps is None:
                 logps = self.score_tokens(self.model, output)
                 values = self._values
-            guesses = self._guesses
-            ref_logps = logps
+            guesses, ref_logps = self._guesses, logps
             if self.args.beta:
                 with self.reference() as reference:
                     ref_logps = self.score_tokens(reference, output)
@@ -263,7 +251,7 @@ class PPOTrainer(GRPOTrainer):
 
     def begin_scale(
         self, values: Tensor, guesses: Tensor | None, rewards: Tensor, mask: Tensor
-    ) -> tuple[ReturnScale, Tensor]:
+    ) -> tuple[critics.ReturnScale, Tensor]:
         """(scale, normalised values (B, T) with the fitted guess) of the first rollout.
 
         The returns are sums of rewards (lambda 1) and contain no values. A held-out rollout before training does not
@@ -321,8 +309,8 @@ class PPOTrainer(GRPOTrainer):
         per_answer = (scores - self.args.beta * kl.sum(1)) * judged
         sums = [kl.sum(), mask.sum(), values.sum(), per_answer.sum(), judged.sum()]
         kls, count, value, reward, answers = self.sum_over_processes(torch.stack(sums)).tolist()
-        _, left = masked_moments(returns - values, mask, self.sum_over_processes)
-        _, spread = masked_moments(returns, mask, self.sum_over_processes)
+        _, left = critics.masked_moments(returns - values, mask, self.sum_over_processes)
+        _, spread = critics.masked_moments(returns, mask, self.sum_over_processes)
         count = max(count, 1)  # 0 if mask_truncated_completions masks every answer
         metrics = self._metrics["train" if self.model.training else "eval"]
         metrics["kl"].append(kls / count)

@@ -147,7 +147,6 @@ class Safe(Trainer):
         if self.state.global_step < self.state.max_steps:
             return super()._run_epoch(*args, **kwargs)
         self.control.should_training_stop = True
-        return None
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         if self.to_restore:
@@ -162,10 +161,8 @@ class Safe(Trainer):
         if (
             found.pop("passes") != self.args.gradient_accumulation_steps
         ):  # changed by --auto_batch: start with a new rollout
-            found |= {
-                "_buffered_inputs": None,
-                "_step": self.state.global_step * self.args.gradient_accumulation_steps,
-            }
+            step = self.state.global_step * self.args.gradient_accumulation_steps
+            found |= {"_buffered_inputs": None, "_step": step}
         for name, value in found.items():
             if hasattr(self, name):
                 setattr(self, name, like(getattr(self, name), value, self.args.device))
@@ -175,7 +172,7 @@ class Safe(Trainer):
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """An interrupted evaluation is repeated on resume, with the random state from its beginning."""
-        before = random.getstate(), numpy.random.get_state(), torch.get_rng_state(), get_cuda_states()
+        before = random.getstate(), numpy.random.get_state(), torch.get_rng_state(), torch.cuda.get_rng_state_all()
         try:
             return self.check_best(super()._evaluate(*args, **kwargs))
         except Left:
@@ -246,10 +243,6 @@ class Safe(Trainer):
 def make_safe(trainer_class: type[Trainer]) -> type[Trainer]:
     """A subclass of the trainer with Safe as its mixin."""
     return type(trainer_class.__name__, (Safe, trainer_class), {})
-
-
-def get_cuda_states() -> list[torch.Tensor]:
-    return torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
 
 
 def to_plain(value: Any) -> Any:
