@@ -415,7 +415,7 @@ def test_a_judge_whose_template_cannot_write_a_row_is_refused_with_the_row(refus
 def test_a_critic_with_another_tokenizer_is_refused(refused, judge, tiny_model):
     found = refused(f"{REWARDED} --value_model_path {judge}", "PPO", mode="full")
     assert found.startswith(f"--value_model_path {judge}: its tokenizer is not the policy's: ")
-    assert "must have the policy's tokenizer" in found
+    assert found.endswith(" in the model that is trained. A critic reads the policy's tokens")
     number, theirs, ours = re.search(r"token (\d+) is '(.+)' in it and '(.+)' in", found).groups()
     tokenizers = [load.load_tokenizer(folder) for folder in (judge, tiny_model)]
     assert [theirs, ours] == [tokenizer.convert_ids_to_tokens(int(number)) for tokenizer in tokenizers]
