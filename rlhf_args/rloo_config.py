@@ -9,3 +9,5 @@ from rlhf_args.online_config import OnlineConfig
 @dataclass
 class RLOOConfig(OnlineConfig, trl.RLOOConfig, MethodConfig):
     """RLOO as TRL has it: `--num_generations` answers a prompt (2), `--beta` the KL penalty in the reward (0.05)."""
+
+    cast_lm_head_to_fp32 = False  # TRL's RLOO has no such flag; trainers/online_trainer.py reads it for all methods

@@ -1,58 +1,63 @@
-"""Knowledge distillation on TRL's stable DistillationTrainer: its sampling, vLLM and chunked loss, for any answers."""
+"""Generalised knowledge distillation with the sampling, vLLM and chunked loss of TRL's stable DistillationTrainer."""
 
 import math
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from itertools import cycle, islice
+from typing import Any
 
 import torch
 import trl
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 from trl.kernels.chunked_divergence import VOCAB_CHUNK_SIZE, _compute_dtype, _project
 from trl.trainer.distillation_trainer import _chunked_divergence_loss
 from trl.trainer.utils import RepeatSampler, maybe_gather_lm_head_ctx
 
+from rlhf_args.gkd_config import GKDConfig
 from trainers.online_trainer import SamplesAnswers, share_out
 from utils.models.load import shard_layers
 from utils.models.sampling import nameless_tokens
 
 HELD_OUT = ("forward_kl", "reverse_kl", "token_agreement", "student_loss", "teacher_loss")
-CHUNK = 256  # tokens whose distributions are held at once where both are compared in full
+CHUNK = 256  # tokens per chunk when both models' full distributions are compared
 
 
 class GKDTrainer(SamplesAnswers, trl.DistillationTrainer):
-    """Trains on the student's own answers in a share `lmbda` of the steps, in the others on those in the rows.
+    """Trains on the student's own answers in a share `lmbda` of the steps, otherwise on the answers in the rows.
 
-    Rows: {"prompt_ids": [...], "completion_ids": [...]}. `teacher_model`: frozen; None: the student's base, its
-    adapter off. Source: Agarwal et al. 2024, arXiv 2306.13649, algorithm 1 and equations (1) to (3).
-    Differs from the paper: a share of the steps, evenly spaced, where it draws each. From TRL 1.16's GKDTrainer: that
-    draws for each pass and process, samples without a KV cache, and softens the loss by no temperature.
+    Rows: {"prompt_ids": [...], "completion_ids": [...]}. teacher_model: frozen; None: the student without its adapter.
+    Source: Agarwal et al. 2024, arXiv 2306.13649, algorithm 1 and equations (1) to (3); differs: the on-policy steps
+    are evenly spaced, not random. TRL 1.16's GKDTrainer draws for each pass and process, samples without a KV cache,
+    and does not apply the temperature to the loss.
     """
 
-    def __init__(self, model, args, teacher_model=None, **kwargs):
-        super().__init__(model=model, args=args, **kwargs)  # TRL would refuse a teacher of another vocabulary size
+    def __init__(
+        self, model: PreTrainedModel, args: GKDConfig, teacher_model: PreTrainedModel | None = None, **kwargs: Any
+    ):
+        super().__init__(model=model, args=args, **kwargs)  # without the teacher: TRL refuses another vocabulary size
         self.vocabulary = self.model.config.get_text_config().vocab_size
         if teacher_model is not None:
             self.vocabulary = min(self.vocabulary, teacher_model.config.get_text_config().vocab_size)
             self.teacher_model = self.prepare_teacher(teacher_model)
         spare = nameless_tokens(self.model, self.processing_class, self.vocabulary)
         self.generation_config.suppress_tokens = [*(self.generation_config.suppress_tokens or ()), *spare] or None
-        self.compared = 0  # sums over the held-out tokens of an evaluation
+        self.compared: Any = 0  # (6,) sums over the held-out tokens of an evaluation
 
-    def prepare_teacher(self, model):
+    def prepare_teacher(self, model: PreTrainedModel) -> Any:
         if isinstance(model.get_output_embeddings(), BaseTunerLayer):
-            raise ValueError(
-                "the teacher's adapter changes its head, which 4-bit weights cannot be merged with. Merge it"
-            )
+            raise ValueError("the teacher's adapter changes its head: not with 4-bit weights. Merge the adapter first")
         if self.is_fsdp_enabled:
             shard_layers(model, self.accelerator.state.fsdp_plugin.mixed_precision_policy or MixedPrecisionPolicy())
         return share_out(self, model)
 
-    # ── which answers ────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── student's or given answers ───────────────────────────────────────────────────────────────────────────────────
 
-    def _get_train_sampler(self, dataset=None):
-        """TRL's, of every row: it leaves out those that do not fill a step."""
+    def _get_train_sampler(self, dataset: Any = None) -> "EveryRow":
+        """TRL's sampler drops the rows that do not fill a step; this sampler keeps them."""
         args = self.args
         rows = args.per_device_train_batch_size * self.accelerator.num_processes * args.gradient_accumulation_steps
         dataset = self.train_dataset if dataset is None else dataset
@@ -66,35 +71,35 @@ class GKDTrainer(SamplesAnswers, trl.DistillationTrainer):
             seed=args.seed,
         )
 
-    def is_on_policy(self):
-        """True if this step learns from the student's own answers: floor(n * lmbda) of the first n steps do.
+    def is_on_policy(self) -> bool:
+        """True if this step trains on the student's own answers: floor(n * lmbda) of the first n steps do.
 
-        The steps are evenly spaced and the same on all processes. lmbda counts as the decimal that was typed: in
-        floats 100 * 0.29 is 28.999999999999996, one step too few.
+        The steps are evenly spaced and the same on all processes. lmbda is used as an exact decimal: in floats
+        100 * 0.29 is 28.999999999999996, one step too few.
         """
         step, share = self.state.global_step, Fraction(str(self.args.lmbda))
         return math.floor((step + 1) * share) > math.floor(step * share)
 
-    def _generate_and_score_completions(self, inputs):
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         on_policy = self.model.training and self.is_on_policy()
         self.given = None if on_policy else [row["completion_ids"] for row in inputs]
         if self.model.training:
             self._metrics["train"]["on_policy"].append(float(on_policy))
         return super()._generate_and_score_completions([{"prompt": row["prompt_ids"]} for row in inputs])
 
-    def _tokenize_prompts(self, prompts):
+    def _tokenize_prompts(self, prompts: list[list[int]]) -> tuple[list[list[int]], None, dict]:
         return prompts, None, {}
 
-    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
         return super()._generate_single_turn(prompt_ids, *args, **kwargs) if self.given is None else self.given
 
     # ── the loss ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _compute_loss(self, student, inputs, num_items_in_batch):
-        """(loss, summed entropy, tokens) of the answers; neither model's logits are ever held for all of them.
+    def _compute_loss(self, student: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> tuple[Tensor, ...]:
+        """(loss, summed entropy, tokens) of the answers, in chunks: the full logits are never in memory.
 
-        Differs from TRL 1.16's: only answered positions are projected, over the shared vocabulary alone; in the
-        precision asked for (accelerate puts its autocast on `forward`, in whose place this is called).
+        Differs from TRL 1.16: projects only answer positions, over the shared vocabulary, under autocast (accelerate
+        applies its autocast to `forward`, which is not called here).
         """
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)  # (B, P + C)
         mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
@@ -132,7 +137,7 @@ class GKDTrainer(SamplesAnswers, trl.DistillationTrainer):
                     self.compared += compare(states, ours.gather(), taught, theirs.gather(), targets)
         return loss, entropy.detach(), count
 
-    def teach(self, student, ids, mask, width):
+    def teach(self, student: Any, ids: Tensor, mask: Tensor, width: int) -> tuple[Any, Tensor]:
         """The teacher and its last hidden states (B, C, H)."""
         if self.teacher_model is None:
             with student.disable_adapter():
@@ -141,13 +146,13 @@ class GKDTrainer(SamplesAnswers, trl.DistillationTrainer):
         call = teacher, ids, mask, width
         return teacher, self._forward_redirection(self.teacher_model, teacher, self._get_last_hidden_state, *call)
 
-    # ── what is held out ─────────────────────────────────────────────────────────────────────────────────────────────
+    # ── evaluation ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def evaluate(self, *args, **kwargs):
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         self.compared = 0
         return super().evaluate(*args, **kwargs)
 
-    def log(self, logs, start_time=None):
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "eval_loss" in logs:
             sums = self.accelerator.gather(self.compared[None]).sum(0).tolist()
             logs |= {f"eval_{name}": total / sums[-1] for name, total in zip(HELD_OUT, sums, strict=False)}
@@ -155,29 +160,29 @@ class GKDTrainer(SamplesAnswers, trl.DistillationTrainer):
 
 
 class Head:
-    """What makes logits of a model's last hidden states: weight (V, H), bias (V) or None, scale, soft cap or None."""
+    """The head of a model: weight (V, H), bias (V) or None, logit scale, soft cap of the logits or None."""
 
-    def __init__(self, model, vocabulary):
+    def __init__(self, model: PreTrainedModel, vocabulary: int):
         layer, config = model.get_output_embeddings(), model.config.get_text_config()
         self.weight, self.bias, self.vocabulary = layer.weight, layer.bias, vocabulary
         self.scale, self.cap = logit_scale(config), getattr(config, "final_logit_softcapping", None)
         self.rows = config.vocab_size
 
-    def cut(self):
-        """The shared rows alone. TRL goes by the student's; ZeRO-3, which holds them in pieces, is refused before."""
+    def cut(self) -> "Head":
+        """Keep the rows of the shared vocabulary: TRL uses all rows of the student. Refused earlier under ZeRO-3."""
         if self.rows > self.vocabulary:
             self.gather()
             self.weight, self.bias = (p if p is None else p[: self.vocabulary] for p in (self.weight, self.bias))
         return self
 
-    def gather(self):
-        """Whole under FSDP2: once, by all processes together, however many tokens each of them has."""
+    def gather(self) -> "Head":
+        """Gather the shards under FSDP2, once and on all processes together, whatever their numbers of tokens."""
         whole = [part.full_tensor() if isinstance(part, DTensor) else part for part in (self.weight, self.bias)]
         self.weight, self.bias = whole
         return self
 
-    def logits(self, states):
-        """(N, V) in float32 of states (N, H), projected as in the loss."""
+    def logits(self, states: Tensor) -> Tensor:
+        """Logits (N, V) in float32 of states (N, H), projected as in the loss."""
         logits = torch.empty(len(states), self.vocabulary, device=states.device)
         dtype = _compute_dtype(states)
         for start in range(0, self.vocabulary, VOCAB_CHUNK_SIZE):
@@ -187,8 +192,8 @@ class Head:
         return self.cap * torch.tanh(logits / self.cap) if self.cap else logits
 
 
-def logit_scale(config):
-    """The factor before the softmax, which each family calls by its own name. Source: TRL 1.16.0, _compute_loss."""
+def logit_scale(config: Any) -> float:
+    """The factor on the logits; its name depends on the model family. Source: TRL 1.16.0, _compute_loss."""
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         if getattr(config, name, None) is not None:
             return getattr(config, name)
@@ -198,8 +203,8 @@ def logit_scale(config):
     return scaling if config.model_type == "hyperclovax" else 1 / scaling
 
 
-def compare(states, student, taught, teacher, targets):
-    """Sums over N tokens, of HELD_OUT and of 1: KL(t || s), KL(s || t), same likeliest token, -log s, -log t; (6,)."""
+def compare(states: Tensor, student: Head, taught: Tensor, teacher: Head, targets: Tensor) -> Tensor:
+    """Sums (6,) over N tokens: KL(t || s), KL(s || t), same argmax, -log s, -log t (as HELD_OUT), and N."""
     sums = torch.zeros(len(HELD_OUT) + 1, device=states.device, dtype=torch.float64)
     for start in range(0, len(states), CHUNK):
         part = slice(start, start + CHUNK)
@@ -213,23 +218,24 @@ def compare(states, student, taught, teacher, targets):
 
 
 class EveryRow(RepeatSampler):
-    """TRL's sampler, with the last batch of an epoch filled up by rows from its beginning instead of left out.
+    """TRL's sampler, but the last batch of an epoch is filled with rows from the epoch's beginning, not dropped.
 
-    `epoch`: a function that says which one begins; its order is the same when a run goes on from a checkpoint.
+    epoch: returns the number of the epoch that begins, so that the order is the same after a resume.
     """
 
-    def __init__(self, epoch, *args, **kwargs):
+    def __init__(self, epoch: Callable[[], int], *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.epoch = epoch
 
-    def __iter__(self):
-        rows = range(self.num_samples)
+    def __iter__(self) -> Iterator[int]:
+        order = list(range(self.num_samples))
         if self.shuffle:
-            rows = torch.randperm(self.num_samples, generator=self.generator.manual_seed(self.seed + self.epoch()))
-        rows = list(islice(cycle(map(int, rows)), -(-self.num_samples // self.batch_size) * self.batch_size))
+            generator = self.generator.manual_seed(self.seed + self.epoch())
+            order = torch.randperm(self.num_samples, generator=generator).tolist()
+        rows = list(islice(cycle(order), len(self) // self.repeat_count))
         for start in range(0, len(rows), self.batch_size):
             for _ in range(self.repeat_count):
                 yield from rows[start : start + self.batch_size]
 
-    def __len__(self):
+    def __len__(self) -> int:
         return -(-self.num_samples // self.batch_size) * self.batch_size * self.repeat_count

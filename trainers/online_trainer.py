@@ -1,15 +1,19 @@
-"""TRL's RLOO and GRPO trainers with the project's reference model, prompts, rewards and records of what was said."""
+"""TRL's RLOO and GRPO trainers with the project's reference model, prompts, rewards and log of completions."""
 
 import json
 import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import torch
 import trl
 from torch.utils.data import Sampler
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, StopStringCriteria
+from transformers import GenerationConfig, PreTrainedModel, Trainer
+from transformers.generation import StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
@@ -19,68 +23,62 @@ from utils.rewards.functions import RewardFailed, ticking
 from utils.rewards.judge_reward import JudgeReward
 
 
-class SamplesAnswers:
-    """Mixin before a TRL trainer whose policy answers prompts itself.
+class SamplesAnswers(Trainer):
+    """Mixin before a TRL trainer whose policy samples answers.
 
-    For the progress bar: `generating` is called with the tokens sampled so far of a rollout, `scoring` once a second
-    with the reward that is computed and the seconds it took so far (None: it is done).
+    The progress bar sets two callbacks: `generating(tokens, limit)` after each sampled token of a rollout, and
+    `scoring(reward name, seconds)` once a second while a reward function runs (seconds None: it has finished).
     """
 
-    generating = staticmethod(lambda tokens, limit: None)
-    scoring = staticmethod(lambda name, seconds: None)
-    stop_strings = None  # transformers' criterion for the stop strings of --generation_kwargs
+    generating: Callable[[int, int], None] = staticmethod(lambda tokens, limit: None)
+    scoring: Callable[[str, float | None], None] = staticmethod(lambda name, seconds: None)
+    stop_strings: StopStringCriteria | None = None  # the stop strings of --generation_kwargs
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if self.args.disable_dropout:
             disable_dropout(self.model)
         strings = (self.args.generation_kwargs or {}).get("stop_strings")
         if strings and not self.args.use_vllm:
             self.stop_strings = StopStringCriteria(self.processing_class, strings)
-            self.generation_config.stop_strings = None  # generate() would ask for a tokenizer, which TRL does not pass
+            self.generation_config.stop_strings = None  # generate() would need a tokenizer; TRL passes none
 
-    def policy(self):
-        """The causal language model inside whatever wraps it."""
+    def policy(self) -> PreTrainedModel:
+        """The causal language model, without the wrappers of the engine and PEFT."""
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if hasattr(model, "peft_config") else model
 
-    def rehearsed(self, prompt, completion):
-        """A pass of a rollout without data, of so many tokens, for utils/plan/rehearsal.py."""
+    def rehearsed(self, prompt: int, completion: int) -> dict[str, torch.Tensor]:
+        """A dummy batch with these numbers of prompt and completion tokens, for utils/plan/rehearsal.py."""
         rows = self.args.per_device_train_batch_size
         prompts, answers = (torch.ones(rows, width, dtype=torch.int64) for width in (prompt, completion))
         given = {"prompt_ids": prompts, "prompt_mask": prompts, "completion_ids": answers, "completion_mask": answers}
-        for name in ("old_per_token_logps", "ref_per_token_logps"):
-            given[name] = torch.zeros(rows, completion)
-        for name in ("old_logps", "ref_logps", "advantages"):
-            given[name] = torch.zeros(rows)
+        given |= {name: torch.zeros(rows, completion) for name in ("old_per_token_logps", "ref_per_token_logps")}
+        given |= {name: torch.zeros(rows) for name in ("old_logps", "ref_logps", "advantages")}
         return given | {"num_items_in_batch": torch.ones(())}
 
-    def _generate_single_turn(self, *args, **kwargs):
-        """TRL's, by the run's own sampling settings alone; a forward hook reports how far the rollout is."""
-        sampled = [0]
-
-        def count(model, inputs, outputs):
-            sampled[0] += 1
-            self.generating(sampled[0], self.max_completion_length)
-
-        policy = self.policy()
-        hook = policy.register_forward_hook(count)
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        """Sample with the run's settings only, not the model's generation_config; a forward hook reports progress."""
+        policy, sampled = self.policy(), count(1)
+        hook = policy.register_forward_hook(
+            lambda model, inputs, outputs: self.generating(next(sampled), self.max_completion_length)
+        )
         try:
             with own_settings_unused(policy):
                 if self.stop_strings is None:
                     return super()._generate_single_turn(*args, **kwargs)
                 with stopping_at(self.stop_strings, policy) as stops:
                     found = super()._generate_single_turn(*args, **kwargs)
-            answers, *rest = found if isinstance(found, tuple) else (found,)  # GRPO's has log-probabilities, of vLLM
-            # generate() pads behind a stop string, and TRL takes that padding for sampled tokens
+            answers, *rest = found if isinstance(found, tuple) else (found,)  # GRPO adds vLLM's log-probabilities
+            # generate() pads after a stop string, and TRL would count the padding as sampled tokens
             answers = [ids[:length] for ids, length in zip(answers, stops.lengths, strict=True)]
             return (answers, *rest) if rest else answers
         finally:
             hook.remove()
             self.generating(self.max_completion_length, self.max_completion_length)
 
-    def _generate(self, prompts):
-        """TRL's; an answer that a stop string ended does not count as cut."""
+    def _generate(self, prompts: list) -> Any:
+        """TRL's method, with corrected metrics: an answer that ends with a stop string is not truncated."""
         found = super()._generate(prompts)
         if self.stop_strings is not None:
             metrics, device = self._metrics["train" if self.model.training else "eval"], self.accelerator.device
@@ -92,8 +90,8 @@ class SamplesAnswers:
                 metrics[f"completions/{name}_terminated_length"][-1] = value.item()
         return found
 
-    def has_ended(self, ids):
-        """True if an answer (its token ids) ended by itself: with an end token, or with a stop string."""
+    def has_ended(self, ids: list[int]) -> bool:
+        """True if the answer with these token ids ends with an end token or a stop string."""
         if ids and ids[-1] in self.eos_token_ids:
             return True
         if self.stop_strings is None or not ids:
@@ -104,11 +102,18 @@ class SamplesAnswers:
 class Online(SamplesAnswers):
     """Mixin before a TRL trainer that samples answers and scores them.
 
-    `ref_model`: the frozen start of fully trained weights, as for DPO; TRL would load one from the name in the config
-    alone, without its revision, and without the adapter that was merged into it. With an adapter there is none.
+    ref_model: the reference of a full-weight policy; None with an adapter. TRL would load it by the name in the
+    config, without the revision and without a merged adapter.
     """
 
-    def __init__(self, model, reward_funcs, args, ref_model=None, **kwargs):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        reward_funcs: list[Callable],
+        args: trl.GRPOConfig | trl.RLOOConfig,
+        ref_model: PreTrainedModel | None = None,
+        **kwargs: Any,
+    ):
         judges, reward_funcs = reward_funcs, [self.shown(reward) for reward in reward_funcs]
         if args.missing_eos_penalty:
             reward_funcs.append(self.missing_eos)
@@ -116,7 +121,7 @@ class Online(SamplesAnswers):
                 args.reward_weights = [*args.reward_weights, 1.0]
         beta, sync = args.beta, args.sync_ref_model
         if ref_model is not None:
-            args.beta, args.sync_ref_model = 0.0, False  # no reference of TRL's
+            args.beta, args.sync_ref_model = 0.0, False  # TRL must not load a reference
         super().__init__(model=model, reward_funcs=reward_funcs, args=args, **kwargs)
         args.beta, args.sync_ref_model, self.beta = beta, sync, beta
         if ref_model is not None:
@@ -124,39 +129,37 @@ class Online(SamplesAnswers):
             if sync:
                 self.add_callback(SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator))
         self.judged = [place for place, reward in enumerate(judges) if isinstance(reward, JudgeReward)]
-        self.judge = judges[self.judged[0]].judge if self.judged else None
+        self.judge = next((reward.judge for reward in judges if isinstance(reward, JudgeReward)), None)
         for reward in judges:
             if hasattr(reward, "attach"):
                 reward.attach(self)
 
-    def shown(self, reward):
-        """The reward function, with its name and its seconds shown while it runs."""
+    def shown(self, reward: Callable) -> Callable:
+        """The reward function, reported to `scoring` while it runs."""
 
-        def called(**columns):
+        def called(**columns: Any) -> list:
             with ticking(lambda seconds: self.scoring(reward.__name__, seconds)):
                 return reward(**columns)
 
         called.__name__ = reward.__name__
         return called
 
-    def prepare_reference(self, model):
-        """As TRL prepares its own. Source: trl 1.16.0, trainer/grpo_trainer.py, __init__."""
+    def prepare_reference(self, model: PreTrainedModel) -> Any:
+        """Source: trl 1.16.0, trainer/grpo_trainer.py, __init__."""
         if self.args.disable_dropout:
             disable_dropout(model)
-        add_fused_lm_head(
-            model,
-            temperature=self.temperature,
-            cast_lm_head_to_fp32=self.args.cast_lm_head_to_fp32,
-        )
+        add_fused_lm_head(model, self.temperature, cast_lm_head_to_fp32=self.args.cast_lm_head_to_fp32)
         return share_out(self, model)
 
-    def _get_train_sampler(self, dataset=None):
+    def _get_train_sampler(self, dataset: Any = None) -> Sampler:
         return FromEpoch(super()._get_train_sampler(dataset), lambda: int(self.state.epoch or 0))
 
-    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        """TRL's (all processes' answers, functions), all nan for an answer without the judge's verdict.
+    def _calculate_rewards(
+        self, inputs: Any, prompts: list, completions: list, completion_ids_list: list
+    ) -> torch.Tensor:
+        """TRL's rewards (answers of all processes, functions); nan for an answer without a verdict of the judge.
 
-        TRL leaves such a row out of the baseline and gives it the advantage 0. Raises RewardFailed where all functions
+        TRL excludes a row of nan from the baseline and sets its advantage to 0. Raises RewardFailed if all functions
         returned None for an answer.
         """
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
@@ -172,37 +175,30 @@ class Online(SamplesAnswers):
             raise RewardFailed(f"{judges} returned None for one answer: each answer needs a number from one of them")
         return rewards.masked_fill(failed[:, None], math.nan)
 
-    def missing_eos(self, completion_ids, **kwargs):
-        """A reward function of its own, so that the log shows it: missing_eos_penalty for each answer that was cut."""
+    def missing_eos(self, completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+        """A reward function, so that the log shows it: -missing_eos_penalty for each truncated answer."""
         return [0.0 if self.has_ended(ids) else -self.args.missing_eos_penalty for ids in completion_ids]
 
-    def _tokenize_prompts(self, prompts):
-        """Prompts as all methods here tokenise them: one BOS where the tokenizer adds one, whatever the template says.
+    def _tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], None, dict]:
+        """Tokenise as in all methods here: one BOS if the tokenizer adds a BOS, regardless of the template.
 
-        Returns (ids a prompt, no images, no further inputs), as TRL's does.
+        Returns (ids of each prompt, images: None, further inputs: {}), in TRL's form.
         """
-        ids = [
-            tokenize(
-                self.processing_class,
-                prompt
-                if isinstance(prompt, str)
-                else template(self.processing_class, prompt, add_generation_prompt=True, **self.chat_template_kwargs),
-            )
-            for prompt in prompts
-        ]
-        return ids, None, {}
+        tokenizer, settings = self.processing_class, {"add_generation_prompt": True, **self.chat_template_kwargs}
+        texts = [text if isinstance(text, str) else template(tokenizer, text, **settings) for text in prompts]
+        return [tokenize(tokenizer, text) for text in texts], None, {}
 
-    def _generate_and_score_completions(self, inputs):
-        """TRL's, and each answer with its rewards as a line of completions.jsonl."""
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        """TRL's method; also append each answer with its rewards to completions.jsonl."""
         output = super()._generate_and_score_completions(inputs)
         if self.judge and not self.judge.measures():
-            for name in self.judge.judge.weights:  # a mean of no numbers
+            for name in self.judge.judge.weights:  # a mean over no answers
                 for kind in ("mean", "std"):
                     self._metrics["eval"].pop(f"rewards/{name}/{kind}", None)
         if self.model.training and self.accelerator.is_main_process:
-            count = len(inputs) * self.accelerator.num_processes
-            newest = [list(self._logs[name])[-count:] for name in ("prompt", "completion")]
-            rewards = {name: list(values)[-count:] for name, values in self._logs["rewards"].items()}
+            rows = len(inputs) * self.accelerator.num_processes
+            newest = [list(self._logs[name])[-rows:] for name in ("prompt", "completion")]
+            rewards = {name: list(values)[-rows:] for name, values in self._logs["rewards"].items()}
             with open(Path(self.args.output_dir) / "completions.jsonl", "a", encoding="utf-8") as handle:
                 for place, (prompt, completion) in enumerate(zip(*newest, strict=True)):
                     line = {"step": self.state.global_step + 1, "prompt": prompt, "completion": completion}
@@ -213,39 +209,38 @@ class Online(SamplesAnswers):
 
 
 class FromEpoch(Sampler):
-    """TRL's sampler draws each epoch's order from one stream: where a run goes on, those of the epochs before as well.
+    """TRL's sampler, with the right order after a resume: it draws all epochs from one random stream.
 
-    `epoch`: a function that says which one begins.
+    epoch: returns the number of the epoch that begins; the orders of the earlier epochs are drawn and discarded.
     """
 
-    def __init__(self, sampler, epoch):
+    def __init__(self, sampler: Any, epoch: Callable[[], int]):
         self.sampler, self.epoch = sampler, epoch
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[int]:
         if self.sampler.shuffle:
             self.sampler.generator.manual_seed(self.sampler.seed)
             for _ in range(self.epoch()):
                 torch.randperm(self.sampler.num_samples, generator=self.sampler.generator)
         return iter(self.sampler)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.sampler)
 
 
 class Lengths(StoppingCriteria):
-    """`criterion`, keeping in `lengths` the tokens (prompt excluded) at which it first ended each answer."""
+    """`criterion`; `lengths` holds each answer's number of tokens when it first stopped (None: not yet)."""
 
-    def __init__(self, criterion):
-        self.criterion, self.lengths, self.sampled = criterion, None, 0
+    def __init__(self, criterion: StoppingCriteria):
+        self.criterion, self.sampled = criterion, 0
+        self.lengths: list[int | None] = []
 
-    def __call__(self, input_ids, scores, **kwargs):
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         found = self.criterion(input_ids, scores, **kwargs)
         self.sampled += 1
         self.lengths = self.lengths or [None] * len(found)
-        self.lengths = [
-            self.sampled if length is None and stops else length
-            for length, stops in zip(self.lengths, found.tolist(), strict=True)
-        ]
+        for answer in found.nonzero().flatten().tolist():
+            self.lengths[answer] = self.lengths[answer] or self.sampled
         return found
 
 
@@ -257,8 +252,8 @@ class GRPOTrainer(Online, trl.GRPOTrainer):
     pass
 
 
-def share_out(trainer, model):
-    """A frozen model as the trainer's engine holds it. Source: trl 1.16.0, trainer/grpo_trainer.py, __init__."""
+def share_out(trainer: Any, model: PreTrainedModel) -> Any:
+    """A frozen model, prepared for the trainer's engine. Source: trl 1.16.0, trainer/grpo_trainer.py, __init__."""
     if trainer.is_deepspeed_enabled:
         return prepare_deepspeed(model, trainer.accelerator)
     if trainer.is_fsdp_enabled:
@@ -266,8 +261,8 @@ def share_out(trainer, model):
     return trainer.accelerator.prepare_model(model, evaluation_mode=True)
 
 
-def disable_dropout(model):
-    """Sets every dropout to 0, also the rates that attention layers hand to a function, which TRL's helper leaves."""
+def disable_dropout(model: torch.nn.Module) -> None:
+    """Set every dropout to 0. TRL's helper misses the rates that attention layers pass to a function."""
     disable_dropout_in_model(model)
     for module in model.modules():
         for name, value in vars(module).items():
@@ -276,8 +271,8 @@ def disable_dropout(model):
 
 
 @contextmanager
-def own_settings_unused(model):
-    """Hides the model's generation_config: generate() takes from it each setting that the run leaves unset."""
+def own_settings_unused(model: PreTrainedModel) -> Iterator[None]:
+    """Hide the model's generation_config: generate() would use its values for every setting that is unset."""
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
         yield
@@ -286,8 +281,8 @@ def own_settings_unused(model):
 
 
 @contextmanager
-def stopping_at(criterion, model):
-    """Makes model.generate() stop at `criterion` as well; yields the Lengths of its answers."""
+def stopping_at(criterion: StoppingCriteria, model: PreTrainedModel) -> Iterator[Lengths]:
+    """Make model.generate() also stop at `criterion`; yields the Lengths of its answers."""
     generate, stops = model.generate, Lengths(criterion)
     model.generate = partial(generate, stopping_criteria=StoppingCriteriaList([stops]))
     try:

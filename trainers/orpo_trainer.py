@@ -1,10 +1,8 @@
-"""TRL's experimental ORPO trainer, tokenising as TRL's DPO does. The one file that touches trl.experimental.orpo."""
+"""TRL's experimental ORPO trainer, tokenising like TRL's DPO. The only file that imports trl.experimental.orpo."""
 
 from trl.experimental.orpo import ORPOTrainer as TRLORPOTrainer
 
 from trainers.cpo_trainer import LikeCore
-
-__all__ = ["ORPOTrainer"]
 
 
 class ORPOTrainer(LikeCore, TRLORPOTrainer):

@@ -1,63 +1,58 @@
-"""PPO on the rollouts of TRL's GRPO trainer: a critic, a KL penalty a token, GAE, clipped policy and value losses.
+"""PPO on the rollouts of TRL's GRPO trainer: a critic, a KL penalty per token, GAE, clipped policy and value losses.
 
-TRL's own PPO ended with 1.12. GRPO's trainer samples, scores, batches, clips the policy's ratio and logs; this file
-adds what makes it PPO, and trainers/critics.py the critics. Sources: Schulman et al. 2017 (arXiv 1707.06347, the
+TRL removed its own PPO after 1.12. GRPO's trainer samples, scores, batches, clips the policy's ratio and logs. This
+file adds the PPO parts; trainers/critics.py has the critics. Sources: Schulman et al. 2017 (arXiv 1707.06347, the
 clipped losses), Schulman et al. 2015 (arXiv 1506.02438, GAE), Ziegler et al. 2019 (arXiv 1909.08593, the KL penalty
 within the reward), Huang et al. 2024 (arXiv 2403.17031, the details).
 
-(B, T): answers x tokens of the longest; `mask` is 1 on an answer's tokens, its end included.
+(B, T): answers x tokens of the longest answer; `mask` is 1 on an answer's tokens, including its end token.
 """
 
 import copy
 import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import (
-    FusedCausalLMOutput,
-    shuffle_sequence_dict,
-    split_tensor_dict,
-    use_adapter,
-)
+from trl.trainer.utils import FusedCausalLMOutput, shuffle_sequence_dict, split_tensor_dict, use_adapter
 
-from rlhf_args.ppo_config import SCALE
-from trainers.critics import (
-    EXACT,
-    FixedScale,
-    add_critic,
-    check_tokenizer,
-    clip_apart,
-    make_critic,
-    masked_moments,
-)
+from rlhf_args.ppo_config import SCALE, PPOConfig
+from trainers import critics
 from trainers.online_trainer import GRPOTrainer, disable_dropout
 from utils.runtime.errors import Refused
 
 # ── the arithmetic ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def token_kl(logps, ref_logps, estimator):
-    """KL to the reference, estimated from each sampled token (B, T). Source: joschu.net/blog/kl-approx.html."""
+def token_kl(logps: Tensor, ref_logps: Tensor, estimator: str) -> Tensor:
+    """KL to the reference, estimated at each sampled token (B, T). Source: joschu.net/blog/kl-approx.html."""
     log_ratio = ref_logps - logps
     return -log_ratio if estimator == "k1" else log_ratio.exp() - 1 - log_ratio
 
 
-def token_rewards(scores, kl, mask, kl_coef):
-    """Rewards a token (B, T): the penalty on each, and the answer's score (B,) on its last.
+def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
+    """Rewards per token (B, T): the KL penalty on each token, plus the answer's score (B,) on its last token.
 
-    Source: Ziegler et al. 2019, eq. 2; differs from TRL 1.12, which puts the score one place behind a sampled end.
+    Source: Ziegler et al. 2019, eq. 2; differs: TRL 1.12 puts the score one position after a sampled end token.
     """
     rewards = -kl_coef * kl * mask
     last = (mask.sum(1) - 1).clamp(min=0).long()
     return rewards.scatter_add(1, last[:, None], (scores * mask.any(1))[:, None])
 
 
-def estimate_advantages(rewards, values, mask, gamma, lam):
-    """GAE: (advantages, returns), both (B, T). Behind an answer's last token there is nothing to expect.
+def estimate_advantages(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """GAE: (advantages, returns), both (B, T). The value after an answer's last token is 0.
 
     Source: Schulman et al. 2015, eq. 16, and TRL 1.12, experimental/ppo/ppo_trainer.py.
     """
@@ -71,26 +66,24 @@ def estimate_advantages(rewards, values, mask, gamma, lam):
     return advantages, advantages + values
 
 
-def whiten(x, mask, shift_mean=True, reduce=lambda sums: sums):
-    """`x` with variance 1 over the masked, and mean 0 unless not `shift_mean`; `reduce` sums over processes.
+def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True, reduce: critics.Reduce = lambda sums: sums) -> Tensor:
+    """Scale x (B, T) to variance 1 where the mask is 1, and to mean 0 with `shift_mean`; 0 elsewhere.
 
-    Source: TRL 1.12, masked_whiten; differs: over the rollout of all processes, not of each by itself.
+    Source: TRL 1.12, masked_whiten; differs: statistics over the rollout of all processes, not of each process.
     """
-    exact = EXACT.get(x.device.type, torch.float64)
-    count, total = reduce(torch.stack([mask.sum(), (x * mask).sum()]).to(exact))
-    mean = total / count.clamp(min=1)
-    (squares,) = reduce(((x - mean) ** 2 * mask).sum().to(exact)[None])
-    whitened = (x - mean) * torch.rsqrt(squares / (count - 1).clamp(min=1) + 1e-8)
-    return ((whitened if shift_mean else whitened + mean) * mask).to(x.dtype)
+    mean, variance = critics.masked_moments(x, mask, reduce, correction=1)
+    whitened = (x - mean) / math.sqrt(variance + 1e-8)
+    return (whitened if shift_mean else whitened + mean) * mask
 
 
-def value_losses(values, old_values, returns, cliprange):
-    """Half the squared error, the worse of the value and of the value kept near the rollout's: (losses, clipped).
+def value_losses(values: Tensor, old_values: Tensor, returns: Tensor, cliprange: float) -> tuple[Tensor, Tensor]:
+    """Half the squared error of the value, or of the value clipped around the rollout's value, whichever is larger.
 
+    Returns (losses, True where the clipped value has the larger error), both (B, T).
     Source: Huang et al. 2024, detail 13, and TRL 1.12.
     """
-    kept_near = values.clamp(old_values - cliprange, old_values + cliprange)
-    free, near = (values - returns) ** 2, (kept_near - returns) ** 2
+    clipped = values.clamp(old_values - cliprange, old_values + cliprange)
+    free, near = (values - returns) ** 2, (clipped - returns) ** 2
     return 0.5 * torch.max(free, near), near > free
 
 
@@ -98,11 +91,11 @@ def value_losses(values, old_values, returns, cliprange):
 class PolicyOutput(FusedCausalLMOutput):
     """TRL's fused output and `token_values` (B, L - 1): normalised values before each token but the first."""
 
-    token_values: torch.Tensor | None = None
+    token_values: Tensor | None = None
 
 
-def is_critics(name):
-    """True for a parameter's name in the wrapped model if it is the critic's."""
+def is_critics(name: str) -> bool:
+    """True if this parameter of the wrapped model belongs to the critic."""
     return "critic." in name
 
 
@@ -110,40 +103,41 @@ def is_critics(name):
 
 
 class PPOTrainer(GRPOTrainer):
-    """GRPO's trainer with a critic. Every answer counts by its tokens' advantages; groups play no part."""
+    """GRPO's trainer with a critic: advantages per token, no group baseline."""
 
     _tag_names = ["trl", "ppo"]
     _name = "PPO"
+    _buffered_inputs: Any  # TRL's: the parts of the rollout; None before the first
 
-    def __init__(self, model, reward_funcs, args, **kwargs):
+    def __init__(self, model: PreTrainedModel, reward_funcs: list[Callable], args: PPOConfig, **kwargs: Any):
         super().__init__(model=model, reward_funcs=reward_funcs, args=args, **kwargs)
         self.beta = 0.0  # GRPO would add the KL to the loss; PPO has it in the reward
         base, lora = self.policy(), getattr(self.model, "peft_config", {}).get("default")
         trained = next(p for p in self.model.parameters() if p.requires_grad)
         self.critic_kind = args.critic_kind("lora" if lora else "full")
-        if args.value_model_path:
-            check_tokenizer(args.value_model_path, self.processing_class, base.config.get_text_config().vocab_size)
-        shares = not self.is_fsdp_enabled
-        critic = make_critic(self.critic_kind, base, args.value_model_path, args.critic_layer, lora, shares)
+        path, shares = args.value_model_path, not self.is_fsdp_enabled
+        if path:
+            critics.check_value_tokens(path, self.processing_class, base.config.get_text_config().vocab_size)
+        critic = critics.make_critic(self.critic_kind, base, path, args.critic_layer, lora, shares)
         if args.disable_dropout:
             disable_dropout(critic)
         if lora and critic.backbone is not None and args.gradient_checkpointing:
             critic.backbone.enable_input_require_grads()
         if not args.normalize_values:
-            critic.scale = FixedScale()
+            critic.scale = critics.FixedScale()
         self.scale = critic.scale
-        # engines that share parameters out want one dtype; elsewhere a head on the policy's states learns in float32
-        shared_out = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        # sharding engines need one dtype; otherwise the critic is trained in float32
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
         for parameter in critic.parameters():
             if parameter.requires_grad:
-                parameter.data = parameter.data.to(trained.dtype if shared_out else torch.float32)
+                parameter.data = parameter.data.to(trained.dtype if sharded else torch.float32)
         self.critic = critic.to(trained.device)
-        add_critic(base, self.critic, PolicyOutput)
+        critics.add_critic(base, self.critic, PolicyOutput)
         if args.critic_path:
             self.load_critic(args.critic_path)
 
-    def create_optimizer(self, *args, **kwargs):
-        """TRL's, with the critic's trunk and head in groups of their own learning rates."""
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's optimizer, with parameter groups and learning rates for the critic's trunk and head."""
         optimizer = super().create_optimizer(*args, **kwargs)
         rates = self.args.critic_rates(self.critic_kind, self.critic.score[-1].in_features)
         named = {parameter: name for name, parameter in self.model.named_parameters() if is_critics(name)}
@@ -158,85 +152,82 @@ class PPOTrainer(GRPOTrainer):
 
     # ── gradients ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def training_step(self, model, *args, **kwargs):
+    def training_step(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         zero = getattr(model, "optimizer", None) if self.is_deepspeed_enabled else None
         if zero is not None and not hasattr(zero, "norms_apart"):
-            clip_apart(zero)
+            critics.clip_apart(zero)
         return super().training_step(model, *args, **kwargs)
 
-    def _clip_grad_norm(self, model):
-        """Clips the critic's gradient and the policy's apart. Returns the policy's norm before clipping."""
+    def _clip_grad_norm(self, model: torch.nn.Module) -> float:
+        """Clip the gradients of critic and policy separately. Returns the policy's norm before clipping."""
         if self.is_deepspeed_enabled:
             norms = [model.optimizer.norms_apart[side] for side in (False, True)]
         else:
-            parts = [[], []]
+            parts: list[list[Tensor]] = [[], []]
             for name, parameter in model.named_parameters():
                 parts[is_critics(name)].append(parameter)
             norms = [self.accelerator.clip_grad_norm_(part, self.args.max_grad_norm) for part in parts]
         policy, critic = (float(norm) for norm in norms)
         self._metrics["train"]["critic_grad_norm"].append(critic)
-        return policy if math.isfinite(critic) else critic  # Safe looks at it before the step
+        return policy if math.isfinite(critic) else critic  # Safe checks the returned norm
 
-    def _prepare_inputs(self, inputs):
-        """TRL's, which shuffles a rollout once; as in TRL 1.12, each pass draws its mini-batches anew."""
+    def _prepare_inputs(self, inputs: Any) -> dict[str, Any]:
+        """Reshuffle the rollout for each pass, as in TRL 1.12; TRL's method shuffles a rollout once."""
         steps = self.args.steps_per_generation
         begins, several = self._step % steps == 0, steps > self.args.gradient_accumulation_steps
-        if self.model.training and begins and several and self._step % (steps * self.num_iterations):
-            if self._buffered_inputs is not None:
-                parts = self._buffered_inputs
-                whole = {name: join([part[name] for part in parts]) for name in parts[0]}
-                self._buffered_inputs = split_tensor_dict(shuffle_sequence_dict(whole), steps)
+        later = self._step % (steps * self.num_iterations) and self._buffered_inputs is not None
+        if self.model.training and begins and several and later:
+            parts = self._buffered_inputs
+            whole = {name: join([part[name] for part in parts]) for name in parts[0]}
+            self._buffered_inputs = split_tensor_dict(shuffle_sequence_dict(whole), steps)
         return super()._prepare_inputs(inputs)
 
     # ── a rollout ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        """TRL's (all processes' answers, functions), kept to make token rewards of."""
+    def _calculate_rewards(self, inputs: Any, prompts: list, completions: list, completion_ids_list: list) -> Tensor:
+        """TRL's rewards (answers of all processes, functions); this process's sums stay in `_scores` (B,)."""
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         scores = (rewards * self.reward_weights.to(rewards.device)).nansum(1)
-        scores = scores.masked_fill(rewards.isnan().all(1), math.nan)  # without a verdict
+        scores = scores.masked_fill(rewards.isnan().all(1), math.nan)  # no verdict
         first = self.accelerator.process_index * len(prompts)
         self._scores = scores[first : first + len(prompts)]
         return rewards
 
-    def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
-        """TRL's; the values of the same forward stay in `_values` (B, T)."""
-        values, guesses = [], []
+    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """TRL's method; the values of the same forward pass stay in `_values`, the guesses in `_guesses` (B, T)."""
+        seen: list[tuple] = []
 
-        def with_values(**inputs):
+        def with_values(**inputs: Any) -> Any:
             outputs = model(**inputs)
-            values.append(outputs.get("token_values"))
-            guesses.append(self.critic.guesses)
+            seen.append((outputs.get("token_values"), self.critic.guesses))
             return outputs
 
         found = super()._get_per_token_logps_and_entropies(with_values, *args, **kwargs)
-        width = found[0].shape[1]
+        width, (values, guesses) = found[0].shape[1], zip(*seen, strict=True)
         self._values = None if values[0] is None else torch.cat(values)[:, -width:]
         self._guesses = None if guesses[0] is None else torch.cat(guesses)[:, -width - 1 : -1]
         return found
 
-    def rehearsed(self, prompt, completion):
+    def rehearsed(self, prompt: int, completion: int) -> dict[str, Tensor]:
         given = super().rehearsed(prompt, completion)
         values = torch.zeros_like(given["completion_mask"], dtype=torch.float32)
         return given | {"advantages": values, "old_values": values, "returns": values}
 
-    def _generate_and_score_completions(self, inputs):
-        """TRL's rollout with advantages (B, T), and what the value loss compares with: values and returns (B, T).
-
-        Both of these are in the critic's normalised units.
-        """
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        """TRL's rollout with advantages, old values and returns (B, T); the latter two in normalised units."""
         self._values = None
         output = super()._generate_and_score_completions(inputs)
         judged, scores = ~self._scores.isnan(), self._scores.nan_to_num()
-        output["completion_mask"] = output["completion_mask"] * judged[:, None]  # no signal without a verdict
+        output["completion_mask"] = (
+            output["completion_mask"] * judged[:, None]
+        )  # an answer without a verdict gives no signal
         output["num_items_in_batch"] = self.sum_over_processes(output["completion_mask"].sum())
         mask, logps, values = output["completion_mask"], output.get("old_per_token_logps"), self._values
         with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
             if logps is None:
                 logps = self.score_tokens(self.model, output)
                 values = self._values
-            guesses = self._guesses
-            ref_logps = logps
+            guesses, ref_logps = self._guesses, logps
             if self.args.beta:
                 with self.reference() as reference:
                     ref_logps = self.score_tokens(reference, output)
@@ -258,11 +249,13 @@ class PPOTrainer(GRPOTrainer):
         returns = scale.normalise(returns) * mask
         return output | {"old_per_token_logps": logps, "old_values": old_values * mask, "returns": returns}
 
-    def begin_scale(self, values, guesses, rewards, mask):
+    def begin_scale(
+        self, values: Tensor, guesses: Tensor | None, rewards: Tensor, mask: Tensor
+    ) -> tuple[critics.ReturnScale, Tensor]:
         """(scale, normalised values (B, T) with the fitted guess) of the first rollout.
 
-        Its returns are sums of rewards (lambda 1): no value is in them. A held-out rollout before the training sets a
-        scale for itself only.
+        The returns are sums of rewards (lambda 1) and contain no values. A held-out rollout before training does not
+        change the trained scale.
         """
         scale = self.scale if self.model.training else copy.copy(self.scale)
         _, returns = estimate_advantages(rewards, torch.zeros_like(rewards), mask, self.args.gamma, 1.0)
@@ -272,8 +265,8 @@ class PPOTrainer(GRPOTrainer):
             values = values + scale.gain * guesses + scale.shift
         return scale, values
 
-    def _generate_single_turn(self, *args, **kwargs):
-        """TRL's, without the critic: vLLM is given all weights of the model, and ZeRO-3 gathers all its parameters."""
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        """Hide the critic: TRL sends all weights of the model to vLLM and gathers all parameters under ZeRO-3."""
         parts, engine = self.policy()._modules, self.model_wrapped
         critic = parts.pop("critic") if self.use_vllm else None
         if self.is_deepspeed_enabled:
@@ -286,7 +279,7 @@ class PPOTrainer(GRPOTrainer):
             if self.is_deepspeed_enabled:
                 del engine.parameters
 
-    def score_tokens(self, model, output):
+    def score_tokens(self, model: Any, output: dict[str, Any]) -> Tensor:
         """Log-probabilities (B, T) of the answers under `model`."""
         ids = torch.cat([output["prompt_ids"], output["completion_ids"]], 1)
         attention = torch.cat([output["prompt_mask"], output["completion_mask"]], 1)
@@ -295,8 +288,8 @@ class PPOTrainer(GRPOTrainer):
         return self._get_per_token_logps_and_entropies(model, ids, attention, width, batch)[0]
 
     @contextmanager
-    def reference(self):
-        """The frozen start: a model of its own, or the policy with its adapter off, or with that adapter's twin."""
+    def reference(self) -> Iterator[Any]:
+        """The reference model: a separate model, the policy without its adapter, or the policy with adapter "ref"."""
         model, critic = self.accelerator.unwrap_model(self.model), self.critic
         frozen = "ref" if "ref" in getattr(model, "peft_config", ()) else None
         critic.off = True
@@ -306,17 +299,19 @@ class PPOTrainer(GRPOTrainer):
         finally:
             critic.off = False
 
-    def sum_over_processes(self, sums):
+    def sum_over_processes(self, sums: Tensor) -> Tensor:
         return self.accelerator.reduce(sums, reduction="sum")
 
-    def log_rollout(self, scores, judged, kl, values, returns, mask):
-        """The metrics of a rollout, over all processes. `scores`, `judged`: (B,); the rest (B, T)."""
+    def log_rollout(
+        self, scores: Tensor, judged: Tensor, kl: Tensor, values: Tensor, returns: Tensor, mask: Tensor
+    ) -> None:
+        """Log a rollout's metrics, over all processes. `scores`, `judged`: (B,); the others (B, T)."""
         per_answer = (scores - self.args.beta * kl.sum(1)) * judged
         sums = [kl.sum(), mask.sum(), values.sum(), per_answer.sum(), judged.sum()]
         kls, count, value, reward, answers = self.sum_over_processes(torch.stack(sums)).tolist()
-        _, left = masked_moments(returns - values, mask, self.sum_over_processes)
-        _, spread = masked_moments(returns, mask, self.sum_over_processes)
-        count = max(count, 1)  # none where mask_truncated_completions hides every answer
+        _, left = critics.masked_moments(returns - values, mask, self.sum_over_processes)
+        _, spread = critics.masked_moments(returns, mask, self.sum_over_processes)
+        count = max(count, 1)  # 0 if mask_truncated_completions masks every answer
         metrics = self._metrics["train" if self.model.training else "eval"]
         metrics["kl"].append(kls / count)
         metrics["rlhf_reward"].append(reward / max(answers, 1))
@@ -325,11 +320,11 @@ class PPOTrainer(GRPOTrainer):
 
     # ── a step ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _compute_loss(self, model, inputs):
-        """GRPO's clipped policy loss, with advantages a token, plus vf_coef times the clipped value loss.
+    def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """GRPO's clipped policy loss, with advantages per token, plus vf_coef times the clipped value loss.
 
-        Both are sums over the tokens of a step, divided by the tokens of the rollout and times its number of steps.
-        While the critic warms up, the policy's loss counts for nothing.
+        Both: sum over the tokens of a step / tokens of the rollout * steps of the rollout. During the critic's
+        warm-up the policy loss is 0.
         """
         policy_loss = super()._compute_loss(model, inputs)
         if self.state.global_step < self.args.critic_warmup_steps:
@@ -347,12 +342,10 @@ class PPOTrainer(GRPOTrainer):
         self._metrics[mode]["clip_ratio/value_mean"].append(clips / max(count, 1))
         return policy_loss + self.args.vf_coef * (losses * mask).sum() / tokens
 
-    # ── what is kept ─────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── saving and loading ───────────────────────────────────────────────────────────────────────────────────────────
 
-    def _save(self, output_dir=None, state_dict=None):
-        """The policy alone is the result; the critic lies beside it in checkpoints, and at the end if asked."""
-        from safetensors.torch import save_file
-
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Save the policy; in checkpoints and with --save_critic also the critic, in critic.safetensors."""
         if not self.args.should_save:
             return super()._save(output_dir, state_dict)
         whole = self.model.state_dict() if state_dict is None else state_dict
@@ -361,18 +354,16 @@ class PPOTrainer(GRPOTrainer):
         super()._save(output_dir, state_dict=policy)
         folder = Path(output_dir or self.args.output_dir)
         if self.args.save_critic or folder.name.startswith(PREFIX_CHECKPOINT_DIR):
-            # frozen weights are the policy's or lie in --value_model_path; those of 4 bits have further tensors
+            # frozen weights are the policy's or in --value_model_path; 4-bit weights add entries to the state dict
             trained = {name for name, parameter in self.critic.named_parameters() if parameter.requires_grad}
             kept = {n: tensor.contiguous().cpu() for n, tensor in critic.items() if n in trained or n == "guess"}
             save_file(kept | {SCALE: self.scale.state()}, folder / "critic.safetensors")
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        """TRL's, and the critic, which a checkpoint of the policy alone would leave as new."""
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.load_critic(Path(resume_from_checkpoint) / "critic.safetensors")
 
-    def _load_best_model(self):
-        """TRL's, and the critic of that checkpoint."""
+    def _load_best_model(self) -> None:
         super()._load_best_model()
         file = Path(self.state.best_model_checkpoint) / "critic.safetensors"
         if self.is_deepspeed_enabled:
@@ -380,29 +371,25 @@ class PPOTrainer(GRPOTrainer):
         else:
             self.load_critic(file)
 
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        """TRL's, and the scale of the values: DeepSpeed loads the critic's weights itself, by another way."""
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Also load the scale of the values. DeepSpeed itself loads the critic's weights."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.is_deepspeed_enabled:
             self.load_scale(Path(checkpoint) / "critic.safetensors")
 
-    def load_scale(self, file):
-        """Loads the scale of the values and returns all tensors of the file. Raises Refused if it does not fit."""
-        from safetensors.torch import load_file
-
+    def load_scale(self, file: str | Path) -> dict[str, Tensor]:
+        """Load the scale of the values; returns all tensors of the file. Raises Refused if it does not fit."""
         if not Path(file).exists():
-            raise Refused([f"{file}: not there, so the critic would start anew"])
+            raise Refused([f"{file}: no such file, so the critic would start untrained"])
         held = load_file(file)
         try:
             self.scale.load(held[SCALE])
         except ValueError as error:
-            raise Refused([f"--critic_path {file}: {error}. Type the same, or leave --critic_path out"]) from None
+            raise Refused([f"--critic_path {file}: {error}. Type the same, or remove --critic_path"]) from None
         return held
 
-    def load_critic(self, file):
-        """Loads the critic and the scale of its values. Raises Refused where the file is gone or another kind's."""
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-
+    def load_critic(self, file: str | Path) -> None:
+        """Load the critic and its scale. Raises Refused if the file is missing or has another kind of critic."""
         held, critic = self.load_scale(file), self.critic
         held.pop(SCALE)
         guess = held.pop("guess", None)
@@ -410,20 +397,20 @@ class PPOTrainer(GRPOTrainer):
         trained = {name for name, parameter in critic.named_parameters() if parameter.requires_grad}
         if strange := sorted(trained ^ held.keys()):
             raise Refused([
-                f"--critic_path {file}: not a critic of this kind ({strange[0]} is in one of them alone). Type the "
+                f"--critic_path {file}: another kind of critic ({strange[0]} is only in one of the two). Type the "
                 "--critic of the run that saved it"
             ])  # fmt: skip
-        if any(hasattr(parameter, "ds_tensor") for parameter in critic.parameters()):  # in pieces under ZeRO-3
+        if any(hasattr(parameter, "ds_tensor") for parameter in critic.parameters()):  # ZeRO-3
             import deepspeed
 
             with deepspeed.zero.GatheredParameters(list(critic.parameters()), modifier_rank=0):
                 critic.load_state_dict(held, strict=False)
-        else:  # FSDP2 holds it in pieces by then
+        else:  # under FSDP2 the critic is sharded by now
             set_model_state_dict(critic, held, options=StateDictOptions(full_state_dict=True, strict=False))
 
 
-def join(parts):
-    """Parts of a batch as one again; a number that all parts share stays."""
+def join(parts: list[Any]) -> Any:
+    """Join the parts of a batch, one entry of the batch at a time; a scalar is the same in all parts."""
     if not isinstance(parts[0], torch.Tensor):
         return parts[0] if parts[0] is None else [one for part in parts for one in part]
     return torch.cat(parts) if parts[0].ndim else parts[0]

@@ -17,7 +17,7 @@ import torch
 import transformers
 import trl
 from datasets import Dataset
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer
 
 import train_rlhf
 from rlhf_args.methods import ANSWERED, DIALOGUE, METHODS, PAIR, PROMPT, RANKED, UNPAIRED, load
@@ -297,8 +297,8 @@ def test_a_distillation_that_goes_on_takes_the_rows_in_the_order_of_its_epoch(tm
     assert len({tuple(order) for order in orders}) == 3
 
 
-class Base:
-    """What Safe needs of a trainer to go on from a checkpoint, here of step 3."""
+class Base(Trainer):
+    """A stub with the methods that Safe calls on resume, here from step 3."""
 
     args = SimpleNamespace(gradient_accumulation_steps=4, process_index=0, device=torch.device("cpu"))
     _step, _buffered_inputs, called = 0, None, ()
