@@ -4,14 +4,14 @@ TRL's trainers get this as plain text, which each of them tokenises the same way
 `...ok<|im_end|>\\n` where CPO trains `...ok<|im_end|>\\n<|im_end|>`.
 """
 
+import functools
 import os
-import re
 from dataclasses import dataclass, field
 from itertools import groupby
 
 from rlhf_args.methods import ANSWERED, DIALOGUE, PROMPT, RANKED
 from utils.data.rows import refuse_rows
-from utils.data.template import count_ends, label_turns, render, say_error, split_tokens, template, tokenize
+from utils.data.template import assistant_spans, count_ends, label_turns, render, say_error, split_tokens, tokenize
 from utils.runtime.errors import Refused
 
 CHUNK = 512  # rows whose texts are tokenised at once
@@ -41,19 +41,33 @@ def prepare_rows(rows, tokenizer, columns, max_length, max_prompt=lambda values:
     `max_length`: tokens of prompt and answer together; where the policy answers itself, of the prompt.
     `max_prompt`: of a row's values, the tokens of its prompt beside which an answer to be sampled has its room.
     """
-    prepared, problems, tokens = Prepared(), [], Tokens(tokenizer)
+    if columns == DIALOGUE and not tokenizer.is_fast:
+        raise Refused(["the tokenizer has no fast version (tokenizer.json), which tells where turns start and end"])
+    prepared, problems = Prepared(), []
     limit = 10**9 if max_length is None else max_length
     for start in range(0, len(rows), CHUNK):
-        turns = []
+        rendered = []
         for where, values in rows[start : start + CHUNK]:
             try:
-                turns.append((where, values, *render(tokenizer, values)))
-            except Exception as error:  # noqa: BLE001  templates raise what they like (jinja2, TypeError, ...)
+                prompt, answers, reshaped = render(tokenizer, values)
+                spans = assistant_spans(tokenizer, values, prompt + answers[0]) if columns == DIALOGUE else []
+                rendered.append((where, values, prompt, answers, reshaped, spans))
+            except Exception as error:  # noqa: BLE001  a template raises any class (jinja2, TypeError, ...)
                 problems.append(f"{where}: the chat template refuses it ({say_error(error)})")
-        tokens.learn([text for _, _, prompt, answers, _ in turns for text in (prompt, *map(prompt.__add__, answers))])
-        for where, values, prompt, answers, reshaped in turns:
-            alone, whole = tokens(prompt), [tokens(prompt + answer) for answer in answers]
-            row = trainer_row(tokens, values, prompt, answers, columns)
+        if not rendered:
+            continue
+        texts = dict.fromkeys(prompt + answer for _, _, prompt, answers, *_ in rendered for answer in ("", *answers))
+        tokens = tokenize_all(tokenizer, list(texts))
+        ids = dict(zip(texts, tokens["input_ids"], strict=True))
+        places = {text: place for place, text in enumerate(texts)}
+        prepared.highest = max([prepared.highest, *(max(one, default=0) for one in ids.values())])
+        for where, values, prompt, answers, reshaped, spans in rendered:
+            alone, whole = ids[prompt], [ids[prompt + answer] for answer in answers]
+            if columns == DIALOGUE:
+                token_at = functools.partial(tokens.char_to_token, places[prompt + answers[0]])
+                row = label_turns(whole[0], token_at, spans)
+            else:
+                row = trainer_row(values, prompt, answers, alone, whole, columns)
             trained_from = starts_training_at(row, alone)
             longest = max(map(len, whole))
             if trained_from is None:
@@ -76,7 +90,6 @@ def prepare_rows(rows, tokenizer, columns, max_length, max_prompt=lambda values:
                 prepared.rows.append(row)
                 prepared.sizes.append([min(len(ids), limit) for ids in whole])
     refuse_rows(problems)
-    prepared.highest = tokens.highest
     return prepared
 
 
@@ -87,13 +100,22 @@ def starts_training_at(row, prompt_ids):
     return len(prompt_ids)
 
 
-def trainer_row(tokens, values, prompt, answers, columns):
-    if columns == DIALOGUE:
-        return label_turns(tokens, values, prompt + answers[0])
+def tokenize_all(tokenizer, texts):
+    """The tokens of several texts, from one call of the tokenizer on all its threads."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # only here: its threads do not survive a fork (data loaders)
+    try:
+        return tokenizer(texts, return_attention_mask=False)
+    finally:
+        os.environ["TOKENIZERS_PARALLELISM"] = before or "false"
+
+
+def trainer_row(values, prompt, answers, alone, whole, columns):
+    """The row as TRL's trainer takes it. alone, whole: token ids of the prompt, and of the prompt with each answer."""
     if columns == PROMPT:  # as it came: TRL gives it to the reward functions too
         return {"prompt": values["prompt"], **values["further"]}
     if columns == ANSWERED:
-        return split_tokens(tokens(prompt), tokens(prompt + answers[0]))
+        return split_tokens(alone, whole[0])
     if columns == RANKED:
         row = {"chosen": prompt + answers[0], "rejected": prompt + answers[1]}
     else:
@@ -123,92 +145,6 @@ def measure(prepared, where, values, alone, whole, tokenizer, columns):
         else:
             continue
         break
-
-
-# ── tokens ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class Tokens:
-    """tokenizer(text)["input_ids"] of many texts, in which what several of them have in common is tokenised once.
-
-    Texts are cut in front of the template's own tokens, where a tokenizer cuts them too. Where that gives other ids
-    than the whole text, texts are left whole.
-    """
-
-    def __init__(self, tokenizer):
-        self.tokenizer, self.highest = tokenizer, 0
-        self.marks = marks_of(tokenizer)
-        self.known, self.proven = {}, False
-
-    def learn(self, texts):
-        """Tokenises the parts of these texts in one call, and forgets all others. The first texts prove the cuts.
-
-        Without texts (the template refused every row of a chunk) there is nothing to prove them on yet.
-        """
-        if texts and not self.proven:
-            self.prove(texts[:8])
-        parts = dict.fromkeys(part for text in texts for part in self.cut(text))
-        self.known = {part: self.known[part] for part in parts if part in self.known}
-        new = [part for part in parts if part not in self.known]
-        self.known |= zip(new, self.tokenize(new, whole=self.marks is None), strict=True)
-        self.highest = max([self.highest, *(max(ids, default=0) for ids in self.known.values())])
-
-    def __call__(self, text):
-        if self.marks is None:
-            return self.one(text)
-        return [*self.front, *(token for part in self.cut(text) for token in self.one(part)), *self.back]
-
-    def one(self, part):
-        if part not in self.known:
-            (self.known[part],) = self.tokenize([part], whole=self.marks is None)
-        return self.known[part]
-
-    def cut(self, text):
-        if self.marks is None:
-            return [text]
-        places = [0, *(mark.start() for mark in self.marks.finditer(text) if mark.start()), len(text)]
-        return [text[start:stop] for start, stop in zip(places, places[1:], strict=False)]
-
-    def tokenize(self, texts, whole):
-        if not texts:
-            return []
-        before = os.environ.get("TOKENIZERS_PARALLELISM")
-        os.environ["TOKENIZERS_PARALLELISM"] = "true"  # only here: its threads do not survive a fork (data loaders)
-        try:
-            return self.tokenizer(texts, add_special_tokens=whole, return_attention_mask=False)["input_ids"]
-        finally:
-            os.environ["TOKENIZERS_PARALLELISM"] = before or "false"
-
-    def prove(self, texts):
-        """Cuts no text any more where that gives other tokens; a prefix or suffix that the tokenizer adds is seen."""
-        self.proven = True
-        if self.marks is None:
-            return
-        bare, full = (tokenize(self.tokenizer, "a", add_special_tokens=added) for added in (False, True))
-        at = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
-        self.front, self.back = full[:at], full[at + len(bare) :]
-        if [self(text) for text in texts] != self.tokenize(texts, whole=True):
-            self.marks, self.known = None, {}
-
-
-def marks_of(tokenizer):
-    """A pattern of the tokens that the chat template writes around turns, and that are cut out of any text whole."""
-    if not tokenizer.chat_template:
-        return None
-    asked = [{"role": "user", "content": "QUESTION"}]
-    try:
-        ids = tokenize(tokenizer, template(tokenizer, asked, add_generation_prompt=True))
-    except Exception:  # noqa: BLE001  a template may refuse anything; texts are then left whole
-        return None
-    added = [tokenizer.added_tokens_decoder.get(token) for token in dict.fromkeys(ids)]
-    marks = [mark.content for mark in added if mark and not (mark.lstrip or mark.single_word or mark.normalized)]
-    return re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True)))) if marks else None
-
-
-# ── one row ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-# ── the tokenizer ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 # ── what the trainer gets ────────────────────────────────────────────────────────────────────────────────────────────

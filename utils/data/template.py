@@ -78,14 +78,21 @@ def split_tokens(alone, whole):
     return {"prompt_ids": whole[:start], "completion_ids": whole[start:]}
 
 
-def label_turns(tokens, values, text):
-    """{input_ids, labels} of a dialogue: every assistant turn is trained with its end of turn, the rest is -100."""
-    ids = tokens(text)
+def label_turns(ids, token_at, spans):
+    """{input_ids, labels} of a dialogue: every assistant turn is trained with its end of turn, the rest is -100.
+
+    token_at: character -> index of its token, or None for a character that the tokenizer drops.
+    spans: (start, end) of the turns, in characters. A token that spans a start is trained, as in DPO.
+    """
     labels = [-100] * len(ids)
-    for start, stop in assistant_spans(tokens.tokenizer, values, text):
-        first = shared_length(tokens(text[:start]), ids)
-        last = len(tokens(text[:stop]))
-        labels[first:last] = ids[first:last]
+    for start, end in spans:
+        inside = range(start, end)
+        first, last = (
+            next((token for place in places if (token := token_at(place)) is not None), None)
+            for places in (inside, reversed(inside))
+        )
+        if first is not None and last is not None:
+            labels[first : last + 1] = ids[first : last + 1]
     return {"input_ids": ids, "labels": labels}
 
 
