@@ -6,7 +6,7 @@ An empty line or Ctrl-D ends it. `echo "Hello" | python -m utils.chat FOLDER` an
 import argparse
 import sys
 
-from utils.models.folders import check_folder, is_reward_model, read_config
+from utils.models.folders import ModelFolder
 from utils.models.load import load_model, load_tokenizer
 from utils.runtime import environment
 from utils.runtime.errors import Refused, refuse_if
@@ -35,8 +35,9 @@ def main(argv=None):
     asked = parser.parse_args(argv)
     environment.calm_libraries()
     try:
-        refuse_if(check_folder(asked.model, "model")[0])  # PEFT would read pickled weights
-        if is_reward_model(read_config(asked.model)):
+        folder = ModelFolder.at(asked.model)
+        refuse_if(folder.check_whole("model"))  # PEFT would read pickled weights
+        if folder.is_reward_model:
             raise Refused([f"{asked.model}: a reward model, which scores and cannot talk"])
         tokenizer = load_tokenizer(asked.model)
         dtype = "bfloat16" if environment.has_bf16() else "float32"

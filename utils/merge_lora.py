@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from utils.models.folders import check_folder, read_adapter
+from utils.models.folders import ModelFolder
 from utils.models.load import load_tokenizer
 from utils.results import proof
 from utils.runtime import environment
@@ -23,13 +23,14 @@ ENOUGH = 0.9  # share of the adapter's effect on the outputs that a merge must k
 
 def merge(adapter, output, dtype="auto"):
     """Writes the merged model. Returns (dtype it is saved in, share of the adapter's effect that it keeps, notes)."""
-    described = read_adapter(adapter)
+    folder = ModelFolder.at(adapter)
+    described = folder.adapter
     if described is None:
         raise Refused([f"{adapter}: no adapter_config.json in it, so not an adapter"])
     refuse_if(check_writable(Path(output), flag=""))
     if Path(output).exists() and any(Path(output).iterdir()):
         raise Refused([f"{output}: is there already. Name another folder"])
-    refuse_if(check_folder(str(adapter), "adapter")[0])  # PEFT would read pickled weights
+    refuse_if(folder.check_whole("adapter"))  # PEFT would read pickled weights
 
     import torch
     from peft import PeftModel

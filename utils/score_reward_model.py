@@ -14,6 +14,7 @@ from pathlib import Path
 from rlhf_args.methods import RANKED
 from utils.data import columns
 from utils.data.rows import count_reasons, hash_rows, load_rows
+from utils.models.folders import ModelFolder
 from utils.runtime import environment
 from utils.runtime.errors import Refused
 
@@ -55,7 +56,7 @@ def load(model, paths, folder):
     """(Rows of pairs, RewardModel), tried on a few of them. Raises Refused."""
     from utils.rewards.models import check_reward_model, load_reward_model, try_reward_model
 
-    problems = check_reward_model(model)
+    problems = check_reward_model(model) + [*ModelFolder.at(model).check_weights()]
     above = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         problems.append(f"--output_dir {folder}: nothing can be written in {above}. Name another folder")

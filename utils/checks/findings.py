@@ -13,10 +13,7 @@ from utils.checks import flags
 from utils.checks.folders import check_vocabulary
 from utils.checks.schedule import check_disk, check_schedule
 from utils.data import repeats
-from utils.models.folders import (
-    describe_weights,
-    model_positions,
-)
+from utils.models.folders import ModelFolder
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,8 @@ def findings(common, config, method, rows, tokenizer, train, held_out):
         *check_schedule(common, config, method, len(train.rows)),
     ]
     disk, further = check_disk(common, config, method, len(train.rows))
-    told = [("weights", describe_weights(common.model_name_or_path)), ("lengths", describe_lengths(train)), disk]
+    weights = ModelFolder.at(common.model_name_or_path).describe_weights()
+    told = [("weights", weights), ("lengths", describe_lengths(train)), disk]
     told = [Finding(kind, text) for kind, text in told if text]
     return told + [Finding("warning", text) for text in [*warnings, *further]]
 
@@ -87,7 +85,7 @@ def check_lengths(common, config, train, held_out):
     if not cut and not dropped:
         return
     total = sum(len(part.rows) + len(part.dropped) for part in (train, held_out))
-    held = model_positions(common.model_name_or_path)
+    held = ModelFolder.at(common.model_name_or_path).positions
     room = held and held - (config.max_completion_length if flag == "max_prompt_length" else 0)
     way_out = f"--{flag} {longest} would take all rows whole"
     if room and room < longest:

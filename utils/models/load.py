@@ -3,7 +3,7 @@
 import contextlib
 from pathlib import Path
 
-from utils.models.folders import read_adapter
+from utils.models.folders import ModelFolder
 from utils.runtime import environment
 from utils.runtime.errors import Refused
 from utils.runtime.output import first_line
@@ -91,7 +91,7 @@ def describe_reference(method, path, train_mode, config):
         return f"{path} before training, its log-probabilities computed once (no second copy)"
     if train_mode == "full":
         return f"a frozen copy of {path}"
-    if read_adapter(path):
+    if ModelFolder.at(path).adapter:
         return f"the adapter {path} as it was (its LoRA weights kept twice, the base once)"
     return "the same model with the adapter off (no second copy)"
 
@@ -118,7 +118,7 @@ def load_model(
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    found = read_adapter(path)
+    folder = ModelFolder.at(path, revision)
     kind = AutoModelForCausalLM if task == "CAUSAL_LM" else AutoModelForSequenceClassification
     kwargs = {"num_labels": 1} if task == "SEQ_CLS" else {}
     if four_bit:
@@ -126,8 +126,8 @@ def load_model(
     torch.manual_seed(seed)  # a new score head is random
     try:
         model = kind.from_pretrained(
-            found["base_model_name_or_path"] if found else path,
-            revision=found.get("revision") if found else revision,
+            folder.base.path,
+            revision=folder.base.revision,
             dtype=getattr(torch, dtype),
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
@@ -146,7 +146,7 @@ def load_model(
     if task == "SEQ_CLS":
         model.score.float()  # trained in full: bfloat16 would round small updates away
         cast_before_score(model)
-    if found:
+    if folder.adapter:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, path, is_trainable=adapter == "train")

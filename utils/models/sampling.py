@@ -13,7 +13,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from utils.models import folders, sampling
+from utils.models.folders import ModelFolder
 from utils.runtime import environment
 
 # What a trainer samples by: flag -> the value that changes nothing.
@@ -122,7 +122,7 @@ def answers_folder(above, model, sampling):
     return folder
 
 
-def describe_weights(path, revision=None):
+def identify_weights(path, revision=None):
     """What tells the weights in a folder from others: each file's size and time; of a Hub id, its revision."""
     files = sorted(Path(path).glob("*.safetensors"))
     if not files:
@@ -242,5 +242,5 @@ def cut_at_end(ids, ends):
 
 
 def describe_sampling(common, config):
-    own = folders.read_base_config(common.model_name_or_path, common.model_revision, "generation_config.json")
-    return f"sampling  {sampling.describe_settings(config, own)}"
+    own = ModelFolder.at(common.model_name_or_path, common.model_revision).generation_config
+    return f"sampling  {describe_settings(config, own)}"

@@ -2,8 +2,8 @@
 
 import gc
 
-from utils.models import folders, load, sampling
-from utils.models.folders import count_numbers, vocabulary_rows
+from utils.models import load, sampling
+from utils.models.folders import ModelFolder, same_path
 from utils.models.sampling import describe_sampling
 from utils.runtime.errors import Failed
 from utils.runtime.output import say
@@ -25,13 +25,14 @@ def describe(common, config, train, held_out):
     wanted = len(rows_to_answer(config, train, held_out))
     if wanted:
         lines.append(f"answers   {wanted} by the teacher, kept in {config.answers_dir}")
-    sizes = [vocabulary_rows(path) for path in (common.model_name_or_path, path)]
+    pair = [ModelFolder.at(model) for model in (common.model_name_or_path, path)]
+    sizes = [model.vocabulary_rows for model in pair]
     if None not in sizes and sizes[0] != sizes[1]:
         lines.append(
             f"note      embeddings of {sizes[0]} (student) and {sizes[1]} (teacher) rows for one tokenizer: compared "
             f"over the {min(sizes)} that both have"
         )
-    student, teacher = (count_numbers(path) for path in (common.model_name_or_path, path))
+    student, teacher = (model.numbers for model in pair)
     if student and teacher and teacher < student:
         lines.append(
             f"warning   the teacher has {teacher / 1e6:.0f}M parameters, the student {student / 1e6:.0f}M: is it the "
@@ -45,11 +46,8 @@ def describe(common, config, train, held_out):
 
 def shares_base(common, config):
     """Whether the teacher is the very base that the student's adapter is trained on, and needs no copy of its own."""
-    adapter = folders.read_adapter(common.model_name_or_path)
-    base, revision = common.model_name_or_path, common.model_revision
-    if adapter:
-        base, revision = adapter["base_model_name_or_path"], adapter.get("revision")
-    same = folders.same_path(base, config.teacher_model_name_or_path) and revision == config.teacher_model_revision
+    base = ModelFolder.at(common.model_name_or_path, common.model_revision).base
+    same = same_path(base.path, config.teacher_model_name_or_path) and base.revision == config.teacher_model_revision
     return same and common.train_mode != "full"
 
 
@@ -92,11 +90,9 @@ def write_answers(common, config, tokenizer, train, held_out):
     drawn = sampling.Sampling(
         config.max_completion_length, config.temperature, config.top_p, config.top_k, config.seed
     )
-    path = config.teacher_model_name_or_path
-    adapter = folders.read_adapter(path)
-    weights = [sampling.describe_weights(path, config.teacher_model_revision)]
-    if adapter:
-        weights.append(sampling.describe_weights(adapter["base_model_name_or_path"], adapter.get("revision")))
+    model = ModelFolder.at(config.teacher_model_name_or_path, config.teacher_model_revision)
+    parts = [model, model.base] if model.adapter else [model]
+    weights = [sampling.identify_weights(part.path, part.revision) for part in parts]
     held = "4bit" if in_4bit(common, config) else common.dtype
     folder = sampling.answers_folder(config.answers_dir, [*weights, held, tokenizer.eos_token_id], drawn)
     prompts = [row["prompt_ids"] for row in rows]

@@ -10,7 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from utils.models import folders, load
+from utils.models import load
+from utils.models.folders import ModelFolder, read_json
 from utils.results.soundness import check_files
 from utils.runtime import output, paths
 from utils.runtime.errors import Failed, Refused
@@ -192,7 +193,7 @@ def verify(folder, device="cpu"):
 def read_probe(folder):
     """What `write` wrote, None where nothing was recorded. Raises Failed where it is something else."""
     try:
-        probe = folders.read_json(folder / FILE)
+        probe = read_json(folder / FILE)
     except ValueError:
         raise Failed(f"{folder} is not sound: {FILE} is not valid JSON") from None
     missing = {"task", "dtype", "four_bit", "exact_to", "device", "chat_template", "input_ids", "tokens", "values"}
@@ -223,9 +224,8 @@ def reopening(folder):
 def open_config_and_tokenizer(folder):
     from transformers import AutoConfig
 
-    adapter = folders.read_adapter(folder) or {}
-    source = adapter.get("base_model_name_or_path", folder)
-    AutoConfig.from_pretrained(source, revision=adapter.get("revision"), trust_remote_code=False)
+    base = ModelFolder.at(folder).base
+    AutoConfig.from_pretrained(base.path, revision=base.revision, trust_remote_code=False)
     return load.load_tokenizer(folder, flag="tokenizer of")
 
 
@@ -240,7 +240,7 @@ def open_model(folder, tokenizer, probe, device):
         four_bit=probe["four_bit"],
         flag="model of",
     )
-    if folders.read_adapter(folder):
+    if ModelFolder.at(folder).adapter:
         hold_as_saved(model, folder)
     return model.eval().to(device)
 

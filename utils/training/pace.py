@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from utils.checks.schedule import count_batch
 from utils.data.deal import deal
-from utils.models import folders
+from utils.models.folders import ModelFolder
 from utils.runtime import environment
 from utils.runtime.errors import Refused
 
@@ -41,7 +41,7 @@ class Job:
 
     def base(self):
         """The base model's config.json, what it says of its text model included."""
-        described = folders.read_base_config(self.common.model_name_or_path, self.common.model_revision)
+        described = ModelFolder.at(self.common.model_name_or_path, self.common.model_revision).config
         return described | described.get("text_config", {})
 
 
@@ -173,7 +173,7 @@ def draws_at_random(job):
         return True
     if getattr(config, "disable_dropout", False):
         return False
-    adapter = folders.read_adapter(common.model_name_or_path)
+    adapter = ModelFolder.at(common.model_name_or_path).adapter
     lora = adapter.get("lora_dropout", 0) if adapter else common.lora_dropout
     base = [value for name, value in job.base().items() if "drop" in name and isinstance(value, (int, float))]
     return any(rate > 0 for rate in [*base, lora if common.train_mode != "full" else 0])

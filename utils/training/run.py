@@ -4,7 +4,7 @@ import signal
 import sys
 
 from utils.checks import flags
-from utils.models import folders
+from utils.models.folders import ModelFolder
 from utils.runtime import environment, secrets
 from utils.runtime.environment import is_out_of_memory
 from utils.runtime.errors import Again, Failed, Refused, Stopped, refuse_if
@@ -55,7 +55,7 @@ def prepare_text(common, config, method, rows, **limits):
     from utils.models import load
     from utils.training import pace
 
-    refuse_if(folders.check_folder(common.model_name_or_path, "--model_name_or_path")[0])
+    refuse_if(ModelFolder.at(common.model_name_or_path).check("--model_name_or_path"))
     tokenizer = load.load_tokenizer(common.model_name_or_path, common.model_revision, config.trust_remote_code)
     rows.notes += template.fit_tokenizer(tokenizer, chat=columns.is_chat(rows.train[0][1]))
     limit = flags.length_limit(config, common.model_name_or_path)
@@ -99,9 +99,9 @@ def find_start(common, config, name, rows):
 
 def make_lora(common, method):
     """The LoraConfig to train; None for full weights, or an adapter that goes on being trained."""
-    from utils.models import folders, load
+    from utils.models import load
 
-    if common.train_mode == "full" or folders.read_adapter(common.model_name_or_path):
+    if common.train_mode == "full" or ModelFolder.at(common.model_name_or_path).adapter:
         return None
     shape = common.lora_rank, common.lora_alpha, common.lora_dropout, common.lora_target_modules
     return load.make_lora(method.task, *shape, common.use_dora, common.model_revision)
@@ -184,7 +184,6 @@ def train_and_report(trainer, start, common, method, tokenizer, rows, train, hel
 
 def save_and_verify(trainer, follow, argv, name, common, method, tokenizer, rows, train, held_out, again):
     """Saves the result, has a fresh process reopen it, and says what came out. `again`: the run script's variables."""
-    from utils.models import folders
     from utils.results import saves, summary
     from utils.results.proof import record, verify_in_fresh_process
 
@@ -194,7 +193,7 @@ def save_and_verify(trainer, follow, argv, name, common, method, tokenizer, rows
     kept = {"task": method.task, "four_bit": common.train_mode == "qlora", "accelerator": trainer.accelerator}
     record(trainer.model_wrapped, tokenizer, config.output_dir, **kept)
     if environment.is_main():
-        start = folders.starting_weights(common.model_name_or_path, common.model_revision, common.train_mode)
+        start = ModelFolder.at(common.model_name_or_path, common.model_revision).starting_weights(common.train_mode)
         try:
             saves.check_trained(config.output_dir, start, expected)
         except saves.Unchanged:
