@@ -5,14 +5,24 @@ An empty line or Ctrl-D ends it. `echo "Hello" | python -m utils.chat FOLDER` an
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
 from utils.models.folders import ModelFolder
 from utils.models.load import load_model, load_tokenizer
 from utils.runtime import environment
 from utils.runtime.errors import Refused, refuse_if
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-def answer(model, tokenizer, messages, max_new_tokens, streamer=None):
+
+def answer(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: list[dict],
+    max_new_tokens: int,
+    streamer: "TextStreamer | None" = None,
+) -> str:
     """The model's reply to `messages` (a list of {"role", "content"}), as text."""
     import torch
 
@@ -28,7 +38,7 @@ def answer(model, tokenizer, messages, max_new_tokens, streamer=None):
     return tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("model", help="folder of a result, or Hub id")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="tokens an answer, at most")
@@ -49,7 +59,7 @@ def main(argv=None):
     return 0
 
 
-def talk(model, tokenizer, max_new_tokens):
+def talk(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", max_new_tokens: int) -> None:
     from transformers import TextStreamer
 
     if environment.has_gpu():

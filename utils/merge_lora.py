@@ -21,7 +21,7 @@ from utils.runtime.paths import check_writable, empty
 ENOUGH = 0.9  # share of the adapter's effect on the outputs that a merge must keep
 
 
-def merge(adapter, output, dtype="auto"):
+def merge(adapter: str | Path, output: str | Path, dtype: str = "auto") -> tuple[str, float, list[str]]:
     """Writes the merged model. Returns (dtype it is saved in, share of the adapter's effect that it keeps, notes)."""
     folder = ModelFolder.at(adapter)
     described = folder.adapter
@@ -58,13 +58,13 @@ def merge(adapter, output, dtype="auto"):
         raise Refused([f"{adapter}: changes nothing in what its base answers. Nothing to merge"])
     merged = model.merge_and_unload(safe_merge=True)
 
-    notes = []
+    notes: list[str] = []
     wanted = own_dtype if dtype == "auto" else getattr(torch, dtype)
     for target in (wanted, torch.float32):
         if Path(output).exists():
             empty(output)
         merged.config.dtype = target
-        once = {}  # tied weights are one tensor, and stay one
+        once: dict[int, torch.Tensor] = {}  # tied weights are one tensor, and stay one
         state = {name: once.setdefault(t.data_ptr(), t.to(target)) for name, t in merged.state_dict().items()}
         merged.save_pretrained(output, state_dict=state)
         tokenizer.save_pretrained(output)
@@ -73,12 +73,13 @@ def merge(adapter, output, dtype="auto"):
         kept = 1 - float((found - trained).abs().mean()) / effect
         name = str(target).removeprefix("torch.")
         if kept >= ENOUGH or dtype != "auto" or target == torch.float32:
-            proof.write(output, trained, tokenizer, task=task, dtype="float32", exact_to=name, same=name == "float32")
-            return name, kept, notes
+            break
         notes.append(f"in {name} the merge keeps {max(kept, 0):.0%} of what the adapter does")
+    proof.write(output, trained, tokenizer, task=task, dtype="float32", exact_to=name, same=name == "float32")
+    return name, kept, notes
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("adapter")
     parser.add_argument("output")

@@ -10,18 +10,26 @@ import os
 import statistics
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rlhf_args.methods import RANKED
 from utils.data import columns
-from utils.data.rows import count_reasons, hash_rows, load_rows
+from utils.data.files import Row
+from utils.data.rows import Rows, count_reasons, hash_rows, load_rows
 from utils.models.folders import ModelFolder
 from utils.runtime import environment
 from utils.runtime.errors import Refused
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from utils.rewards.models import RewardModel
+
+Pairs = list[tuple[float, float]]  # (of chosen, of rejected)
 PAIRS = 32  # scored between two moves of the bar
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("model", help="folder of a reward model, whole or an adapter, or Hub id")
     parser.add_argument("data", nargs="+", help="files, folders or Hub datasets of pairs, as for --rlhf_type Reward")
@@ -52,7 +60,7 @@ def main(argv=None):
     return 0
 
 
-def load(model, paths, folder):
+def load(model: str, paths: list[str], folder: Path) -> tuple[Rows, "RewardModel"]:
     """(Rows of pairs, RewardModel), tried on a few of them. Raises Refused."""
     from utils.rewards.models import check_reward_model, load_reward_model, try_reward_model
 
@@ -69,16 +77,18 @@ def load(model, paths, folder):
     return rows, reward
 
 
-def say_here(problem):
+def say_here(problem: str) -> str:
     """What training says of its flags, of what the same things are called here."""
     return problem.replace("--reward_model_path", "MODEL").replace("--train_data_path", "DATA")
 
 
-def score_pairs(reward, rows):
+def score_pairs(reward: "RewardModel", rows: list[Row]) -> dict:
     """{scores: [(of chosen, of rejected)], lengths: the same in answer tokens, cut: how many answers were}."""
     from tqdm import tqdm
 
-    scores, lengths, before = [], [], reward.cut
+    scores: Pairs = []
+    lengths: Pairs = []
+    before = reward.cut
     for start in tqdm(range(0, len(rows), PAIRS), desc="scoring", unit="batch", leave=False, disable=None):
         some = [pair for _, pair in rows[start : start + PAIRS]]
         answers = [(pair["prompt"], pair[side]) for pair in some for side in RANKED]
@@ -89,11 +99,11 @@ def score_pairs(reward, rows):
     return {"scores": scores, "lengths": lengths, "cut": reward.cut - before}
 
 
-def tokens_of(tokenizer, answer):
+def tokens_of(tokenizer: "PreTrainedTokenizerBase", answer: str | list[dict]) -> list[int]:
     return tokenizer(columns.text_of(answer), add_special_tokens=False)["input_ids"]
 
 
-def measure(scores, lengths, cut):
+def measure(scores: Pairs, lengths: Pairs, cut: int) -> dict:
     """The figures of reward_model.json; the correlation is None where either never differs."""
     flat = [[value for pair in pairs for value in pair] for pairs in (lengths, scores)]
     varies = all(len(set(values)) > 1 for values in flat)
@@ -107,17 +117,17 @@ def measure(scores, lengths, cut):
     }
 
 
-def accuracy(pairs):
+def accuracy(pairs: Pairs) -> float:
     """How often the chosen one has more, a tie counted half."""
     return statistics.fmean((chosen > rejected) + (chosen == rejected) / 2 for chosen, rejected in pairs)
 
 
-def say_r(found):
+def say_r(found: dict) -> str:
     r = found["score_length_correlation"]
     return "no correlation to be had" if r is None else f"correlation of score and answer tokens {r:+.2f}"
 
 
-def draw(file, found, scores, lengths, cut):
+def draw(file: Path, found: dict, scores: Pairs, lengths: Pairs, cut: int) -> None:
     import matplotlib
 
     matplotlib.use("Agg")

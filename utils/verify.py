@@ -18,7 +18,7 @@ from utils.runtime.environment import is_out_of_memory
 from utils.runtime.errors import Failed, Refused
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="a result, a merged model, or a checkpoint")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where it is reopened")

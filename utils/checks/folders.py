@@ -1,15 +1,23 @@
 """The folders that a run reads and writes: models, adapters, tokenizers, output."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from utils.cli.recipes import recipes_in
 from utils.models.folders import ModelFolder, first_difference
 from utils.runtime.errors import Refused
 from utils.runtime.paths import check_overwrite, check_writable, looks_local, near_path
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-def check_model(path, name, method):
+    from common_args import CommonArgs
+    from rlhf_args.methods import Method
+
+
+def check_model(path: str, name: str, method: "Method") -> list[str]:
     """Problems of the policy's folder; a Hub id is left to the loader."""
     folder = ModelFolder.at(path)
     problems = folder.check("--model_name_or_path")
@@ -28,7 +36,7 @@ def check_model(path, name, method):
     return problems if folder.adapter is None else [*problems, *folder.check_adapter(name, method)]
 
 
-def check_value_model(path, common, kind):
+def check_value_model(path: str, common: "CommonArgs", kind: str) -> Iterator[str]:
     """Problems of the weights that a critic with a trunk of its own starts from. It reads the policy's tokens."""
     from utils.rewards.models import shares_base
 
@@ -45,13 +53,13 @@ def check_value_model(path, common, kind):
         yield f"{flag}: a whole model. --critic lora takes an adapter on the policy's base. Type --critic model"
     elif kind == "lora" and not shares_base(path, common.model_name_or_path, common.train_mode, common.model_revision):
         yield f"{flag}: an adapter on another base than the policy's. Merge it, and type --critic model"
-    elif kind == "lora":
-        theirs, ours = adapter, {"r": common.lora_rank, "lora_alpha": common.lora_alpha}
-        for key, value in (ours | {"use_dora": common.use_dora, "use_rslora": False}).items():
-            if theirs.get(key, False) != value:
+    elif kind == "lora" and adapter:
+        ours = {"r": common.lora_rank, "lora_alpha": common.lora_alpha, "use_dora": common.use_dora}
+        for key, value in (ours | {"use_rslora": False}).items():
+            if adapter.get(key, False) != value:
                 flag_of = {"r": "lora_rank"}.get(key, key)
-                way_out = f"Type --{flag_of} {theirs.get(key)}, or merge it, and type --critic model"
-                yield f"{flag}: an adapter with {key} {theirs.get(key)}, and the run has {value}. {way_out}"
+                way_out = f"Type --{flag_of} {adapter.get(key)}, or merge it, and type --critic model"
+                yield f"{flag}: an adapter with {key} {adapter.get(key)}, and the run has {value}. {way_out}"
     different = first_difference(ModelFolder.at(common.model_name_or_path).vocabulary, folder.vocabulary)
     if different:
         yield f"{flag}: its tokenizer is not the policy's: {different}. A critic reads the policy's tokens"
@@ -77,7 +85,7 @@ def reads(*configs: object) -> list[tuple[str, str]]:
     return found
 
 
-def check_output_dir(common, config):
+def check_output_dir(common: "CommonArgs", config: "TrainingArguments") -> list[str]:
     folder = Path(config.output_dir)
     if problems := check_writable(folder):
         return problems
@@ -97,7 +105,7 @@ def check_output_dir(common, config):
     return []
 
 
-def check_recipes(common, config, argv):
+def check_recipes(common: "CommonArgs", config: "TrainingArguments", argv: list[str]) -> list[str]:
     """Problems of deleting a recipe that --config names."""
     if not common.overwrite_output_dir or not config.output_dir:
         return []
@@ -107,13 +115,13 @@ def check_recipes(common, config, argv):
 EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in)\.weight$")
 
 
-def check_folders(common, config):
+def check_folders(common: "CommonArgs", config: "TrainingArguments") -> list[str]:
     """Problems of the weights of every model that the run would load."""
     paths = dict.fromkeys(path for flag, path in reads(common, config) if flag in MODELS)
     return [problem for path in paths for problem in ModelFolder.at(path).check_weights()]
 
 
-def check_vocabulary(common, tokenizer, highest):
+def check_vocabulary(common: "CommonArgs", tokenizer: "PreTrainedTokenizerBase", highest: int) -> None:
     """Raises Refused where the model has no embedding for a token that the data use, of which `highest` is the last.
 
     A tokenizer may know further ones that text has no use for (Gemma's for images).

@@ -12,14 +12,26 @@ import os
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rlhf_args.methods import PROMPT
 from utils.data import prepare
+from utils.data.files import Row
+from utils.data.prepare import Room, no_limit
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 ROOM = 4 * 1024**3  # bytes that all entries may take; one that would take half of it is not kept
 
 
-def prepare_rows(rows, tokenizer, columns, max_length, max_prompt=lambda values: 10**9):
+def prepare_rows(
+    rows: list[Row],
+    tokenizer: "PreTrainedTokenizerBase",
+    columns: tuple[str, ...],
+    max_length: int | None,
+    max_prompt: Room = no_limit,
+) -> prepare.Prepared:
     """text.prepare_rows, or what it returned for the same before."""
     made_of = describe(rows, tokenizer, columns, max_length, max_prompt)
     file = folder() / f"{made_of}.json" if made_of else None
@@ -31,11 +43,17 @@ def prepare_rows(rows, tokenizer, columns, max_length, max_prompt=lambda values:
     return prepared
 
 
-def folder():
+def folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rlhf_prepared"
 
 
-def describe(rows, tokenizer, columns, max_length, max_prompt):
+def describe(
+    rows: list[Row],
+    tokenizer: "PreTrainedTokenizerBase",
+    columns: tuple[str, ...],
+    max_length: int | None,
+    max_prompt: Room,
+) -> str | None:
     """A hash of all that decides what comes of the rows; None where that cannot be told."""
     if not getattr(tokenizer, "is_fast", False):
         return None
@@ -55,7 +73,7 @@ def describe(rows, tokenizer, columns, max_length, max_prompt):
     return total.hexdigest()
 
 
-def read(file, rows, columns):
+def read(file: Path, rows: list[Row], columns: tuple[str, ...]) -> prepare.Prepared | None:
     """The Prepared that write() put there of these very rows, or None."""
     try:
         digest, _, body = file.read_bytes().partition(b"\n")
@@ -75,7 +93,7 @@ def read(file, rows, columns):
     return prepare.Prepared(**held)
 
 
-def write(file, rows, columns, prepared):
+def write(file: Path, rows: list[Row], columns: tuple[str, ...], prepared: prepare.Prepared) -> None:
     """In one go, for the user's eyes alone."""
     places = {id(values): place for place, (_, values) in enumerate(rows)}
     dropped = [(places[id(values)], reason) for _, reason, values in prepared.dropped]
@@ -95,7 +113,7 @@ def write(file, rows, columns, prepared):
             os.unlink(part)
 
 
-def make_room(folder, wanted):
+def make_room(folder: Path, wanted: int) -> None:
     """Deletes the entries that were used longest ago until so many bytes fit."""
     entries = sorted((file.stat().st_mtime, file.stat().st_size, file) for file in folder.iterdir())
     total = sum(size for _, size, _ in entries)

@@ -4,9 +4,15 @@ import difflib
 import json
 import math
 import re
+from collections.abc import Iterator
+from typing import Any, TypeVar
 
 from rlhf_args.methods import ANSWERED, DIALOGUE, EVERY, PAIR, PROMPT, RANKED, UNPAIRED
-from utils.data.files import MESSAGES, say_type
+from utils.data.files import MESSAGES, Row, say_type
+
+Kind = tuple[str, ...]  # a set of columns, as in rlhf_args/methods.py
+Text = str | list[dict]  # plain text, or a chat: messages of {role, content}
+T = TypeVar("T", str, list[dict])
 
 # What a file may hold for a method of these columns, best first: KTO also reads pairs, Reward reads pairs, ...
 ACCEPTED = {
@@ -28,7 +34,7 @@ RESERVED = (
 HALVED = "holds half a character (\\ud800 to \\udfff), as of an emoji that was cut in two. Mend it"
 
 
-def find_kind(rows, columns):
+def find_kind(rows: list[Row], columns: Kind) -> Kind:
     """Which accepted set of columns this data has: the first that some row has, or the fuller one that holds it.
 
     {"prompt", "chosen", "rejected"} holds {"chosen", "rejected"}: one row with a prompt, and all need one.
@@ -39,7 +45,7 @@ def find_kind(rows, columns):
     return (fuller or found or ACCEPTED[columns])[0]
 
 
-def check_row(values, kind, columns):
+def check_row(values: dict, kind: Kind, columns: Kind) -> str | None:
     """What is wrong with one row, or None."""
     missing = [name for name in kind if values.get(name) is None]
     if missing:
@@ -83,7 +89,7 @@ def check_characters(values: dict) -> str | None:
     return None
 
 
-def strings_in(value):
+def strings_in(value: object) -> Iterator[str]:
     """Every string in a value: itself, or within lists and objects, whose keys count."""
     if isinstance(value, str):
         yield value
@@ -95,7 +101,7 @@ def strings_in(value):
             yield from strings_in(part)
 
 
-def check_further(types):
+def check_further(types: dict[str, dict[str, str]]) -> Iterator[str]:
     """Problems of the columns beside the prompt, which reward functions are given: names of TRL, mixed types."""
     for name, found in types.items():
         if name in RESERVED:
@@ -105,11 +111,11 @@ def check_further(types):
             yield f'{there}: "{name}" is {other}, and {where} has {kind}. A column has values of one type'
 
 
-def check_label(label):
+def check_label(label: object) -> str | None:
     return None if str(label).lower() in LABELS else f'"label" is {label!r}. It is true or false (1 or 0)'
 
 
-def check_text(value, name):
+def check_text(value: object, name: str) -> str | None:
     if isinstance(value, str):
         if MESSAGES.match(value) and all(re.search(f"['\"]{key}['\"] *:", value) for key in ("role", "content")):
             return f'"{name}" is a list of messages turned into text. Write it as JSON: with json.dumps in csv'
@@ -133,7 +139,7 @@ def check_text(value, name):
     return None
 
 
-def is_halved(text):
+def is_halved(text: str) -> bool:
     """Whether it cannot be written as UTF-8: JSON's \\ud83d without its other half."""
     try:
         text.encode()
@@ -142,7 +148,7 @@ def is_halved(text):
     return False
 
 
-def normalize(values, kind, notes):
+def normalize(values: dict, kind: Kind, notes: list[str]) -> dict:
     """One row with a prompt, whatever its kind: {prompt, chosen, rejected} and so on; messages: role and content."""
     row = {name: values[name] for name in kind}
     for name, value in row.items():
@@ -173,7 +179,7 @@ def normalize(values, kind, notes):
     return row
 
 
-def split_answer(row):
+def split_answer(row: dict) -> dict:
     """{prompt, completion} of messages: the assistant's last turn, and what stands before it; {prompt} of others."""
     messages = row.get("messages")
     if messages is None:
@@ -184,7 +190,7 @@ def split_answer(row):
     return {"prompt": messages[:last], "completion": messages[last : last + 1]}
 
 
-def to_number(value):
+def to_number(value: Any) -> float | None:
     """The finite number that a value is or writes, or None."""
     try:
         return float(value) if math.isfinite(float(value)) else None
@@ -192,7 +198,7 @@ def to_number(value):
         return None
 
 
-def common_start(chosen, rejected):
+def common_start(chosen: T, rejected: T) -> T:
     """The shared beginning of two chats (whole messages, not the last) or two texts (up to a space): the prompt."""
     length, longest = 0, min(len(chosen), len(rejected)) - isinstance(chosen, list)
     while length < longest and chosen[length] == rejected[length]:
@@ -203,11 +209,11 @@ def common_start(chosen, rejected):
     return chosen[:length]
 
 
-def is_chat(row):
+def is_chat(row: dict) -> bool:
     return any(isinstance(value, list) for value in row.values())
 
 
-def useless(row, columns):
+def useless(row: dict, columns: Kind) -> str | None:
     """Why a well-formed row cannot be trained on, or None."""
     if columns == PROMPT:
         return None if text_of(row["prompt"]).strip() else "no prompt"
@@ -224,11 +230,11 @@ def useless(row, columns):
     return None
 
 
-def text_of(value):
+def text_of(value: Text) -> str:
     return value if isinstance(value, str) else "".join(message["content"] for message in value)
 
 
-def convert(row, columns, values):
+def convert(row: dict, columns: Kind, values: dict) -> list[dict]:
     """The rows that a method of `columns` makes of one, read from `values`: a pair is two thumbs for KTO.
 
     Of a prompt the other columns are kept aside as "further": they are the reward functions', not text to train on.
@@ -243,7 +249,7 @@ def convert(row, columns, values):
     return [row]
 
 
-def keep_apart(rows):
+def keep_apart(rows: list[Row]) -> list[Row]:
     """Rows made of pairs, each chosen answer followed by the rejected answer of a prompt half the file away.
 
     KTO estimates its KL by giving each prompt of a batch its neighbour's answer, and TRL takes the rows in order: two
@@ -254,7 +260,7 @@ def keep_apart(rows):
     return [row for two in zip(chosen, rejected[half:] + rejected[:half], strict=True) for row in two]
 
 
-def spread(rows, notes):
+def spread(rows: list[Row], notes: list[str]) -> list[Row]:
     """Rows of which neighbours answer one prompt, each followed by one from half the file away; for KTO, as above."""
     half = (len(rows) + 1) // 2
     apart = [rows[place // 2 + place % 2 * half] for place in range(len(rows))]
@@ -264,5 +270,5 @@ def spread(rows, notes):
     return apart
 
 
-def count_neighbours(rows):
+def count_neighbours(rows: list[Row]) -> int:
     return sum(one["prompt"] == other["prompt"] for (_, one), (_, other) in zip(rows, rows[1:], strict=False))

@@ -6,14 +6,22 @@ TRL's trainers get this as plain text, which each of them tokenises the same way
 
 import functools
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 from rlhf_args.methods import ANSWERED, DIALOGUE, PROMPT, RANKED
+from utils.data.files import Row
 from utils.data.rows import refuse_rows
 from utils.data.template import assistant_spans, count_ends, label_turns, render, say_error, split_tokens, tokenize
 from utils.runtime.errors import Refused
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import BatchEncoding, PreTrainedTokenizerBase, Trainer
+
+Room = Callable[[dict], int]  # of a row's values: the most tokens that its prompt may have
 CHUNK = 512  # rows whose texts are tokenised at once
 
 
@@ -21,21 +29,31 @@ CHUNK = 512  # rows whose texts are tokenised at once
 class Prepared:
     """`rows`: what the trainer gets. `dropped`: (where, reason, values). `first`: (prompt, answer) as trained."""
 
-    rows: list = field(default_factory=list)
-    dropped: list = field(default_factory=list)
+    rows: list[dict] = field(default_factory=list)
+    dropped: list[tuple[str, str, dict]] = field(default_factory=list)
     cut: int = 0  # rows whose answer max_length cuts short
-    sizes: list = field(default_factory=list)  # of each row, the tokens of each of its sequences that are padded
+    sizes: list[list[int]] = field(default_factory=list)  # tokens of each sequence of each row
     reshaped: int = 0  # rows whose prompt the template writes differently once an answer follows
-    first: tuple = ("", "")
+    first: tuple[str, str] = ("", "")
     # what preflight.py says of all rows, those dropped for their length among them
-    lengths: dict = field(default_factory=dict)  # {prompt, chosen, ...: tokens of each row's}
+    lengths: dict[str, list[int]] = field(default_factory=dict)  # {prompt, chosen, ...: tokens of each row's}
     longest: int = 0  # tokens of the longest row, prompt and answer
     spanned: int = 0  # rows of which a token spans prompt and answer
-    odd: list = field(default_factory=list)  # (where, what) of rows that have not one BOS and one end of turn
+    odd: list[tuple[str, str]] = field(default_factory=list)  # (where, problem): not one BOS and one end of turn
     highest: int = 0  # token id
 
 
-def prepare_rows(rows, tokenizer, columns, max_length, max_prompt=lambda values: 10**9):
+def no_limit(values: dict) -> int:
+    return 10**9
+
+
+def prepare_rows(
+    rows: list[Row],
+    tokenizer: "PreTrainedTokenizerBase",
+    columns: tuple[str, ...],
+    max_length: int | None,
+    max_prompt: Room = no_limit,
+) -> Prepared:
     """Text rows for the trainer of a method with these columns. Raises Refused where the template rejects a row.
 
     `max_length`: tokens of prompt and answer together; where the policy answers itself, of the prompt.
@@ -93,14 +111,14 @@ def prepare_rows(rows, tokenizer, columns, max_length, max_prompt=lambda values:
     return prepared
 
 
-def starts_training_at(row, prompt_ids):
+def starts_training_at(row: dict, prompt_ids: list[int]) -> int | None:
     """The place of the first token that is trained, or None; what max_length leaves of the row must hold it."""
     if "labels" in row:
         return next((place for place, label in enumerate(row["labels"]) if label != -100), None)
     return len(prompt_ids)
 
 
-def tokenize_all(tokenizer, texts):
+def tokenize_all(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> "BatchEncoding":
     """The tokens of several texts, from one call of the tokenizer on all its threads."""
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "true"  # only here: its threads do not survive a fork (data loaders)
@@ -110,7 +128,9 @@ def tokenize_all(tokenizer, texts):
         os.environ["TOKENIZERS_PARALLELISM"] = before or "false"
 
 
-def trainer_row(values, prompt, answers, alone, whole, columns):
+def trainer_row(
+    values: dict, prompt: str, answers: list[str], alone: list[int], whole: list[list[int]], columns: tuple[str, ...]
+) -> dict:
     """The row as TRL's trainer takes it. alone, whole: token ids of the prompt, and of the prompt with each answer."""
     if columns == PROMPT:  # as it came: TRL gives it to the reward functions too
         return {"prompt": values["prompt"], **values["further"]}
@@ -124,7 +144,15 @@ def trainer_row(values, prompt, answers, alone, whole, columns):
     return row | {name: values[name] for name in ("label", "margin") if name in values}
 
 
-def measure(prepared, where, values, alone, whole, tokenizer, columns):
+def measure(
+    prepared: Prepared,
+    where: str,
+    values: dict,
+    alone: list[int],
+    whole: list[list[int]],
+    tokenizer: "PreTrainedTokenizerBase",
+    columns: tuple[str, ...],
+) -> None:
     """Adds to `prepared` how long a row is, and what is odd in its tokens: the prompt's alone, whole with answers."""
     names = [name for name in ("messages", "chosen", "rejected", "completion") if name in values]
     told = {} if columns == DIALOGUE else {"prompt": len(alone)}
@@ -150,7 +178,7 @@ def measure(prepared, where, values, alone, whole, tokenizer, columns):
 # ── what the trainer gets ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def check_first(prepared, tokenizer, columns):
+def check_first(prepared: Prepared, tokenizer: "PreTrainedTokenizerBase", columns: tuple[str, ...]) -> None:
     """Two BOS never, one end of turn exactly: shown on the first row, as all rows are made in the same way."""
     if not prepared.rows:
         raise Refused(["no row is left to train on: every one is longer than --max_length. Raise it"])
@@ -167,13 +195,13 @@ def check_first(prepared, tokenizer, columns):
         )
 
 
-def as_dataset(prepared):
+def as_dataset(prepared: Prepared) -> "Dataset | None":
     from datasets import Dataset
 
     return Dataset.from_list(prepared.rows) if prepared.rows else None
 
 
-def check_none_lost(trainer, train, held_out):
+def check_none_lost(trainer: "Trainer", train: Prepared, held_out: Prepared) -> None:
     """TRL drops over-long rows without a word. They are counted here before it sees them, so it must find none."""
     for dataset, prepared in ((trainer.train_dataset, train), (trainer.eval_dataset, held_out)):
         if dataset is not None and len(dataset) != len(prepared.rows) and not getattr(trainer.args, "packing", False):
@@ -183,7 +211,7 @@ def check_none_lost(trainer, train, held_out):
             )
 
 
-def mark(prepared, tokenizer, colour):
+def mark(prepared: Prepared, tokenizer: "PreTrainedTokenizerBase", colour: bool) -> str:
     """The first row with its trained parts marked: in bold on a terminal, between [[ and ]] elsewhere."""
     on, off = ("\033[1m", "\033[0m") if colour else ("[[", "]]")
     row = prepared.rows[0]

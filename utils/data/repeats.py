@@ -3,24 +3,28 @@
 import collections
 import json
 
+from utils.data.files import Row
 
-def to_key(row, without=("label", "margin", "further")):
+
+def to_key(row: dict, without: tuple[str, ...] = ("label", "margin", "further")) -> str:
     """What two rows have in common that say the same: prompt and answers alone, unless told."""
     return json.dumps([(name, row[name]) for name in sorted(row) if name not in without], default=str)
 
 
-def find_again(made):
+def find_again(made: list[Row]) -> dict[str, str]:
     """{where: where the same stood before}, by all that a row trains on, or that a reward function is given."""
-    keys, firsts = collections.defaultdict(list), {}
+    keys: dict[str, list[str]] = collections.defaultdict(list)
+    firsts: dict[tuple, str] = {}
     for where, row in made:
         keys[where].append(to_key(row, ()))
-    firsts = {where: firsts.setdefault(tuple(key), where) for where, key in keys.items()}
-    return {where: first for where, first in firsts.items() if first != where}
+    found = {where: firsts.setdefault(tuple(key), where) for where, key in keys.items()}
+    return {where: first for where, first in found.items() if first != where}
 
 
-def find_against(made):
+def find_against(made: list[Row]) -> dict[str, str]:
     """{where: where the opposite stands}: chosen and rejected the other way round, or the other label."""
-    found, said = {}, {}
+    found: dict[str, str] = {}
+    said: dict[str, str] = {}
     for where, row in made:
         other = {"chosen": row["rejected"], "rejected": row["chosen"]} if "chosen" in row else {}
         other |= {"label": not row["label"]} if "label" in row else {}
@@ -30,12 +34,12 @@ def find_against(made):
     return found
 
 
-def say_two(found):
+def say_two(found: dict[str, str]) -> str:
     where, other = next(iter(found.items()))
     return f"{where} and {other}"
 
 
-def weigh(true, false):
+def weigh(true: int, false: int) -> str:
     """The flags that bring weight x rows of good and bad answers within 1:1 to 4:3.
 
     Source: KTO, arXiv 2402.01306, eq. 8; trl@1.16 kto_trainer.py warns by the same rule.

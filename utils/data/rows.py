@@ -7,12 +7,14 @@ import hashlib
 import json
 import random
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from rlhf_args.methods import ANSWERED, PROMPT, RANKED, UNPAIRED
 from utils.data.columns import (
     ACCEPTED,
     SAMPLE,
+    Kind,
     check_characters,
     check_further,
     check_row,
@@ -25,7 +27,7 @@ from utils.data.columns import (
     spread,
     useless,
 )
-from utils.data.files import read_rows, say_type
+from utils.data.files import Row, read_rows, say_type
 from utils.runtime.errors import Refused, collecting, refuse_if
 
 SHOWN = 20  # problems printed; the count covers all
@@ -43,7 +45,15 @@ class Rows:
     findings: list = field(default_factory=list)  # of preflight.py, once their text is prepared
 
 
-def load_rows(train_paths, eval_paths, columns, name, max_samples=None, problems=(), collected=None):
+def load_rows(
+    train_paths: Iterable[str] | None,
+    eval_paths: Iterable[str] | None,
+    columns: Kind,
+    name: str,
+    max_samples: int | None = None,
+    problems: Iterable[str] = (),
+    collected: list[str] | None = None,
+) -> Rows:
     """Every row of the files, checked and in the method's columns. Raises Refused: `problems` and all of its own.
 
     `collected`: a list that takes them instead (checks.collecting); the rows are then those that are sound.
@@ -55,7 +65,7 @@ def load_rows(train_paths, eval_paths, columns, name, max_samples=None, problems
     )
     for flag, paths, found, limit in asked:
         if paths:
-            broken = None if collected is None else []
+            broken: list[str] | None = None if collected is None else []
             try:
                 read, notes, unreadable = read_rows(paths, flag)
                 made, dropped = make_rows(read[:limit], columns, notes, unreadable, broken)
@@ -97,7 +107,9 @@ class Pass:
     types: dict = field(default_factory=dict)  # {further column: {type: the first such row}}
 
 
-def make_rows(rows, columns, notes, problems=(), collected=None):
+def make_rows(
+    rows: list[Row], columns: Kind, notes: list[str], problems: Iterable[str] = (), collected: list[str] | None = None
+) -> tuple[list[Row], list[tuple]]:
     """Checked rows of the method's own kind, and those that cannot be used: (rows, dropped).
 
     `dropped` is a list of (where, reason, values). Broken rows, and `problems` that reading found, raise Refused, the
@@ -112,7 +124,7 @@ def make_rows(rows, columns, notes, problems=(), collected=None):
     return made, found.dropped
 
 
-def walk(rows, columns, notes, found):
+def walk(rows: list[Row], columns: Kind, notes: list[str], found: Pass) -> Iterator[Row]:
     """Yields the rows that can be used, (where, converted); `rows` are gone over more than once."""
     found.kind = find_kind(rows, columns)
     found.names = {name: None for _, values in rows for name in values}
@@ -142,7 +154,7 @@ def walk(rows, columns, notes, found):
             yield from ((where, converted) for converted in convert(row, columns, values))
 
 
-def conclude(found, columns, notes):
+def conclude(found: Pass, columns: Kind, notes: list[str]) -> None:
     """Raises Refused where rows are broken or do not go together; notes what is not used of them."""
     problems, spoken, margins = found.problems, found.spoken, found.margins
     if len(spoken) == 2:
@@ -161,13 +173,13 @@ def conclude(found, columns, notes):
         notes.append(f"of the messages only role and content are used, not {', '.join(parts)}")
 
 
-def refuse_rows(problems):
+def refuse_rows(problems: list[str]) -> None:
     if problems:
         more = [f"... and {len(problems) - SHOWN} more, {len(problems)} in all"] if len(problems) > SHOWN else []
         raise Refused(problems[:SHOWN] + more)
 
 
-def check_labels(rows, name):
+def check_labels(rows: list[Row], name: str) -> None:
     """KTO on one label has nothing to compare (trl#1724)."""
     labels = {values["label"] for _, values in rows if "label" in values}
     if len(labels) == 1:
@@ -179,7 +191,7 @@ def check_labels(rows, name):
         )
 
 
-def check_dropped(rows, max_drop_fraction):
+def check_dropped(rows: Rows, max_drop_fraction: float) -> None:
     """Too many rows that cannot be used mean that the file is not what its owner thinks. None left: no training."""
     share = len({where for where, _, _ in rows.dropped}) / rows.total
     if share > max_drop_fraction or share == 1:
@@ -191,20 +203,20 @@ def check_dropped(rows, max_drop_fraction):
         raise Refused([f"{say_dropped(rows.dropped, rows.total)}. {way_out}"])
 
 
-def say_dropped(dropped, total):
+def say_dropped(dropped: list[tuple], total: int) -> str:
     counts = ", ".join(f"{count} {reason}" for reason, count in count_reasons(dropped).items())
     first = "; ".join(f"{where} {reason}" for where, reason, _ in dropped[:5])
     return f"{len({where for where, _, _ in dropped})} of {total} rows cannot be used ({counts}). The first: {first}"
 
 
-def count_reasons(dropped):
-    counts = {}
+def count_reasons(dropped: list[tuple]) -> dict[str, int]:
+    counts: dict[str, int] = {}
     for _, reason, _ in dropped:
         counts[reason] = counts.get(reason, 0) + 1
     return counts
 
 
-def hold_out(rows, fraction, seed):
+def hold_out(rows: Rows, fraction: float, seed: int) -> None:
     """Moves a random share of the training rows to held_out; the two halves of a converted pair stay together.
 
     A share above 0 is one row at least, and leaves one. Raises Refused where there is only one.
@@ -220,7 +232,7 @@ def hold_out(rows, fraction, seed):
     rows.train = [row for row in rows.train if row[0] not in held]
 
 
-def count_held(rows, fraction):
+def count_held(rows: int, fraction: float) -> int:
     """How many of so many rows are held out: of a share above 0 one at least, and one is left."""
     return min(max(round(rows * fraction), 1), rows - 1) if fraction else 0
 
@@ -232,10 +244,10 @@ def hash_rows(rows: list, in_order: bool = False) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def text_key(*values):
+def text_key(*values: object) -> int:
     return int.from_bytes(hashlib.sha256(to_json(values).encode()).digest()[:8], "little")
 
 
-def to_json(values) -> str:
+def to_json(values: object) -> str:
     """Values as JSON with sorted names. What JSON does not know (a date, Decimal or bytes of parquet) is its str()."""
     return json.dumps(values, sort_keys=True, ensure_ascii=False, default=str)

@@ -1,11 +1,16 @@
 """One row through the chat template: its text, its tokens, and which of them are trained."""
 
 import functools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from utils.runtime.errors import Refused
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-def render(tokenizer, values):
+
+def render(tokenizer: "PreTrainedTokenizerBase", values: dict) -> tuple[str, list[str], bool]:
     """(prompt, [answer, ...], reshaped): texts, each answer with exactly one end of turn behind it.
 
     Of a row that has a prompt alone, the answer is "".
@@ -29,40 +34,42 @@ def render(tokenizer, values):
     return whole[0][:shared], [text[shared:] for text in whole], shared < len(prompt)
 
 
-def template(tokenizer, messages, **kwargs):
+def template(tokenizer: "PreTrainedTokenizerBase", messages: list[dict], **kwargs: bool) -> str:
     """The chat template's text, without the BOS that the tokenizer will put in front of it again."""
     text = tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
     return text.removeprefix(tokenizer.bos_token) if tokenizer.bos_token and adds_bos(tokenizer) else text
 
 
 @functools.lru_cache(maxsize=8)  # asked for every text
-def adds_bos(tokenizer):
+def adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
     return tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
-def end_turn(tokenizer, text):
+def end_turn(tokenizer: "PreTrainedTokenizerBase", text: str) -> str:
     """`text` up to and with its last end of turn (templates add a newline behind it), or with one put there."""
     eos = tokenizer.eos_token
     stripped = text.rstrip()
     return stripped if stripped.endswith(eos) else text + eos
 
 
-def shared_length(a, b):
+def shared_length(a: Sequence, b: Sequence) -> int:
     if a == b[: len(a)]:
         return len(a)
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def tokenize(tokenizer, text, **kwargs):
+def tokenize(tokenizer: "PreTrainedTokenizerBase", text: str, **kwargs: bool) -> list[int]:
     return tokenizer(text, **kwargs)["input_ids"]
 
 
-def prompt_ids(tokenizer, prompt):
+def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: str | list[dict]) -> list[int]:
     """The tokens of a prompt that is to be answered."""
     return tokenize(tokenizer, render(tokenizer, {"prompt": prompt})[0])
 
 
-def tokenize_pair(tokenizer, prompt, chosen, rejected):
+def tokenize_pair(
+    tokenizer: "PreTrainedTokenizerBase", prompt: str, chosen: str, rejected: str
+) -> tuple[list[int], list[int], list[int]]:
     """Token ids (prompt, chosen, rejected). A token that spans prompt and answer belongs to the answer, as in DPO.
 
     Source: trl 1.16.0, trainer/dpo_trainer.py, _prepare_dataset.
@@ -72,13 +79,15 @@ def tokenize_pair(tokenizer, prompt, chosen, rejected):
     return alone[:start], whole[0][start:], whole[1][start:]
 
 
-def split_tokens(alone, whole):
+def split_tokens(alone: list[int], whole: list[int]) -> dict[str, list[int]]:
     """{prompt_ids, completion_ids} of a prompt's tokens alone and with its answer; no completion_ids without one."""
     start = shared_length(alone, whole)
     return {"prompt_ids": whole[:start], "completion_ids": whole[start:]}
 
 
-def label_turns(ids, token_at, spans):
+def label_turns(
+    ids: list[int], token_at: Callable[[int], int | None], spans: list[tuple[int, int]]
+) -> dict[str, list[int]]:
     """{input_ids, labels} of a dialogue: every assistant turn is trained with its end of turn, the rest is -100.
 
     token_at: character -> index of its token, or None for a character that the tokenizer drops.
@@ -96,7 +105,7 @@ def label_turns(ids, token_at, spans):
     return {"input_ids": ids, "labels": labels}
 
 
-def assistant_spans(tokenizer, values, text):
+def assistant_spans(tokenizer: "PreTrainedTokenizerBase", values: dict, text: str) -> list[tuple[int, int]]:
     """(start, stop) in `text` of what the assistant says, each with its end of turn."""
     if isinstance(values.get("messages"), str):
         return [(0, len(text))]
@@ -114,7 +123,7 @@ def assistant_spans(tokenizer, values, text):
     return spans
 
 
-def fit_tokenizer(tokenizer, chat):
+def fit_tokenizer(tokenizer: "PreTrainedTokenizerBase", chat: bool) -> list[str]:
     """Set pad and end of turn on the tokenizer; the notes say what was changed. Raises Refused without a template."""
     notes = []
     if chat and not tokenizer.chat_template:
@@ -150,11 +159,11 @@ def fit_tokenizer(tokenizer, chat):
     return notes
 
 
-def say_error(error):
+def say_error(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def end_of_turn(tokenizer):
+def end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> str | None:
     """The special token that the template puts behind an answer, or None if it puts none."""
     answer = "ANSWER"
     text = template(tokenizer, [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": answer}])
@@ -163,6 +172,6 @@ def end_of_turn(tokenizer):
     return next((tokenizer.convert_ids_to_tokens(token) for token in tail if token in special), None)
 
 
-def count_ends(ids, eos):
+def count_ends(ids: list[int], eos: int) -> int:
     """How many end-of-turn tokens stand last."""
     return next((n for n, token in enumerate(reversed(ids)) if token != eos), len(ids))

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from utils.models import shapes
 from utils.runtime.errors import Refused
@@ -43,10 +43,11 @@ class ModelFolder:
         self.json: dict[str, dict | None] = {}
 
     @staticmethod
-    def at(path: str | Path, revision: str | None = None) -> "ModelFolder":
-        """The folder or Hub id; the same object as long as its files are unchanged."""
-        entries = list(os.scandir(path)) if Path(path).is_dir() else []
-        return known(str(path), revision, frozenset(map(stamp, entries)))
+    def at(path: str | Path | None, revision: str | None = None) -> "ModelFolder":
+        """The folder or Hub id; the same object as long as its files are unchanged. None is refused with the flags."""
+        name = str(path)
+        entries = list(os.scandir(name)) if Path(name).is_dir() else []
+        return known(name, revision, frozenset(map(stamp, entries)))
 
     # ── config and tokenizer ─────────────────────────────────────────────────────────────────────────────────────────
 
@@ -262,7 +263,7 @@ def read_object(file: Path) -> dict:
     return found
 
 
-def read_json(file: Path) -> object:
+def read_json(file: Path) -> Any:
     """A file's JSON; None where there is no such file."""
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
@@ -309,7 +310,7 @@ def count_elements(tensors: dict[str, Tensor]) -> int:
 
 def count_trained(common: "CommonArgs") -> int:
     """Trained parameters, from the headers of the policy's files; 0 for a Hub id."""
-    policy, mode = ModelFolder.at(common.model_name_or_path or ""), common.train_mode
+    policy, mode = ModelFolder.at(common.model_name_or_path), common.train_mode
     if policy.adapter and mode != "full":
         return count_elements(policy.tensors)
     if mode == "full":

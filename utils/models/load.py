@@ -1,15 +1,27 @@
 """Tokenizer, policy, reference and adapter, built right in every train mode."""
 
 import contextlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from utils.models.folders import ModelFolder
 from utils.runtime import environment
 from utils.runtime.errors import Refused
 from utils.runtime.output import first_line
 
+if TYPE_CHECKING:
+    import torch
+    from peft import LoraConfig, PeftModel
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-def load_tokenizer(path, revision=None, trust_remote_code=False, flag="--model_name_or_path"):
+    from rlhf_args.methods import Method
+
+
+def load_tokenizer(
+    path: str | Path, revision: str | None = None, trust_remote_code: bool = False, flag: str = "--model_name_or_path"
+) -> "PreTrainedTokenizerBase":
     """The tokenizer in a model's or adapter's folder, right-padding."""
     from transformers import AutoTokenizer
 
@@ -21,14 +33,16 @@ def load_tokenizer(path, revision=None, trust_remote_code=False, flag="--model_n
         raise not_loaded(flag, path, f"its tokenizer cannot be loaded ({first_line(error)})") from None
 
 
-def not_loaded(flag: str, path: str, reason: str) -> Refused:
+def not_loaded(flag: str, path: str | Path, reason: str) -> Refused:
     """The refusal of a model that transformers could not load: of a folder, or of what is no folder here."""
     if not Path(path).exists():
         reason += ". There is no such folder here either: name one, or a Hub id that can be reached or is in the cache"
     return Refused([f"{flag} {path}: {reason}"])
 
 
-def load_policy(path, *, train_mode, dtype, deepspeed, **source):
+def load_policy(
+    path: str, *, train_mode: str, dtype: str, deepspeed: bool, **source: Any
+) -> "PreTrainedModel | PeftModel":
     """The model to train. A PeftModel where `path` is an adapter that goes on being trained.
 
     Fully trained weights are float32, as in TRL (DeepSpeed keeps such a copy by itself: there, and frozen, `dtype`).
@@ -38,7 +52,9 @@ def load_policy(path, *, train_mode, dtype, deepspeed, **source):
     return load_model(path, dtype=dtype, adapter="train", four_bit=train_mode == "qlora", **source)
 
 
-def load_other_models(names, path, *, train_mode, dtype, deepspeed, **source):
+def load_other_models(
+    names: Iterable[str], path: str, *, train_mode: str, dtype: str, deepspeed: bool, **source: Any
+) -> dict[str, "PreTrainedModel"]:
     """The frozen models that the trainer takes by keyword: {} or {"ref_model": ...}.
 
     With an adapter the reference is the same model with the adapter off (or its frozen twin), never a second base.
@@ -55,7 +71,7 @@ def load_other_models(names, path, *, train_mode, dtype, deepspeed, **source):
     return loaded
 
 
-def shard_layers(model, precision):
+def shard_layers(model: "PreTrainedModel", precision: "MixedPrecisionPolicy") -> None:
     """Makes each layer of a frozen model a piece under FSDP2: TRL makes all of it one, which is fetched as a whole.
 
     The pieces are as the policy's, and hand out what `precision` says: with other roundings it would be another model.
@@ -72,18 +88,18 @@ def shard_layers(model, precision):
         fully_shard(piece, mp_policy=precision)
 
 
-def needs_reference(config, method):
+def needs_reference(config: "TrainingArguments", method: "Method") -> bool:
     """Whether a model of the start is held: not where its part was computed before, or has no weight in the reward."""
     if method.sample_reward:
         return config.beta != 0
     return not getattr(config, "precompute_ref_log_probs", False)
 
 
-def held_in(dtype, deepspeed):
+def held_in(dtype: str, deepspeed: bool) -> str:
     return dtype if deepspeed else "float32"
 
 
-def describe_reference(method, path, train_mode, config):
+def describe_reference(method: "Method", path: str, train_mode: str, config: "TrainingArguments") -> str:
     needed = needs_reference(config, method)
     if not method.models or method.sample_reward and not needed:
         return "none needed"
@@ -97,19 +113,19 @@ def describe_reference(method, path, train_mode, config):
 
 
 def load_model(
-    path,
-    task,
-    dtype,
+    path: str | Path,
+    task: str,
+    dtype: str,
     *,
-    tokenizer,
-    seed,
-    revision=None,
-    attn_implementation=None,
-    trust_remote_code=False,
-    four_bit=False,
-    adapter="keep",
-    flag="--model_name_or_path",
-):
+    tokenizer: "PreTrainedTokenizerBase",
+    seed: int,
+    revision: str | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    four_bit: bool = False,
+    adapter: str = "keep",
+    flag: str = "--model_name_or_path",
+) -> "PreTrainedModel | PeftModel":
     """A model or adapter folder or Hub id as a causal language model, or as a scorer of one label (task SEQ_CLS).
 
     `adapter`: what becomes of one in `path`: train it, keep it beside its base, or merge it into its base.
@@ -156,7 +172,7 @@ def load_model(
 
 
 @contextlib.contextmanager
-def unsharded():
+def unsharded() -> Iterator[None]:
     """Loads a model whole although ZeRO-3 loads in pieces: for one that is used before there is an engine."""
     from transformers.integrations import deepspeed
 
@@ -170,7 +186,7 @@ def unsharded():
             deepspeed.set_hf_deepspeed_config(holder())
 
 
-def four_bit_config(dtype):
+def four_bit_config(dtype: "torch.dtype") -> "BitsAndBytesConfig":
     """QLoRA's NF4 with double quantisation; stored as `dtype`, so that ZeRO-3 and FSDP can shard it."""
     from transformers import BitsAndBytesConfig
 
@@ -184,7 +200,7 @@ def four_bit_config(dtype):
     )
 
 
-def keep_trainable(model):
+def keep_trainable(model: "PreTrainedModel") -> None:
     """Stops bitsandbytes from repacking 4-bit weights on a CPU for inference whenever the model is evaluated.
 
     The repacked kernel has no backward: after an evaluation in mid-training the gradients would silently be lost.
@@ -195,7 +211,15 @@ def keep_trainable(model):
             module.support_avx512bf16_for_cpu = False
 
 
-def make_lora(task, rank, alpha, dropout, target_modules, use_dora, revision=None):
+def make_lora(
+    task: str,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    target_modules: list[str] | None,
+    use_dora: bool,
+    revision: str | None = None,
+) -> "LoraConfig":
     """The LoraConfig that the trainer wraps the policy in."""
     from peft import LoraConfig
 
@@ -212,7 +236,7 @@ def make_lora(task, rank, alpha, dropout, target_modules, use_dora, revision=Non
     )
 
 
-def fit_config(model, tokenizer):
+def fit_config(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
     """Pad and end of turn of the tokenizer on every config of the model, so that training and generation agree."""
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     generation = getattr(model, "generation_config", None)
@@ -223,12 +247,12 @@ def fit_config(model, tokenizer):
         generation.pad_token_id = tokenizer.pad_token_id
 
 
-def cast_before_score(model):
+def cast_before_score(model: "PreTrainedModel") -> None:
     """Casts what comes into the score head to the head's dtype, which over a 4-bit base is another one."""
     model.score.register_forward_pre_hook(lambda head, inputs: (inputs[0].to(head.weight.dtype), *inputs[1:]))
 
 
-def count_parameters(model):
+def count_parameters(model: "torch.nn.Module") -> str:
     """ "4.9M of 139.4M parameters (3.5 %)"; sharded and 4-bit weights count as what they stand for."""
     total = trained = 0
     for parameter in model.parameters():

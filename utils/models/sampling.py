@@ -10,11 +10,19 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from utils.models.folders import ModelFolder
 from utils.runtime import environment
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+    from common_args import CommonArgs
 
 # What a trainer samples by: flag -> the value that changes nothing.
 SETTINGS = {"temperature": None, "top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
@@ -42,7 +50,7 @@ class Sampling:
     seed: int = 0
 
 
-def check_settings(config):
+def check_settings(config: "TrainingArguments") -> Iterator[str]:
     """Problems of the flags that the trained model's answers are sampled by."""
     if not 0 < config.top_p <= 1:
         yield f"--top_p {config.top_p:g}: above 0, up to 1 (all tokens)"
@@ -61,7 +69,7 @@ def check_settings(config):
         yield from problems or try_generation_kwargs(given)
 
 
-def check_generation_kwargs(given):
+def check_generation_kwargs(given: dict) -> Iterator[str]:
     from transformers import GenerationConfig
 
     known = [key for key in vars(GenerationConfig()) if not key.startswith("_") and key not in (*FLAGS, *OTHERWISE)]
@@ -80,7 +88,7 @@ def check_generation_kwargs(given):
         yield f"--generation_kwargs: stop_strings {json.dumps(given['stop_strings'])}: a list of strings, none empty"
 
 
-def try_generation_kwargs(given):
+def try_generation_kwargs(given: dict) -> Iterator[str]:
     """Problem of values that generate() does not take, found on a model of two numbers a token."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -95,7 +103,7 @@ def try_generation_kwargs(given):
             yield f"--generation_kwargs {json.dumps(given)}: generate() does not take it ({why})"
 
 
-def describe_settings(config, own):
+def describe_settings(config: "TrainingArguments", own: dict) -> str:
     """What the trained model's answers are sampled by, in one line. `own`: its generation_config.json as a dict."""
     used = {name: getattr(config, name) for name in SETTINGS if getattr(config, name) != SETTINGS[name]}
     used |= config.generation_kwargs or {}
@@ -107,12 +115,12 @@ def describe_settings(config, own):
     return show_settings(used) + (f"; not by the model's own {show_settings(unused)}" if unused else "")
 
 
-def show_settings(settings):
+def show_settings(settings: dict) -> str:
     shown = {key: f"{v:g}" if type(v) is float else json.dumps(v, ensure_ascii=False) for key, v in settings.items()}
     return ", ".join(f"{key} {value}" for key, value in shown.items())
 
 
-def answers_folder(above, model, sampling):
+def answers_folder(above: str | Path, model: object, sampling: Sampling) -> Path:
     """The folder of one model's answers under one setting; `model` says all that tells it from others."""
     described = json.dumps({"model": model, "sampling": asdict(sampling)}, sort_keys=True, indent=2, default=str)
     folder = Path(above) / hashlib.sha256(described.encode()).hexdigest()[:16]
@@ -122,7 +130,7 @@ def answers_folder(above, model, sampling):
     return folder
 
 
-def identify_weights(path, revision=None):
+def identify_weights(path: str, revision: str | None = None) -> list:
     """What tells the weights in a folder from others: each file's size and time; of a Hub id, its revision."""
     files = sorted(Path(path).glob("*.safetensors"))
     if not files:
@@ -130,11 +138,11 @@ def identify_weights(path, revision=None):
     return [str(Path(path).resolve()), *([file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files)]
 
 
-def prompt_key(ids):
+def prompt_key(ids: list[int]) -> str:
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:32]
 
 
-def read_answers(folder):
+def read_answers(folder: str | Path) -> dict[str, list[int]]:
     """{key: token ids} of all that is in a folder. A last line that a kill cut short is not there."""
     found = {}
     for file in sorted(Path(folder).glob("answers-*.jsonl")):
@@ -144,14 +152,22 @@ def read_answers(folder):
     return found
 
 
-def missing_prompts(folder, prompts):
+def missing_prompts(folder: str | Path, prompts: list[list[int]]) -> list[list[int]]:
     """The prompts that have no answer yet, once each, the longest first: what does not fit fails at once."""
     known = read_answers(folder)
     wanted = {prompt_key(ids): ids for ids in prompts}
     return sorted((ids for key, ids in wanted.items() if key not in known), key=lambda ids: (-len(ids), ids))
 
 
-def answer_prompts(model, tokenizer, prompts, sampling, folder, batch_size, what="answering"):
+def answer_prompts(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: list[list[int]],
+    sampling: Sampling,
+    folder: str | Path,
+    batch_size: int,
+    what: str = "answering",
+) -> None:
     """Samples answers to `prompts`, the lists of token ids that missing_prompts gave; each process its share."""
     from accelerate import PartialState
     from tqdm import tqdm
@@ -173,7 +189,13 @@ def answer_prompts(model, tokenizer, prompts, sampling, folder, batch_size, what
     state.wait_for_everyone()
 
 
-def sample(model, tokenizer, prompts, sampling, seeds=None):
+def sample(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: list[list[int]],
+    sampling: Sampling,
+    seeds: list[int] | None = None,
+) -> list[list[int]]:
     """One answer to each of a few prompts, as lists of token ids; an answer ends with its end of turn, or is cut.
 
     `seeds`: a number a prompt; unset, one that its tokens give. The draws hang on it alone: in whatever batch and
@@ -202,12 +224,12 @@ def sample(model, tokenizer, prompts, sampling, seeds=None):
     return [cut_at_end(row, ends) for row in out[:, width:].tolist()]
 
 
-def seed_of(*what):
+def seed_of(*what: object) -> int:
     """60 bits that name `what`."""
     return int(hashlib.sha256(json.dumps(what).encode()).hexdigest()[:15], 16)
 
 
-def choose_seeded(sampling, seeds, width, device):
+def choose_seeded(sampling: Sampling, seeds: list[int], width: int, device: "torch.device") -> "LogitsProcessorList":
     """The logits processors that warp as transformers does, then draw each row's token by its own random numbers.
 
     One uniform number a token, and the token at which the cumulated probabilities pass it.
@@ -219,7 +241,7 @@ def choose_seeded(sampling, seeds, width, device):
     drawn = torch.stack([torch.rand(sampling.max_new_tokens, generator=g, dtype=torch.float64) for g in numbers])
     drawn = drawn.to(device)  # (B, max_new_tokens)
 
-    def draw(ids, scores):
+    def draw(ids: "torch.Tensor", scores: "torch.Tensor") -> "torch.Tensor":
         cumulated = scores.double().softmax(-1).cumsum(-1)  # (B, vocabulary)
         drawn_at = drawn[:, ids.shape[1] - width, None] * cumulated[:, -1:]
         token = torch.searchsorted(cumulated, drawn_at, right=True)
@@ -231,16 +253,18 @@ def choose_seeded(sampling, seeds, width, device):
     return LogitsProcessorList([*warpers, draw])
 
 
-def nameless_tokens(model, tokenizer, shared=None):
+def nameless_tokens(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", shared: int | None = None
+) -> list[int]:
     """Ids behind the tokenizer's last, rows that pad an embedding, or behind those that two models share."""
     rows, named = model.config.get_text_config().vocab_size, max(tokenizer.get_vocab().values()) + 1
     return list(range(min(named, shared or rows), rows))
 
 
-def cut_at_end(ids, ends):
+def cut_at_end(ids: list[int], ends: set[int]) -> list[int]:
     return next((ids[: place + 1] for place, token in enumerate(ids) if token in ends), ids)
 
 
-def describe_sampling(common, config):
+def describe_sampling(common: "CommonArgs", config: "TrainingArguments") -> str:
     own = ModelFolder.at(common.model_name_or_path, common.model_revision).generation_config
     return f"sampling  {describe_settings(config, own)}"

@@ -4,6 +4,10 @@ Source: config.json of Qwen2.5-0.5B, 1.5B, 3B, 7B, 14B, 32B, Llama-3.1-8B, 70B a
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 # name -> (model type, vocabulary, hidden size, MLP, layers, heads, key and value heads, tied embeddings)
 SHAPES = {
@@ -19,7 +23,7 @@ SHAPES = {
 }
 
 
-def find_shape(name):
+def find_shape(name: str | Path) -> "PretrainedConfig | None":
     """The config of a named shape, in any letter case; None where there is none of that name, or a folder."""
     sizes = SHAPES.get(str(name).lower())
     if sizes is None or Path(name).exists():
@@ -39,7 +43,7 @@ def find_shape(name):
     )
 
 
-def make_tokenizer():
+def make_tokenizer() -> "PreTrainedTokenizerFast":
     """A tokenizer of one word, of which a text has as many tokens as one wants."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -1,12 +1,20 @@
 """The teacher of a distillation: checked before it is loaded, asked for its answers once, held beside the student."""
 
 import gc
+from typing import TYPE_CHECKING
 
 from utils.models import load, sampling
 from utils.models.folders import ModelFolder, same_path
 from utils.models.sampling import describe_sampling
 from utils.runtime.errors import Failed
 from utils.runtime.output import say
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from common_args import CommonArgs
+    from rlhf_args.gkd_config import GKDConfig
+    from utils.data.prepare import Prepared
 
 # ── what is said of it ───────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -44,18 +52,18 @@ def describe(common, config, train, held_out):
 # ── loading, and its answers ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def shares_base(common, config):
+def shares_base(common: "CommonArgs", config: "GKDConfig") -> bool:
     """Whether the teacher is the very base that the student's adapter is trained on, and needs no copy of its own."""
     base = ModelFolder.at(common.model_name_or_path, common.model_revision).base
     same = same_path(base.path, config.teacher_model_name_or_path) and base.revision == config.teacher_model_revision
     return same and common.train_mode != "full"
 
 
-def in_4bit(common, config):
+def in_4bit(common: "CommonArgs", config: "GKDConfig") -> bool:
     return config.teacher_load_in_4bit or common.train_mode == "qlora" and shares_base(common, config)
 
 
-def load_teacher(common, config, tokenizer):
+def load_teacher(common: "CommonArgs", config: "GKDConfig", tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedModel":
     """The frozen teacher; one that is an adapter is merged into its base, unless that is held in 4 bits."""
     four_bit = in_4bit(common, config)
     teacher = load.load_model(
@@ -74,7 +82,7 @@ def load_teacher(common, config, tokenizer):
     return teacher.eval().requires_grad_(False)
 
 
-def rows_to_answer(config, train, held_out):
+def rows_to_answer(config: "GKDConfig", train: "Prepared", held_out: "Prepared") -> list[dict]:
     """The rows that the teacher answers: with SeqKD all, and what is held out without an answer."""
     return [*(train.rows if config.seq_kd else ()), *(row for row in held_out.rows if not row["completion_ids"])]
 

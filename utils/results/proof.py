@@ -8,13 +8,21 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from utils.models import load
 from utils.models.folders import ModelFolder, read_json
 from utils.results.soundness import check_files
 from utils.runtime import output, paths
 from utils.runtime.errors import Failed, Refused
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+    from torch.nn import Module
+    from transformers import PreTrainedTokenizerBase
 
 TEXT = "The quick brown fox jumps over the lazy dog. 1 + 1 = 2. 今天天气很好。 def f(x): return x"
 FILE = "probe.json"
@@ -32,7 +40,15 @@ OF_A_LAUNCH = re.compile(
 )
 
 
-def record(model, tokenizer, folder, *, task, four_bit=False, accelerator=None):
+def record(
+    model: "Module",
+    tokenizer: "PreTrainedTokenizerBase",
+    folder: str | Path,
+    *,
+    task: str,
+    four_bit: bool = False,
+    accelerator: "Accelerator | None" = None,
+) -> None:
     """Writes probe.json: what the model answers to the probe. Every process calls it, the main one writes.
 
     `model` as the engine of `accelerator` wraps it; computed in the precision it is held in, without autocast.
@@ -43,7 +59,7 @@ def record(model, tokenizer, folder, *, task, four_bit=False, accelerator=None):
     with unwrapped(model, accelerator) as inner:
         mixed = is_mixed(inner)
         # float32 norms between 4-bit layers meet a bfloat16 head, which only autocast brings together
-        with accelerator.autocast() if mixed else contextlib.nullcontext():
+        with accelerator.autocast() if mixed and accelerator else contextlib.nullcontext():
             values = ask(inner, tokenizer(TEXT)["input_ids"], task)
         held_in = inner.get_input_embeddings().weight.dtype
         kinds = {p.dtype for p in inner.parameters() if p.is_floating_point()}
@@ -58,14 +74,14 @@ def record(model, tokenizer, folder, *, task, four_bit=False, accelerator=None):
         write(folder, values, tokenizer, task=task, dtype=dtype, exact_to=exact_to, same=same, four_bit=four_bit)
 
 
-def is_mixed(model):
+def is_mixed(model: "Module") -> bool:
     """Whether the weights that no adapter trains are held in more than one precision."""
     frozen = [p for name, p in model.named_parameters() if "lora_" not in name and "score" not in name]
     return len({p.dtype for p in frozen if p.is_floating_point()}) > 1
 
 
 @contextlib.contextmanager
-def unwrapped(model, accelerator):
+def unwrapped(model: "Module", accelerator: "Accelerator | None") -> Iterator["Module"]:
     """The model inside what accelerate and the engine wrap it in, to be called by every process."""
     if accelerator is None:
         yield model
@@ -85,7 +101,7 @@ def unwrapped(model, accelerator):
                 inner.forward = with_autocast
 
 
-def ask(model, ids, task):
+def ask(model: "Module", ids: list[int], task: str) -> "torch.Tensor":
     """What `model` answers to `ids` (T,), in float32: log-probabilities (T, V), or a score a token (T, 1)."""
     import torch
 
@@ -106,7 +122,17 @@ def ask(model, ids, task):
     return heard[0][0].float() if hook else out.logits[0].float().log_softmax(-1)
 
 
-def write(folder, values, tokenizer, *, task, dtype, exact_to, same, four_bit=False):
+def write(
+    folder: str | Path,
+    values: "torch.Tensor",
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    task: str,
+    dtype: str,
+    exact_to: str,
+    same: bool,
+    four_bit: bool = False,
+) -> None:
     """Writes probe.json of what `ask` returned.
 
     `exact_to`: the coarsest precision between it and what is read. `same`: whether what is read computes as it did.
@@ -130,19 +156,19 @@ def write(folder, values, tokenizer, *, task, dtype, exact_to, same, four_bit=Fa
     Path(folder, FILE).write_text(json.dumps(probe) + "\n", encoding="utf-8")
 
 
-def name_device(device):
+def name_device(device: "torch.device") -> str:
     """What the order of sums depends on: the model of a GPU, the instructions of a CPU."""
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
 
 
-def hash_template(tokenizer):
+def hash_template(tokenizer: "PreTrainedTokenizerBase") -> str | None:
     template = tokenizer.chat_template
     return None if template is None else hashlib.sha256(str(template).encode()).hexdigest()
 
 
-def verify_in_fresh_process(folder, device="cpu"):
+def verify_in_fresh_process(folder: str | Path, device: str = "cpu") -> str:
     """The line that `python -m utils.verify FOLDER` prints, or one that says the process was killed. Raises Failed."""
     words = ["-m", "utils.verify", str(folder), *(["--device", device] if device != "cpu" else [])]
     done = subprocess.run(
@@ -160,7 +186,7 @@ def verify_in_fresh_process(folder, device="cpu"):
     return done.stdout.strip().splitlines()[-1]
 
 
-def clean_environment(inherited, device="cpu"):
+def clean_environment(inherited: Mapping[str, str], device: str = "cpu") -> dict[str, str]:
     """The environment of a process that belongs to no launch, and sees a GPU only where it is asked to use it."""
     env = {name: value for name, value in inherited.items() if not OF_A_LAUNCH.fullmatch(name)}
     root = str(Path(__file__).resolve().parents[2])
@@ -168,7 +194,7 @@ def clean_environment(inherited, device="cpu"):
     return env if device != "cpu" else env | {"CUDA_VISIBLE_DEVICES": ""}
 
 
-def verify(folder, device="cpu"):
+def verify(folder: str | Path, device: str = "cpu") -> str:
     """The line that says what a sound folder holds. Raises Failed where it is not, Refused where it is no model's."""
     folder = Path(folder)
     if not folder.is_dir():
@@ -190,7 +216,7 @@ def verify(folder, device="cpu"):
     return f"{said}, {compare(folder, probe, values)}"
 
 
-def read_probe(folder):
+def read_probe(folder: Path) -> dict | None:
     """What `write` wrote, None where nothing was recorded. Raises Failed where it is something else."""
     try:
         probe = read_json(folder / FILE)
@@ -203,14 +229,14 @@ def read_probe(folder):
     return probe
 
 
-def fail_if(folder, problems):
+def fail_if(folder: Path, problems: list[str]) -> None:
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise Failed(f"{folder} is not sound: {'; '.join(problems[:5])}{more}")
 
 
 @contextlib.contextmanager
-def reopening(folder):
+def reopening(folder: Path) -> Iterator[None]:
     """Whatever a library raises on reopening, as Failed in one line; as Refused where only the model's code could."""
     try:
         yield
@@ -221,7 +247,7 @@ def reopening(folder):
         raise Failed(f"{folder} is not sound: it cannot be reopened: {said}") from error
 
 
-def open_config_and_tokenizer(folder):
+def open_config_and_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     from transformers import AutoConfig
 
     base = ModelFolder.at(folder).base
@@ -229,7 +255,7 @@ def open_config_and_tokenizer(folder):
     return load.load_tokenizer(folder, flag="tokenizer of")
 
 
-def open_model(folder, tokenizer, probe, device):
+def open_model(folder: Path, tokenizer: "PreTrainedTokenizerBase", probe: dict, device: str) -> "Module":
     """The model as it was in memory: held in the same dtype, over the same 4 bits."""
     model = load.load_model(
         folder,
@@ -245,7 +271,7 @@ def open_model(folder, tokenizer, probe, device):
     return model.eval().to(device)
 
 
-def hold_as_saved(model, folder):
+def hold_as_saved(model: "Module", folder: Path) -> None:
     """Gives each trained number the dtype it was saved in: PEFT makes float32 of it, TRL bfloat16 over 4 bits."""
     from safetensors.torch import load_file
 
@@ -256,14 +282,14 @@ def hold_as_saved(model, folder):
             parameter.data = parameter.data.to(tensor.dtype)
 
 
-def check_tokenizer(tokenizer, probe):
+def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", probe: dict) -> Iterator[str]:
     if tokenizer(TEXT)["input_ids"] != probe["input_ids"]:
         yield "its tokenizer makes other tokens of the probe than the one in memory did"
     if hash_template(tokenizer) != probe["chat_template"]:
         yield "its chat template is not the one in memory"
 
 
-def compare(folder, probe, values):
+def compare(folder: Path, probe: dict, values: "torch.Tensor") -> str:
     """What is said of values (T, V) or (T, 1) that are near enough to those recorded. Raises Failed."""
     import torch
 
@@ -296,5 +322,5 @@ def compare(folder, probe, values):
     return f"{said} (another token is the likeliest {where}, where they tie)" if other.any() else said
 
 
-def short(number):
+def short(number: float) -> str:
     return f"{number:.0e}".replace("e-0", "e-") if number < 0.01 else f"{number:.2g}"

@@ -1,13 +1,21 @@
 """Saving the result, and that it is one: every trained number is there, and they moved."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from utils.runtime.errors import Failed
 from utils.runtime.paths import empty
 
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase, Trainer
 
-def save(trainer, tokenizer):
+Tensors = dict[str, Callable[[], "torch.Tensor"]]  # functions that read a tensor of a safetensors file
+
+
+def save(trainer: "Trainer", tokenizer: "PreTrainedTokenizerBase") -> int:
     """Model or adapter (safetensors), tokenizer and chat template into output_dir; every process takes part.
 
     Returns how many trained numbers the save must hold.
@@ -28,7 +36,7 @@ class Unchanged(Failed):
     """The saved weights are whole, and those that the training began with."""
 
 
-def check_trained(folder, start, expected):
+def check_trained(folder: str | Path, start: str | Path | None, expected: int) -> None:
     """Raises Failed where the safetensors in `folder` are not a trained model, Unchanged where they are the start.
 
     `start`: the folder that the training began with, None for a new adapter, whose lora_B begins as zeros.
@@ -46,24 +54,24 @@ def check_trained(folder, start, expected):
         raise Unchanged(f"{folder} is not a sound save: no weight differs from the start")
 
 
-def differs(name, tensor, begun, start):
+def differs(name: str, tensor: "torch.Tensor", begun: Tensors, start: str | Path | None) -> bool:
     if start is None:
         return "lora_B" in name and bool(tensor.any())
     return name in begun and not tensor.float().equal(begun[name]().float())
 
 
-def open_tensors(folder):
+def open_tensors(folder: str | Path) -> Tensors:
     """{name: function that reads it} over all safetensors files of a folder; {} for a Hub id."""
     from safetensors import safe_open
 
-    found = {}
+    found: Tensors = {}
     for file in sorted(file for file in Path(folder).glob("*.safetensors") if file.name != "critic.safetensors"):
         handle = safe_open(file, framework="pt")
         found |= {name: (lambda handle=handle, name=name: handle.get_tensor(name)) for name in handle.keys()}
     return found
 
 
-def prepare_output_dir(folder, overwrite, dropped):
+def prepare_output_dir(folder: str | Path, overwrite: bool, dropped: list[tuple]) -> None:
     """Makes the folder, empties it if asked, and writes dropped.jsonl: each row that is not trained on, and why."""
     folder = Path(folder)
     if overwrite and folder.is_dir():
