@@ -1,4 +1,4 @@
-"""What a row may look like: its columns, roles and labels, and how one kind of row becomes another."""
+"""Accepted columns, roles and labels of a row, and the conversion of one kind of row into another."""
 
 import difflib
 import json
@@ -14,7 +14,7 @@ Kind = tuple[str, ...]  # a set of columns, as in rlhf_args/methods.py
 Text = str | list[dict]  # plain text, or a chat: messages of {role, content}
 T = TypeVar("T", str, list[dict])
 
-# What a file may hold for a method of these columns, best first: KTO also reads pairs, Reward reads pairs, ...
+# Columns of a method: the columns that its files may have, best first. KTO also reads pairs, Reward reads pairs, ...
 ACCEPTED = {
     PAIR: (PAIR, RANKED),
     UNPAIRED: (UNPAIRED, PAIR, RANKED),
@@ -26,7 +26,7 @@ ACCEPTED = {
 SAMPLE = {method.columns: method.sample_data for method in EVERY.values()}
 ROLES = ("system", "developer", "user", "assistant", "tool")
 LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
-# Further columns that a reward function cannot be given: TRL passes things of these names, or takes them for images
+# Names that a reward function's columns cannot have: TRL passes its own values by them, or reads images from them
 RESERVED = (
     "prompts", "completion", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric",
     "image", "images",
@@ -35,9 +35,9 @@ HALVED = "holds half a character (\\ud800 to \\udfff), as of an emoji that was c
 
 
 def find_kind(rows: list[Row], columns: Kind) -> Kind:
-    """Which accepted set of columns this data has: the first that some row has, or the fuller one that holds it.
+    """The accepted set of columns of this data: the first that some row has, or the fuller set that contains it.
 
-    {"prompt", "chosen", "rejected"} holds {"chosen", "rejected"}: one row with a prompt, and all need one.
+    {"prompt", "chosen", "rejected"} contains {"chosen", "rejected"}: if one row has a prompt, all need one.
     """
     filled = {frozenset(name for name, value in values.items() if value is not None) for _, values in rows}
     found = [kind for kind in ACCEPTED[columns] if any(names.issuperset(kind) for names in filled)]
@@ -46,7 +46,7 @@ def find_kind(rows: list[Row], columns: Kind) -> Kind:
 
 
 def check_row(values: dict, kind: Kind, columns: Kind) -> str | None:
-    """What is wrong with one row, or None."""
+    """The problem of one row, or None."""
     missing = [name for name in kind if values.get(name) is None]
     if missing:
         others = [name for name in values if name not in kind]
@@ -77,9 +77,9 @@ def check_row(values: dict, kind: Kind, columns: Kind) -> str | None:
 
 
 def check_characters(values: dict) -> str | None:
-    """What is wrong with the characters of any column, its name and nested values included, or None.
+    """The problem of characters in any column, its name or nested values, or None.
 
-    Columns that are not trained on count too: reward functions, completions, hashes and dropped.jsonl need UTF-8.
+    Untrained columns are checked too: reward functions, completions, hashes and dropped.jsonl need UTF-8.
     """
     for name, value in values.items():
         if is_halved(name):
@@ -90,7 +90,7 @@ def check_characters(values: dict) -> str | None:
 
 
 def strings_in(value: object) -> Iterator[str]:
-    """Every string in a value: itself, or within lists and objects, whose keys count."""
+    """Every string in a value, also in lists and objects and their keys."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -102,7 +102,7 @@ def strings_in(value: object) -> Iterator[str]:
 
 
 def check_further(types: dict[str, dict[str, str]]) -> Iterator[str]:
-    """Problems of the columns beside the prompt, which reward functions are given: names of TRL, mixed types."""
+    """Problems of the columns passed to reward functions: names reserved by TRL, mixed types."""
     for name, found in types.items():
         if name in RESERVED:
             yield f'{next(iter(found.values()))}: a column "{name}", which TRL uses itself. Rename it'
@@ -140,7 +140,7 @@ def check_text(value: object, name: str) -> str | None:
 
 
 def is_halved(text: str) -> bool:
-    """Whether it cannot be written as UTF-8: JSON's \\ud83d without its other half."""
+    """True if the text cannot be written as UTF-8: JSON's \\ud83d without its other half."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -149,7 +149,7 @@ def is_halved(text: str) -> bool:
 
 
 def normalize(values: dict, kind: Kind, notes: list[str]) -> dict:
-    """One row with a prompt, whatever its kind: {prompt, chosen, rejected} and so on; messages: role and content."""
+    """One row with a prompt: {prompt, chosen, rejected}, ...; messages with only role and content."""
     row = {name: values[name] for name in kind}
     for name, value in row.items():
         if isinstance(value, list):
@@ -180,7 +180,7 @@ def normalize(values: dict, kind: Kind, notes: list[str]) -> dict:
 
 
 def split_answer(row: dict) -> dict:
-    """{prompt, completion} of messages: the assistant's last turn, and what stands before it; {prompt} of others."""
+    """{prompt, completion} of messages, split before the assistant's last turn; {prompt} if there is none."""
     messages = row.get("messages")
     if messages is None:
         return row
@@ -191,7 +191,7 @@ def split_answer(row: dict) -> dict:
 
 
 def to_number(value: Any) -> float | None:
-    """The finite number that a value is or writes, or None."""
+    """A value, or its text, as a finite number; None if it is none."""
     try:
         return float(value) if math.isfinite(float(value)) else None
     except (TypeError, ValueError):
@@ -199,7 +199,7 @@ def to_number(value: Any) -> float | None:
 
 
 def common_start(chosen: T, rejected: T) -> T:
-    """The shared beginning of two chats (whole messages, not the last) or two texts (up to a space): the prompt."""
+    """The prompt: the common start of two chats (in whole messages) or two texts (up to a space)."""
     length, longest = 0, min(len(chosen), len(rejected)) - isinstance(chosen, list)
     while length < longest and chosen[length] == rejected[length]:
         length += 1
@@ -214,7 +214,7 @@ def is_chat(row: dict) -> bool:
 
 
 def useless(row: dict, columns: Kind) -> str | None:
-    """Why a well-formed row cannot be trained on, or None."""
+    """The reason why a well-formed row is unusable, or None."""
     if columns == PROMPT:
         return None if text_of(row["prompt"]).strip() else "no prompt"
     if isinstance(row.get("messages"), list):
@@ -235,9 +235,9 @@ def text_of(value: Text) -> str:
 
 
 def convert(row: dict, columns: Kind, values: dict) -> list[dict]:
-    """The rows that a method of `columns` makes of one, read from `values`: a pair is two thumbs for KTO.
+    """The rows in the method's columns that one row becomes: a pair becomes two rows for KTO.
 
-    Of a prompt the other columns are kept aside as "further": they are the reward functions', not text to train on.
+    The other columns of a prompt are kept as "further", for the reward functions.
     """
     if columns == PROMPT:
         return [{"prompt": row["prompt"], "further": {n: value for n, value in values.items() if n != "prompt"}}]
@@ -250,10 +250,10 @@ def convert(row: dict, columns: Kind, values: dict) -> list[dict]:
 
 
 def keep_apart(rows: list[Row]) -> list[Row]:
-    """Rows made of pairs, each chosen answer followed by the rejected answer of a prompt half the file away.
+    """Rows made of pairs: each chosen answer is followed by the rejected answer to a prompt half the file away.
 
-    KTO estimates its KL by giving each prompt of a batch its neighbour's answer, and TRL takes the rows in order: two
-    answers to one prompt must not stand together.
+    KTO estimates its KL from each prompt with its neighbour's answer, and TRL keeps the order of the rows: two answers
+    to one prompt must not be neighbours.
     """
     chosen, rejected = rows[::2], rows[1::2]
     half = len(rejected) // 2
@@ -261,7 +261,7 @@ def keep_apart(rows: list[Row]) -> list[Row]:
 
 
 def spread(rows: list[Row], notes: list[str]) -> list[Row]:
-    """Rows of which neighbours answer one prompt, each followed by one from half the file away; for KTO, as above."""
+    """Rows in an order with fewer neighbours that answer one prompt, for KTO as above."""
     half = (len(rows) + 1) // 2
     apart = [rows[place // 2 + place % 2 * half] for place in range(len(rows))]
     if count_neighbours(apart) >= count_neighbours(rows):

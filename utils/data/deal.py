@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 def deal(
     order: Sequence[int], lengths: Sequence[int], batch: int, passes: int, processes: int = 1, drop_last: bool = False
 ) -> list[int]:
-    """`order` with each step's rows sorted, the longest first: those of one pass, on all processes, are alike.
+    """`order` with the rows of each step sorted, longest first: the rows of a pass, on all processes, are alike.
 
-    A pass that is not full weighs its rows more: they stay in it. With several processes the first rows of the epoch
-    fill it, and are added here, as accelerate does it, so that they are the same ones.
+    An incomplete last pass keeps its rows, as they have a higher weight. With several processes it is filled with the
+    first rows of the epoch, as accelerate does.
     Source: accelerate 1.15.0, data_loader.py, BatchSamplerShard.
     """
     whole = batch * processes
@@ -28,7 +28,7 @@ def deal(
 
 
 class Dealt:
-    """A sampler whose rows are dealt, each epoch anew."""
+    """A sampler that deals the rows of each epoch."""
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
-"""Data files to raw rows: jsonl, json, csv, parquet, folders, globs, Hub ids, each row with where it stands.
+"""Data files to raw rows with their place: jsonl, json, csv, parquet, folders, globs, Hub ids.
 
-Standard library only, but for parquet (pyarrow) and Hub ids (datasets), so that a bad file is refused at once.
+Standard library only, except for parquet (pyarrow) and Hub ids (datasets): a bad file is refused at once.
 """
 
 import csv
@@ -18,7 +18,7 @@ from utils.runtime.paths import looks_local, near_path
 
 Row = tuple[str, dict]  # where it stands ("data/kto.jsonl:17"), and its columns
 ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
-MESSAGES = re.compile(r"\s*\[\s*\{")  # how a list of messages begins where it is written as text
+MESSAGES = re.compile(r"\s*\[\s*\{")  # start of a list of messages written as text
 
 
 def find_files(paths: Iterable[str], flag: str) -> list[str]:
@@ -59,9 +59,9 @@ def is_data(path: Path) -> bool:
 
 
 class FileRows:
-    """The rows of files, (where, values) each, read anew at every pass so that a long file need not be held.
+    """Iterates over the rows of files; each pass reads the files again, so that no file is held in memory.
 
-    After a pass `notes` are for the reader, `problems` what could not be read. Raises Refused where there is no file.
+    After a pass, `notes` are for the user and `problems` are unreadable rows. Raises Refused for a missing file.
     """
 
     def __init__(self, paths: Iterable[str], flag: str, limit: int | None = None) -> None:
@@ -93,10 +93,7 @@ class FileRows:
 
 
 def read_rows(paths: Iterable[str], flag: str) -> tuple[list[Row], list[str], list[str]]:
-    """All rows of the files, with where they stand, notes for the reader, and what cannot be read.
-
-    (rows, notes, problems). Raises Refused where there is no such file.
-    """
+    """(rows of the files, notes for the user, problems of unreadable rows). Raises Refused for a missing file."""
     reader = FileRows(paths, flag)
     rows = list(reader)
     return rows, reader.notes, reader.problems
@@ -132,7 +129,7 @@ def read_jsonl(file: str, notes: list[str], problems: list[str]) -> Iterator[tup
 
 
 def has_json_line(text: str) -> bool:
-    """Whether the first of several lines is JSON by itself: not the beginning of one array over all of them."""
+    """True if the first of several lines is JSON by itself, not the start of an array over all lines."""
     first, *more = text.strip().split("\n", 1)
     try:
         return bool(more) and json.loads(first) is not None
@@ -159,7 +156,7 @@ def parse_json(file: str, text: str, problems: list[str]) -> Iterator[tuple[int,
 
 
 def read_csv(file: str, notes: list[str], problems: list[str]) -> Iterator[tuple[int, object]]:
-    csv.field_size_limit(2**31 - 1)  # Python's own 128 kB is less than a long conversation
+    csv.field_size_limit(2**31 - 1)  # Python's default, 128 kB, is too small for a long conversation
     reader = csv.reader(io.StringIO(read_text(file)), strict=True)
     try:
         header = next(reader, [])
@@ -178,7 +175,7 @@ def read_csv(file: str, notes: list[str], problems: list[str]) -> Iterator[tuple
 
 
 def from_cell(cell: str) -> object:
-    """A csv cell: messages are written as JSON in it, everything else is text."""
+    """The value of a csv cell: messages written as JSON, or text."""
     if MESSAGES.match(cell):
         try:
             return json.loads(cell)
@@ -200,7 +197,7 @@ def read_parquet(file: str, notes: list[str], problems: list[str]) -> Iterator[t
 def read_hub(name: str, notes: list[str], problems: list[str]) -> Iterator[tuple[int, object]]:
     from datasets import load_dataset
 
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line a retry; what came of them is said below
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs every retry; the error is reported below
     name, _, split = name.partition(":")
     try:
         yield from enumerate(load_dataset(name, split=split or "train"), 1)

@@ -1,7 +1,7 @@
 """Rows to the text that is trained on: chat template applied, one BOS where the tokenizer adds one, one end of turn.
 
-TRL's trainers get this as plain text, which each of them tokenises the same way; left to themselves, DPO trains
-`...ok<|im_end|>\\n` where CPO trains `...ok<|im_end|>\\n<|im_end|>`.
+TRL's trainers get plain text, which all of them tokenise the same way. Given messages, DPO would train
+`...ok<|im_end|>\\n` and CPO `...ok<|im_end|>\\n<|im_end|>`.
 """
 
 import functools
@@ -27,20 +27,20 @@ CHUNK = 512  # rows whose texts are tokenised at once
 
 @dataclass
 class Prepared:
-    """`rows`: what the trainer gets. `dropped`: (where, reason, values). `first`: (prompt, answer) as trained."""
+    """Rows as the trainer takes them. dropped: (where, reason, values). first: (prompt, answer) of the first row."""
 
     rows: list[dict] = field(default_factory=list)
     dropped: list[tuple[str, str, dict]] = field(default_factory=list)
-    cut: int = 0  # rows whose answer max_length cuts short
+    cut: int = 0  # rows whose answer is truncated at max_length
     sizes: list[list[int]] = field(default_factory=list)  # tokens of each sequence of each row
     reshaped: int = 0  # rows whose prompt the template writes differently once an answer follows
     first: tuple[str, str] = ("", "")
-    # what preflight.py says of all rows, those dropped for their length among them
-    lengths: dict[str, list[int]] = field(default_factory=dict)  # {prompt, chosen, ...: tokens of each row's}
+    # for utils/checks/findings.py, over all rows, also those dropped for their length:
+    lengths: dict[str, list[int]] = field(default_factory=dict)  # {prompt, chosen, ...: tokens in each row}
     longest: int = 0  # tokens of the longest row, prompt and answer
-    spanned: int = 0  # rows of which a token spans prompt and answer
+    spanned: int = 0  # rows in which a token spans prompt and answer
     odd: list[tuple[str, str]] = field(default_factory=list)  # (where, problem): not one BOS and one end of turn
-    highest: int = 0  # token id
+    highest: int = 0  # highest token id
 
 
 def no_limit(values: dict) -> int:
@@ -56,8 +56,8 @@ def prepare_rows(
 ) -> Prepared:
     """Text rows for the trainer of a method with these columns. Raises Refused where the template rejects a row.
 
-    `max_length`: tokens of prompt and answer together; where the policy answers itself, of the prompt.
-    `max_prompt`: of a row's values, the tokens of its prompt beside which an answer to be sampled has its room.
+    max_length: tokens of prompt and answer; of the prompt alone where the policy samples the answer.
+    max_prompt: a row's values -> the most tokens of its prompt that leave room for a sampled answer.
     """
     if columns == DIALOGUE and not tokenizer.is_fast:
         raise Refused(["the tokenizer has no fast version (tokenizer.json), which tells where turns start and end"])
@@ -112,7 +112,7 @@ def prepare_rows(
 
 
 def starts_training_at(row: dict, prompt_ids: list[int]) -> int | None:
-    """The place of the first token that is trained, or None; what max_length leaves of the row must hold it."""
+    """Index of the first trained token, or None. It must be below max_length."""
     if "labels" in row:
         return next((place for place, label in enumerate(row["labels"]) if label != -100), None)
     return len(prompt_ids)
@@ -132,7 +132,7 @@ def trainer_row(
     values: dict, prompt: str, answers: list[str], alone: list[int], whole: list[list[int]], columns: tuple[str, ...]
 ) -> dict:
     """The row as TRL's trainer takes it. alone, whole: token ids of the prompt, and of the prompt with each answer."""
-    if columns == PROMPT:  # as it came: TRL gives it to the reward functions too
+    if columns == PROMPT:  # unchanged: TRL also passes it to the reward functions
         return {"prompt": values["prompt"], **values["further"]}
     if columns == ANSWERED:
         return split_tokens(alone, whole[0])
@@ -153,7 +153,7 @@ def measure(
     tokenizer: "PreTrainedTokenizerBase",
     columns: tuple[str, ...],
 ) -> None:
-    """Adds to `prepared` how long a row is, and what is odd in its tokens: the prompt's alone, whole with answers."""
+    """Add a row's lengths and odd tokens to `prepared`. alone: ids of the prompt; whole: ids with each answer."""
     names = [name for name in ("messages", "chosen", "rejected", "completion") if name in values]
     told = {} if columns == DIALOGUE else {"prompt": len(alone)}
     told |= {name: len(ids) - told.get("prompt", 0) for name, ids in zip(names, whole, strict=False)}
@@ -179,7 +179,7 @@ def measure(
 
 
 def check_first(prepared: Prepared, tokenizer: "PreTrainedTokenizerBase", columns: tuple[str, ...]) -> None:
-    """Two BOS never, one end of turn exactly: shown on the first row, as all rows are made in the same way."""
+    """Raises Refused if the first row has two BOS or not exactly one end of turn. All rows are made the same way."""
     if not prepared.rows:
         raise Refused(["no row is left to train on: every one is longer than --max_length. Raise it"])
     ids = prepared.rows[0]["input_ids"] if columns == DIALOGUE else tokenize(tokenizer, "".join(prepared.first))
@@ -202,7 +202,7 @@ def as_dataset(prepared: Prepared) -> "Dataset | None":
 
 
 def check_none_lost(trainer: "Trainer", train: Prepared, held_out: Prepared) -> None:
-    """TRL drops over-long rows without a word. They are counted here before it sees them, so it must find none."""
+    """TRL drops over-long rows silently. They were dropped and counted before, so TRL must drop none."""
     for dataset, prepared in ((trainer.train_dataset, train), (trainer.eval_dataset, held_out)):
         if dataset is not None and len(dataset) != len(prepared.rows) and not getattr(trainer.args, "packing", False):
             raise RuntimeError(

@@ -1,6 +1,6 @@
-"""Rows of other frameworks' shapes into ours, by rule: what is there is moved and renamed, and nothing made up.
+"""Rules that convert rows of other frameworks into ours: columns are moved and renamed, nothing is invented.
 
-A further rule is a row in RULES, which stands at the end.
+A new rule is a row in RULES, at the end.
 """
 
 import ast
@@ -15,7 +15,7 @@ from rlhf_args.methods import ANSWERED, DIALOGUE, PAIR, PROMPT, RANKED, UNPAIRED
 from utils.data.columns import RESERVED, ROLES as KNOWN, Kind, check_label, common_start, to_number
 from utils.data.files import MESSAGES, Row
 
-TWO, ONE = (PAIR, RANKED, UNPAIRED), (DIALOGUE, ANSWERED)  # methods of two kinds of answers, and of one
+TWO, ONE = (PAIR, RANKED, UNPAIRED), (DIALOGUE, ANSWERED)  # methods with two kinds of answers, and with one
 ANY = (*TWO, *ONE, PROMPT)
 
 ROLES = {
@@ -24,7 +24,7 @@ ROLES = {
     **dict.fromkeys(("gpt", "bot", "chatbot", "chatgpt", "ai", "model", "function_call", "tool_call"), "assistant"),
     **dict.fromkeys(("observation", "function", "function_response", "tool_response", "ipython"), "tool"),
 }
-# What a column is called by ShareGPT, Alpaca, OpenAI, TRL, LLaMA-Factory, ms-swift, axolotl and the data of their docs
+# Names of columns in ShareGPT, Alpaca, OpenAI, TRL, LLaMA-Factory, ms-swift, axolotl, and in the data of their docs
 TALKS = ("conversations", "conversation", "dialog", "dialogue", "context_messages")
 ASKED = ("instruction", "question", "query", "problem", "input")
 ANSWERS = ("output", "response", "answer", "solution")
@@ -38,18 +38,18 @@ WORDS = [  # (true, false) of a column of labels
 ]  # fmt: skip
 SIDES = ("chosen", "rejected", "completion")
 TEXTS = ("messages", "prompt", *SIDES)
-NAMES = (*TEXTS, *TALKS, *ANSWERS, *BETTER, *WORSE)  # the columns that messages may stand in
+NAMES = (*TEXTS, *TALKS, *ANSWERS, *BETTER, *WORSE)  # columns that may hold messages
 
 
 @dataclass
 class Seen:
-    """What stands in all rows, for what one row alone does not tell."""
+    """Facts about all rows, for rules that need more than one row."""
 
-    columns: tuple  # the method's
-    repaired: bool  # whether an earlier rule changed a row
-    filled: set  # columns that some row has
-    words: dict  # {column of labels: the values in it}
-    whole: bool  # whether some row has chats without a prompt beside them
+    columns: tuple  # of the method
+    repaired: bool  # True if an earlier rule changed a row
+    filled: set  # columns that are set in some row
+    words: dict  # {column of labels: its values}
+    whole: bool  # True if some row has chats and no prompt
 
 
 Rule = Callable[[dict, Seen], dict | None]  # the row as the rule changes it; None where the rule does not apply
@@ -105,7 +105,7 @@ def read_written(row: dict, seen: Seen) -> dict | None:
 
 
 def read_list(text: str) -> list[dict] | None:
-    """The messages that a text writes out as JSON or as Python does, or None."""
+    """The messages that a text holds as JSON or as Python, or None."""
     for read in (json.loads, ast.literal_eval) if MESSAGES.match(text) else ():
         try:
             found = read(text)
@@ -121,7 +121,7 @@ def wrap_message(row: dict, seen: Seen) -> dict | None:
 
 
 def in_messages(change: Callable[[dict], dict]) -> Rule:
-    """The rule that changes each message of a row by `change`, which returns the same or another."""
+    """The rule that applies `change` to each message of a row."""
 
     def make(row: dict, seen: Seen) -> dict | None:
         found = {name: [change(part) for part in row[name]] for name in NAMES if is_list(row.get(name))}
@@ -149,7 +149,7 @@ def name_role(message: dict) -> dict:
 
 
 def split_turns(text: str) -> list[dict] | None:
-    """The messages of "\\n\\nHuman: ...\\n\\nAssistant: ..." as Anthropic's HH-RLHF has them; None of another text."""
+    """The messages of "\\n\\nHuman: ...\\n\\nAssistant: ..." as in Anthropic's HH-RLHF; None for another text."""
     start, *parts = re.split(r"(?:^|\n\n)(Human|Assistant):", text.lstrip("\n"))
     if start or len(parts) < 4 or parts[0] != "Human":
         return None
@@ -175,7 +175,7 @@ def read_dialogue(row: dict, seen: Seen) -> dict | None:
 
 
 def rename(target: str, names: Iterable[str], kinds: tuple[type, ...] = (str, list)) -> Rule:
-    """The rule that calls a row's only column of `names` by the name of `target`."""
+    """The rule that renames the only column of `names` in a row to `target`."""
 
     def make(row: dict, seen: Seen) -> dict | None:
         found = [name for name in names if has(row, name)]
@@ -276,7 +276,7 @@ def split_prompt(row: dict, seen: Seen) -> dict | None:
 
 
 def cut(sides: dict, start: list[dict], seen: Seen) -> dict:
-    """The answers without the prompt before them; as they are where they are for reward functions."""
+    """The answers without the prompt before them; {} for reward functions, which get them unchanged."""
     return {} if seen.columns == PROMPT else {name: value[len(start) :] for name, value in sides.items()}
 
 
@@ -307,7 +307,7 @@ def make_turns(row: dict, seen: Seen) -> dict | None:
     names = ANSWERED if seen.columns in ONE else ("prompt", *SIDES)
     chats = [name for name in names if is_chat(row.get(name))]
     texts = [name for name in names if isinstance(row.get(name), str)]
-    if seen.columns == PROMPT:  # the answers are the reward functions'
+    if seen.columns == PROMPT:  # the answers are for the reward functions
         texts = [name for name in texts if name == "prompt"]
     whole = any(row[name][0]["role"] != "assistant" for name in chats if name != "prompt")
     if chats and texts and ("prompt" in chats or not whole):
@@ -320,7 +320,7 @@ def take_label(row: dict, seen: Seen) -> dict | None:
     if len(names) != 1 or not has(row, "completion") or check_label(row.get("label")) is None:
         return None
     found = seen.words[names[0]]
-    for words in WORDS:  # of numbers both are needed: a lone 1 may be one of five
+    for words in WORDS:  # numbers: both are needed, as a lone 1 may be a rating of 1 to 5
         if found <= set(words) and (len(found) == 2 or to_number(words[0]) is None):
             return put(row, names, label=to_word(row[names[0]]) == words[0])
     return None
@@ -333,8 +333,8 @@ def free_names(row: dict, seen: Seen) -> dict | None:
 
 # ── the table ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-# (what is said of it, the columns of the methods that it is for, what makes of (row, Seen) the mended row, or None
-# where it does not apply). They are gone through in this order, each over all rows.
+# (description, columns of the methods that it serves, function of (row, Seen) -> the changed row, or None if the rule
+# does not apply). Applied in this order, each to all rows.
 RULES = [
     ("messages written as text -> lists", ANY, read_written),
     ("one message -> a list of it", ANY, wrap_message),
@@ -363,7 +363,7 @@ RULES = [
 
 
 def repair(rows: list[Row], columns: Kind) -> tuple[list[Row], dict[str, int]]:
-    """The rows as the rules make them, and how many rows each changed: (rows, {rule: count})."""
+    """(the rows after all rules, {description of a rule: rows that it changed})."""
     counts, seen = {}, look(rows, columns, False)
     for says, kinds, make in RULES:
         if columns in kinds:

@@ -1,6 +1,6 @@
-"""Raw rows to checked ones in the method's columns. Every row is looked at; nothing is dropped that is not counted.
+"""Raw rows to checked rows in the method's columns. Every row is checked; every dropped row is counted.
 
-A row in here is `(where, values)`: "data/kto.jsonl:17" and a dict of its columns. Standard library only.
+Standard library only.
 """
 
 import hashlib
@@ -35,14 +35,14 @@ SHOWN = 20  # problems printed; the count covers all
 
 @dataclass
 class Rows:
-    """What came of the files. `dropped`: (where, reason, values) of rows that cannot be used, out of `total` read."""
+    """The rows of a run. dropped: (where, reason, values) of unusable rows. total: rows read."""
 
     train: list
     held_out: list = field(default_factory=list)
     dropped: list = field(default_factory=list)
     total: int = 0
     notes: list = field(default_factory=list)
-    findings: list = field(default_factory=list)  # of preflight.py, once their text is prepared
+    findings: list = field(default_factory=list)  # of utils/checks/findings.py
 
 
 def load_rows(
@@ -54,9 +54,9 @@ def load_rows(
     problems: Iterable[str] = (),
     collected: list[str] | None = None,
 ) -> Rows:
-    """Every row of the files, checked and in the method's columns. Raises Refused: `problems` and all of its own.
+    """Every row of the files, checked and in the method's columns. Raises Refused with `problems` and all found here.
 
-    `collected`: a list that takes them instead (checks.collecting); the rows are then those that are sound.
+    collected: a list that takes the problems instead of raising; the sound rows are returned.
     """
     rows, refused = Rows([]), list(problems)
     asked = (
@@ -95,14 +95,14 @@ def load_rows(
 
 @dataclass
 class Pass:
-    """What one pass over raw rows came upon besides those that it made."""
+    """Findings of one pass over raw rows, besides the rows made."""
 
-    kind: tuple = ()  # the columns that they are read by
+    kind: tuple = ()  # columns by which the rows are read
     problems: list = field(default_factory=list)
     dropped: list = field(default_factory=list)  # (where, reason, values)
-    names: dict = field(default_factory=dict)  # of their columns
-    parts: set = field(default_factory=set)  # of their messages
-    spoken: dict = field(default_factory=dict)  # {whether it is a chat: the first such row}
+    names: dict = field(default_factory=dict)  # of the columns
+    parts: set = field(default_factory=set)  # keys of the messages
+    spoken: dict = field(default_factory=dict)  # {is it a chat: the first such row}
     margins: dict = field(default_factory=dict)
     types: dict = field(default_factory=dict)  # {further column: {type: the first such row}}
 
@@ -110,10 +110,10 @@ class Pass:
 def make_rows(
     rows: list[Row], columns: Kind, notes: list[str], problems: Iterable[str] = (), collected: list[str] | None = None
 ) -> tuple[list[Row], list[tuple]]:
-    """Checked rows of the method's own kind, and those that cannot be used: (rows, dropped).
+    """(checked rows in the method's columns, dropped rows as (where, reason, values)).
 
-    `dropped` is a list of (where, reason, values). Broken rows, and `problems` that reading found, raise Refused, the
-    first 20 named and all counted; or go into the list `collected`.
+    Raises Refused for broken rows and for `problems` of reading: the first 20 named, all counted. collected: a list
+    that takes them instead.
     """
     found = Pass(problems=list(problems))
     made = list(walk(rows, columns, notes, found))
@@ -125,15 +125,15 @@ def make_rows(
 
 
 def walk(rows: list[Row], columns: Kind, notes: list[str], found: Pass) -> Iterator[Row]:
-    """Yields the rows that can be used, (where, converted); `rows` are gone over more than once."""
+    """Usable rows, (where, converted). Iterates over `rows` more than once."""
     found.kind = find_kind(rows, columns)
     found.names = {name: None for _, values in rows for name in values}
     for where, given in rows:
-        # a reward function is given every column of every row, None where a row has none
+        # a reward function gets every column of every row, None where a row lacks it
         values = found.names | given if columns == PROMPT else given
         row_kind = found.kind
         if columns == ANSWERED and values.get("prompt") is not None and values.get("completion") is None:
-            row_kind = PROMPT  # whether an answer is needed hangs on the flags: teacher.check_distillation
+            row_kind = PROMPT  # the flags decide if an answer is needed: checks/distillation.py
         messages = (message for name in found.kind if isinstance(values.get(name), list) for message in values[name])
         problem = check_row(values, row_kind, columns) or check_characters(given)
         if problem:
@@ -155,7 +155,7 @@ def walk(rows: list[Row], columns: Kind, notes: list[str], found: Pass) -> Itera
 
 
 def conclude(found: Pass, columns: Kind, notes: list[str]) -> None:
-    """Raises Refused where rows are broken or do not go together; notes what is not used of them."""
+    """Raises Refused for broken or inconsistent rows; notes unused columns."""
     problems, spoken, margins = found.problems, found.spoken, found.margins
     if len(spoken) == 2:
         problems.append(f"{spoken[True]} is a chat and {spoken[False]} is plain text. One run takes one of the two")
@@ -180,7 +180,7 @@ def refuse_rows(problems: list[str]) -> None:
 
 
 def check_labels(rows: list[Row], name: str) -> None:
-    """KTO on one label has nothing to compare (trl#1724)."""
+    """Raises Refused if all labels are equal: KTO compares both (trl#1724)."""
     labels = {values["label"] for _, values in rows if "label" in values}
     if len(labels) == 1:
         raise Refused(
@@ -192,7 +192,7 @@ def check_labels(rows: list[Row], name: str) -> None:
 
 
 def check_dropped(rows: Rows, max_drop_fraction: float) -> None:
-    """Too many rows that cannot be used mean that the file is not what its owner thinks. None left: no training."""
+    """Raises Refused if more than max_drop_fraction of the rows are unusable, or all."""
     share = len({where for where, _, _ in rows.dropped}) / rows.total
     if share > max_drop_fraction or share == 1:
         limits = [re.search(r"max_\w*length", reason) for _, reason, _ in rows.dropped]
@@ -217,9 +217,9 @@ def count_reasons(dropped: list[tuple]) -> dict[str, int]:
 
 
 def hold_out(rows: Rows, fraction: float, seed: int) -> None:
-    """Moves a random share of the training rows to held_out; the two halves of a converted pair stay together.
+    """Move a random share of the training rows to held_out; the two halves of a converted pair stay together.
 
-    A share above 0 is one row at least, and leaves one. Raises Refused where there is only one.
+    A share above 0 is at least one row and leaves at least one. Raises Refused for a single row.
     """
     if not fraction:
         return
@@ -233,12 +233,12 @@ def hold_out(rows: Rows, fraction: float, seed: int) -> None:
 
 
 def count_held(rows: int, fraction: float) -> int:
-    """How many of so many rows are held out: of a share above 0 one at least, and one is left."""
+    """Number of held-out rows: with a fraction above 0 at least one, and one is left."""
     return min(max(round(rows * fraction), 1), rows - 1) if fraction else 0
 
 
 def hash_rows(rows: list, in_order: bool = False) -> str:
-    """sha256 over the rows, whatever file they stand in and, unless `in_order`, in whatever order."""
+    """sha256 of the rows, independent of their files and, unless in_order, of their order."""
     lines = (to_json(values) for _, values in rows)
     text = "\n".join(lines if in_order else sorted(lines))
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
@@ -249,5 +249,5 @@ def text_key(*values: object) -> int:
 
 
 def to_json(values: object) -> str:
-    """Values as JSON with sorted names. What JSON does not know (a date, Decimal or bytes of parquet) is its str()."""
+    """Values as JSON with sorted names. A type unknown to JSON (date, Decimal, bytes) becomes its str()."""
     return json.dumps(values, sort_keys=True, ensure_ascii=False, default=str)

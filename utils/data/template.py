@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 def render(tokenizer: "PreTrainedTokenizerBase", values: dict) -> tuple[str, list[str], bool]:
     """(prompt, [answer, ...], reshaped): texts, each answer with exactly one end of turn behind it.
 
-    Of a row that has a prompt alone, the answer is "".
+    For a row with only a prompt, the answer is "".
     """
     names = [name for name in ("chosen", "rejected", "completion") if name in values]
     if "messages" in values:
@@ -35,18 +35,18 @@ def render(tokenizer: "PreTrainedTokenizerBase", values: dict) -> tuple[str, lis
 
 
 def template(tokenizer: "PreTrainedTokenizerBase", messages: list[dict], **kwargs: bool) -> str:
-    """The chat template's text, without the BOS that the tokenizer will put in front of it again."""
+    """The chat template's text, without the BOS that the tokenizer adds."""
     text = tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
     return text.removeprefix(tokenizer.bos_token) if tokenizer.bos_token and adds_bos(tokenizer) else text
 
 
-@functools.lru_cache(maxsize=8)  # asked for every text
+@functools.lru_cache(maxsize=8)  # called for every text
 def adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
     return tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
 def end_turn(tokenizer: "PreTrainedTokenizerBase", text: str) -> str:
-    """`text` up to and with its last end of turn (templates add a newline behind it), or with one put there."""
+    """`text` with exactly one end of turn at its end: a trailing newline is cut, a missing end of turn added."""
     eos = tokenizer.eos_token
     stripped = text.rstrip()
     return stripped if stripped.endswith(eos) else text + eos
@@ -63,7 +63,7 @@ def tokenize(tokenizer: "PreTrainedTokenizerBase", text: str, **kwargs: bool) ->
 
 
 def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: str | list[dict]) -> list[int]:
-    """The tokens of a prompt that is to be answered."""
+    """Token ids of a prompt, with the generation prompt of the template."""
     return tokenize(tokenizer, render(tokenizer, {"prompt": prompt})[0])
 
 
@@ -80,7 +80,7 @@ def tokenize_pair(
 
 
 def split_tokens(alone: list[int], whole: list[int]) -> dict[str, list[int]]:
-    """{prompt_ids, completion_ids} of a prompt's tokens alone and with its answer; no completion_ids without one."""
+    """{prompt_ids, completion_ids}. alone: ids of the prompt; whole: ids of prompt and answer."""
     start = shared_length(alone, whole)
     return {"prompt_ids": whole[:start], "completion_ids": whole[start:]}
 
@@ -106,7 +106,7 @@ def label_turns(
 
 
 def assistant_spans(tokenizer: "PreTrainedTokenizerBase", values: dict, text: str) -> list[tuple[int, int]]:
-    """(start, stop) in `text` of what the assistant says, each with its end of turn."""
+    """(start, end) of each assistant turn in `text`, in characters, with its end of turn."""
     if isinstance(values.get("messages"), str):
         return [(0, len(text))]
     if "messages" not in values:
@@ -117,14 +117,14 @@ def assistant_spans(tokenizer: "PreTrainedTokenizerBase", values: dict, text: st
             before = template(tokenizer, values["messages"][:i], add_generation_prompt=True) if i else ""
             after = end_turn(tokenizer, template(tokenizer, values["messages"][: i + 1]))
             start = shared_length(before, text)
-            # some templates write a turn differently once it is no longer the last (Qwen3 takes the thoughts out)
+            # some templates write a turn differently when another follows (Qwen3 removes the thoughts)
             end = text.find(tokenizer.eos_token, start) + len(tokenizer.eos_token)
             spans.append((start, len(after) if text.startswith(after) else end))
     return spans
 
 
 def fit_tokenizer(tokenizer: "PreTrainedTokenizerBase", chat: bool) -> list[str]:
-    """Set pad and end of turn on the tokenizer; the notes say what was changed. Raises Refused without a template."""
+    """Set pad and end of turn on the tokenizer. Returns a note for each change. Raises Refused without a template."""
     notes = []
     if chat and not tokenizer.chat_template:
         raise Refused(
@@ -136,7 +136,7 @@ def fit_tokenizer(tokenizer: "PreTrainedTokenizerBase", chat: bool) -> list[str]
     if chat:
         try:
             end = end_of_turn(tokenizer)
-        except Exception as error:  # noqa: BLE001  as above: of a broken template anything
+        except Exception as error:  # noqa: BLE001  a broken template raises any class
             raise Refused(
                 [
                     f"this model's chat template cannot write a question and its answer ({say_error(error)}). "
@@ -155,7 +155,7 @@ def fit_tokenizer(tokenizer: "PreTrainedTokenizerBase", chat: bool) -> list[str]
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
         notes.append(f"the tokenizer has no pad token: {tokenizer.pad_token} pads")
-    tokenizer.padding_side = "right"  # the score of a reward model stands on the last token that is not padding
+    tokenizer.padding_side = "right"  # a reward model scores the last token that is not padding
     return notes
 
 
@@ -164,7 +164,7 @@ def say_error(error: Exception) -> str:
 
 
 def end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> str | None:
-    """The special token that the template puts behind an answer, or None if it puts none."""
+    """The special token that the template writes after an answer, or None."""
     answer = "ANSWER"
     text = template(tokenizer, [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": answer}])
     tail = tokenizer(text[text.rindex(answer) + len(answer) :], add_special_tokens=False)["input_ids"]
@@ -173,5 +173,5 @@ def end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> str | None:
 
 
 def count_ends(ids: list[int], eos: int) -> int:
-    """How many end-of-turn tokens stand last."""
+    """Number of end-of-turn tokens at the end."""
     return next((n for n, token in enumerate(reversed(ids)) if token != eos), len(ids))

@@ -1,4 +1,4 @@
-"""Tokenizer, policy, reference and adapter, built right in every train mode."""
+"""Load the tokenizer, policy, reference and adapter, for every train mode."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
 def load_tokenizer(
     path: str | Path, revision: str | None = None, trust_remote_code: bool = False, flag: str = "--model_name_or_path"
 ) -> "PreTrainedTokenizerBase":
-    """The tokenizer in a model's or adapter's folder, right-padding."""
+    """The tokenizer of a model or adapter, padding on the right."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(
             path, revision=revision, trust_remote_code=trust_remote_code, padding_side="right"
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # files of other things raise any
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # a broken file raises any of them
         raise not_loaded(flag, path, f"its tokenizer cannot be loaded ({first_line(error)})") from None
 
 
 def not_loaded(flag: str, path: str | Path, reason: str) -> Refused:
-    """The refusal of a model that transformers could not load: of a folder, or of what is no folder here."""
+    """The refusal of a model that transformers could not load."""
     if not Path(path).exists():
         reason += ". There is no such folder here either: name one, or a Hub id that can be reached or is in the cache"
     return Refused([f"{flag} {path}: {reason}"])
@@ -43,9 +43,9 @@ def not_loaded(flag: str, path: str | Path, reason: str) -> Refused:
 def load_policy(
     path: str, *, train_mode: str, dtype: str, deepspeed: bool, **source: Any
 ) -> "PreTrainedModel | PeftModel":
-    """The model to train. A PeftModel where `path` is an adapter that goes on being trained.
+    """The model to train. A PeftModel if `path` is an adapter whose training continues.
 
-    Fully trained weights are float32, as in TRL (DeepSpeed keeps such a copy by itself: there, and frozen, `dtype`).
+    Fully trained weights are float32, as in TRL; `dtype` under DeepSpeed, which keeps its own float32 copy.
     """
     if train_mode == "full":
         return load_model(path, dtype=held_in(dtype, deepspeed), adapter="merge", **source)
@@ -57,8 +57,8 @@ def load_other_models(
 ) -> dict[str, "PreTrainedModel"]:
     """The frozen models that the trainer takes by keyword: {} or {"ref_model": ...}.
 
-    With an adapter the reference is the same model with the adapter off (or its frozen twin), never a second base.
-    A whole one is held as the policy is, as in TRL: rounded otherwise it would not be what training starts from.
+    With an adapter, the reference is the policy with the adapter off (or a frozen copy of the adapter).
+    A separate reference uses the policy's dtype: with another one it would differ from the policy at step 0.
     """
     if train_mode != "full":
         return {}
@@ -72,10 +72,10 @@ def load_other_models(
 
 
 def shard_layers(model: "PreTrainedModel", precision: "MixedPrecisionPolicy") -> None:
-    """Makes each layer of a frozen model a piece under FSDP2: TRL makes all of it one, which is fetched as a whole.
+    """Shard a frozen model by layer under FSDP2: TRL would make one shard of it, gathered as a whole.
 
-    The pieces are as the policy's, and hand out what `precision` says: with other roundings it would be another model.
-    TRL's is then what is left: the head, and the embedding where that is the head too.
+    The shards are those of the policy, in the same precision: other rounding would make another model.
+    TRL's own shard then holds the rest: the head, and a tied embedding.
     Source: trl 1.16.0, models/utils.py, prepare_fsdp; accelerate 1.15.0, utils/fsdp_utils.py, fsdp2_prepare_model.
     """
     from torch.distributed.fsdp import fully_shard
@@ -89,7 +89,7 @@ def shard_layers(model: "PreTrainedModel", precision: "MixedPrecisionPolicy") ->
 
 
 def needs_reference(config: "TrainingArguments", method: "Method") -> bool:
-    """Whether a model of the start is held: not where its part was computed before, or has no weight in the reward."""
+    """True if a reference model must be kept in memory: not with precomputed log-probabilities, nor with beta 0."""
     if method.sample_reward:
         return config.beta != 0
     return not getattr(config, "precompute_ref_log_probs", False)
@@ -126,10 +126,9 @@ def load_model(
     adapter: str = "keep",
     flag: str = "--model_name_or_path",
 ) -> "PreTrainedModel | PeftModel":
-    """A model or adapter folder or Hub id as a causal language model, or as a scorer of one label (task SEQ_CLS).
+    """A folder or Hub id as a causal language model, or as a classifier with one label (task SEQ_CLS).
 
-    `adapter`: what becomes of one in `path`: train it, keep it beside its base, or merge it into its base.
-    `flag`: what named it, for the refusals.
+    adapter: "train" it, "keep" it on its base, or "merge" it into its base. flag: the flag that named `path`.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -173,7 +172,7 @@ def load_model(
 
 @contextlib.contextmanager
 def unsharded() -> Iterator[None]:
-    """Loads a model whole although ZeRO-3 loads in pieces: for one that is used before there is an engine."""
+    """Load a model unsharded under ZeRO-3: for a model that is used before the engine exists."""
     from transformers.integrations import deepspeed
 
     config = deepspeed.deepspeed_config()
@@ -187,7 +186,7 @@ def unsharded() -> Iterator[None]:
 
 
 def four_bit_config(dtype: "torch.dtype") -> "BitsAndBytesConfig":
-    """QLoRA's NF4 with double quantisation; stored as `dtype`, so that ZeRO-3 and FSDP can shard it."""
+    """NF4 with double quantisation, as in QLoRA; stored as `dtype`, so that ZeRO-3 and FSDP can shard it."""
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -201,9 +200,9 @@ def four_bit_config(dtype: "torch.dtype") -> "BitsAndBytesConfig":
 
 
 def keep_trainable(model: "PreTrainedModel") -> None:
-    """Stops bitsandbytes from repacking 4-bit weights on a CPU for inference whenever the model is evaluated.
+    """Stop bitsandbytes from repacking 4-bit weights on a CPU in evaluations.
 
-    The repacked kernel has no backward: after an evaluation in mid-training the gradients would silently be lost.
+    The repacked kernel has no backward: after an evaluation, training would silently lose its gradients.
     Source: bitsandbytes 0.50.2, nn/modules.py, Linear4bit.forward, and autograd/_functions.py, matmul_4bit.
     """
     for module in model.modules():
@@ -220,7 +219,7 @@ def make_lora(
     use_dora: bool,
     revision: str | None = None,
 ) -> "LoraConfig":
-    """The LoraConfig that the trainer wraps the policy in."""
+    """The LoraConfig of the policy."""
     from peft import LoraConfig
 
     return LoraConfig(
@@ -230,14 +229,14 @@ def make_lora(
         lora_dropout=dropout,
         target_modules=target_modules or "all-linear",
         use_dora=use_dora,
-        revision=revision,  # of the base, for whoever loads the adapter later
+        revision=revision,  # of the base, needed to load the adapter later
         # a reward model without its trained head scores at random
         modules_to_save=["score"] if task == "SEQ_CLS" else None,
     )
 
 
 def fit_config(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Pad and end of turn of the tokenizer on every config of the model, so that training and generation agree."""
+    """Copy the tokenizer's pad and end of turn to the model's configs, so that training and generation agree."""
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     generation = getattr(model, "generation_config", None)
     if generation is not None:
@@ -248,12 +247,12 @@ def fit_config(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -
 
 
 def cast_before_score(model: "PreTrainedModel") -> None:
-    """Casts what comes into the score head to the head's dtype, which over a 4-bit base is another one."""
+    """Cast the input of the score head to the head's dtype, which differs from that of a 4-bit base."""
     model.score.register_forward_pre_hook(lambda head, inputs: (inputs[0].to(head.weight.dtype), *inputs[1:]))
 
 
 def count_parameters(model: "torch.nn.Module") -> str:
-    """ "4.9M of 139.4M parameters (3.5 %)"; sharded and 4-bit weights count as what they stand for."""
+    """ "4.9M of 139.4M parameters (3.5 %)"; sharded and 4-bit weights count in full."""
     total = trained = 0
     for parameter in model.parameters():
         count = getattr(parameter, "ds_numel", parameter.numel())
