@@ -1,6 +1,6 @@
-"""Talk to a result, adapter or whole model, through its own chat template: `python -m utils.chat FOLDER`.
+"""Chat with a result, adapter or model, in its own chat template: `python -m utils.chat FOLDER`.
 
-An empty line or Ctrl-D ends it. `echo "Hello" | python -m utils.chat FOLDER` answers once.
+An empty line or Ctrl-D ends the chat. `echo "Hello" | python -m utils.chat FOLDER` answers once.
 """
 
 import argparse
@@ -41,12 +41,12 @@ def answer(
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("model", help="folder of a result, or Hub id")
-    parser.add_argument("--max_new_tokens", type=int, default=256, help="tokens an answer, at most")
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="maximum tokens of an answer")
     asked = parser.parse_args(argv)
     environment.calm_libraries()
     try:
         folder = ModelFolder.at(asked.model)
-        refuse_if(folder.check_whole("model"))  # PEFT would read pickled weights
+        refuse_if(folder.check_whole("model"))  # PEFT would load pickled weights
         if folder.is_reward_model:
             raise Refused([f"{asked.model}: a reward model, which scores and cannot talk"])
         tokenizer = load_tokenizer(asked.model)

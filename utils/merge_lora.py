@@ -1,9 +1,9 @@
 """Merge an adapter into its base and prove it: `python -m utils.merge_lora ADAPTER OUTPUT`.
 
-The sum is made in float32, over the base as it is on disk (never its 4-bit form), and saved in the base's own dtype.
-Rounding to bfloat16 can undo a short training altogether: an update below half a step of the base's grid vanishes
-(peft#2321). So the merged model is reopened and compared with base + adapter before "done" is said; where too little
-is left, float32 is saved instead, and said. In the end a fresh process compares once more (utils/verify.py).
+The merge is computed in float32, on the base from disk (never its 4-bit form), and saved in the base's dtype.
+Rounding to bfloat16 can undo a short training: an update below half a step of the base's grid vanishes (peft#2321).
+So the merged model is reopened and compared with base + adapter; if too little of the effect is left, float32 is saved
+instead, with a note. Finally a fresh process compares again (utils/verify.py).
 """
 
 import argparse
@@ -22,15 +22,15 @@ ENOUGH = 0.9  # share of the adapter's effect on the outputs that a merge must k
 
 
 def merge(adapter: str | Path, output: str | Path, dtype: str = "auto") -> tuple[str, float, list[str]]:
-    """Writes the merged model. Returns (dtype it is saved in, share of the adapter's effect that it keeps, notes)."""
+    """Write the merged model. Returns (saved dtype, share of the adapter's effect that the merge keeps, notes)."""
     folder = ModelFolder.at(adapter)
     described = folder.adapter
     if described is None:
         raise Refused([f"{adapter}: no adapter_config.json in it, so not an adapter"])
     refuse_if(check_writable(Path(output), flag=""))
     if Path(output).exists() and any(Path(output).iterdir()):
-        raise Refused([f"{output}: is there already. Name another folder"])
-    refuse_if(folder.check_whole("adapter"))  # PEFT would read pickled weights
+        raise Refused([f"{output}: already exists. Name another folder"])
+    refuse_if(folder.check_whole("adapter"))  # PEFT would load pickled weights
 
     import torch
     from peft import PeftModel
@@ -55,7 +55,7 @@ def merge(adapter: str | Path, output: str | Path, dtype: str = "auto") -> tuple
         untrained = proof.ask(model, ids, task)
     effect = float((trained - untrained).abs().mean())
     if not effect:
-        raise Refused([f"{adapter}: changes nothing in what its base answers. Nothing to merge"])
+        raise Refused([f"{adapter}: does not change the outputs of its base. Nothing to merge"])
     merged = model.merge_and_unload(safe_merge=True)
 
     notes: list[str] = []

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def check_model(path: str, name: str, method: "Method") -> list[str]:
-    """Problems of the policy's folder; a Hub id is left to the loader."""
+    """Problems of the policy's folder; loading checks a Hub id."""
     folder = ModelFolder.at(path)
     problems = folder.check("--model_name_or_path")
     if folder.described is None:
@@ -26,7 +26,7 @@ def check_model(path: str, name: str, method: "Method") -> list[str]:
     quantised = folder.described.get("quantization_config")
     if quantised:
         problems.append(
-            f"{path}: its weights are quantised already ({quantised.get('quant_method', 'unknown')}). Take the "
+            f"{path}: its weights are already quantised ({quantised.get('quant_method', 'unknown')}). Take the "
             "original; --train_mode qlora holds it in 4 bits"
         )
     if method.task == "CAUSAL_LM" and folder.is_reward_model:
@@ -37,7 +37,7 @@ def check_model(path: str, name: str, method: "Method") -> list[str]:
 
 
 def check_value_model(path: str, common: "CommonArgs", kind: str) -> Iterator[str]:
-    """Problems of the weights that a critic with a trunk of its own starts from. It reads the policy's tokens."""
+    """Problems of the initial weights of a critic with its own trunk. It reads the policy's tokens."""
     from utils.rewards.models import shares_base
 
     flag, folder = f"--value_model_path {path}", ModelFolder.at(path)
@@ -65,7 +65,7 @@ def check_value_model(path: str, common: "CommonArgs", kind: str) -> Iterator[st
         yield f"{flag}: its tokenizer is not the policy's: {different}. A critic reads the policy's tokens"
 
 
-# The flags that name what a run reads, one path or several; a reward function is FILE.py:FUNCTION.
+# Flags whose value is a path, or several, that the run reads; a reward function is FILE.py:FUNCTION.
 MODELS = "model_name_or_path", "reward_model_path", "teacher_model_name_or_path", "value_model_path"
 READS = (
     *MODELS, "train_data_path", "eval_data_path", "reward_funcs", "judge_template", "critic_path",
@@ -74,7 +74,7 @@ READS = (
 
 
 def reads(*configs: object) -> list[tuple[str, str]]:
-    """(flag, path) of everything that a run with these dataclasses of flags reads; of an adapter also its base."""
+    """(flag, path) of everything that a run with these flags reads; for an adapter also its base."""
     given = {flag: value for config in configs for flag, value in vars(config).items() if flag in READS and value}
     found = []
     for flag, value in given.items():
@@ -116,15 +116,15 @@ EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in)\.wei
 
 
 def check_folders(common: "CommonArgs", config: "TrainingArguments") -> list[str]:
-    """Problems of the weights of every model that the run would load."""
+    """Problems of the weights of every model that the run loads."""
     paths = dict.fromkeys(path for flag, path in reads(common, config) if flag in MODELS)
     return [problem for path in paths for problem in ModelFolder.at(path).check_weights()]
 
 
 def check_vocabulary(common: "CommonArgs", tokenizer: "PreTrainedTokenizerBase", highest: int) -> None:
-    """Raises Refused where the model has no embedding for a token that the data use, of which `highest` is the last.
+    """Raises Refused if the model has no embedding for a token in the data. highest: the highest id in the data.
 
-    A tokenizer may know further ones that text has no use for (Gemma's for images).
+    A tokenizer may have more tokens than embeddings that text does not use (Gemma's for images).
     """
     path, model = common.model_name_or_path, ModelFolder.at(common.model_name_or_path, common.model_revision)
     tensors, said = model.base.tensors | model.tensors, model.vocabulary_rows

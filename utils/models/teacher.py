@@ -1,4 +1,4 @@
-"""The teacher of a distillation: checked before it is loaded, asked for its answers once, held beside the student."""
+"""The teacher of a distillation: loaded beside the student; its answers are sampled once and kept."""
 
 import gc
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rlhf_args.gkd_config import GKDConfig
     from utils.data.prepare import Prepared
 
-# ── what is said of it ───────────────────────────────────────────────────────────────────────────────────────────────
+# ── the plan's lines ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def describe(common, config, train, held_out):
@@ -49,11 +49,11 @@ def describe(common, config, train, held_out):
     return lines
 
 
-# ── loading, and its answers ─────────────────────────────────────────────────────────────────────────────────────────
+# ── loading and answers ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def shares_base(common: "CommonArgs", config: "GKDConfig") -> bool:
-    """Whether the teacher is the very base that the student's adapter is trained on, and needs no copy of its own."""
+    """True if the teacher is the base of the student's adapter, so that no second copy is needed."""
     base = ModelFolder.at(common.model_name_or_path, common.model_revision).base
     same = same_path(base.path, config.teacher_model_name_or_path) and base.revision == config.teacher_model_revision
     return same and common.train_mode != "full"
@@ -64,7 +64,7 @@ def in_4bit(common: "CommonArgs", config: "GKDConfig") -> bool:
 
 
 def load_teacher(common: "CommonArgs", config: "GKDConfig", tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedModel":
-    """The frozen teacher; one that is an adapter is merged into its base, unless that is held in 4 bits."""
+    """The frozen teacher; an adapter is merged into its base, unless the base is in 4 bits."""
     four_bit = in_4bit(common, config)
     teacher = load.load_model(
         config.teacher_model_name_or_path,
@@ -83,12 +83,12 @@ def load_teacher(common: "CommonArgs", config: "GKDConfig", tokenizer: "PreTrain
 
 
 def rows_to_answer(config: "GKDConfig", train: "Prepared", held_out: "Prepared") -> list[dict]:
-    """The rows that the teacher answers: with SeqKD all, and what is held out without an answer."""
+    """The rows that the teacher answers: with SeqKD all training rows, and held-out rows without an answer."""
     return [*(train.rows if config.seq_kd else ()), *(row for row in held_out.rows if not row["completion_ids"])]
 
 
 def write_answers(common, config, tokenizer, train, held_out):
-    """Puts the teacher's answers into the rows that want one, sampling those that are not in answers_dir yet."""
+    """Put the teacher's answers into the rows that need one; answers missing in answers_dir are sampled."""
     import torch
     from accelerate.utils import broadcast_object_list
 
@@ -104,7 +104,7 @@ def write_answers(common, config, tokenizer, train, held_out):
     held = "4bit" if in_4bit(common, config) else common.dtype
     folder = sampling.answers_folder(config.answers_dir, [*weights, held, tokenizer.eos_token_id], drawn)
     prompts = [row["prompt_ids"] for row in rows]
-    # the main process looks for all: what another run writes meanwhile, or another node's copy of the teacher, is else
+    # rank 0 looks for all ranks: another run may write meanwhile, and another node's copy of the teacher may differ
     folder, missing = broadcast_object_list([folder, sampling.missing_prompts(folder, prompts)])
     say(f"answers   {len(missing)} to sample, {len({*map(tuple, prompts)}) - len(missing)} in {folder} already")
     if missing:
