@@ -1,8 +1,8 @@
-"""What a training would say of data files, without one: `python -m utils.doctor_data FILE --rlhf_type DPO`.
+"""Check data files without training: `python -m utils.doctor_data FILE --rlhf_type DPO`.
 
---fix OUT.jsonl writes them as the rules of utils/data/repairs.py mend them. What no rule mends is left out, and stands
-in OUT.jsonl.dropped.jsonl with where and why. Exit status: 0 sound, 2 where a training would refuse the file (with
---fix the one written), or the flags are bad.
+--fix OUT.jsonl writes the rows repaired by the rules of utils/data/repairs.py. Rows that no rule repairs are left out;
+OUT.jsonl.dropped.jsonl has them with place and reason. Exit status: 0 sound, 2 if a training would refuse the data
+(with --fix: the file written), or the flags are bad.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def find_name(asked: str) -> str:
 
 
 def check_out(asked: argparse.Namespace, files: list[str]) -> list[str]:
-    """Problems of the file that is to be written."""
+    """Problems of the output file."""
     if not asked.fix:
         return ["--overwrite: nothing is written without --fix. Type --fix OUT.jsonl"] if asked.overwrite else []
     out = Path(asked.fix)
@@ -94,12 +94,12 @@ def say(head: str, text: str) -> None:
 
 
 def say_here(problem: str) -> str:
-    """What training says of its flags, of what the same things are called here."""
+    """A problem of training, with the names of the flags of this command."""
     return problem.replace("--train_data_path", "FILE").replace("--eval_data_path", "--eval")
 
 
 def judge(paths: list[str], held_paths: list[str], columns: Kind, name: str, what: str) -> bool:
-    """Says what a training of these files says against them, its flags left as they are; whether that is nothing."""
+    """Print the problems that training with default flags has with these files. True if there are none."""
     problems = []
     try:
         rows = load_rows(paths, held_paths, columns, name)
@@ -116,7 +116,7 @@ def judge(paths: list[str], held_paths: list[str], columns: Kind, name: str, wha
 
 
 def examine(rows: list[Row], held_paths: list[str], columns: Kind, notes: list[str]) -> None:
-    """Says what stands in the rows that can be used, as the rules leave them."""
+    """Print statistics of the usable rows, after the rules."""
     made, dropped = convert(rows, columns, notes)
     for reason, count in count_reasons(dropped).items():
         first = next(where for where, why, _ in dropped if why == reason)
@@ -152,10 +152,10 @@ def examine(rows: list[Row], held_paths: list[str], columns: Kind, notes: list[s
 
 
 def convert(rows: list[Row], columns: Kind, notes: list[str]) -> tuple[list[Row], list[tuple]]:
-    """(the rows that a training makes of them, those that it drops); broken ones are in neither."""
+    """(rows as training converts them, rows that it drops); broken rows are in neither."""
     found = Pass()
     made = list(walk(rows, columns, notes, found))
-    with contextlib.suppress(Refused):  # judge says it
+    with contextlib.suppress(Refused):  # judge prints it
         conclude(found, columns, notes)
     return made, found.dropped
 
@@ -164,7 +164,7 @@ def convert(rows: list[Row], columns: Kind, notes: list[str]) -> tuple[list[Row]
 
 
 def keep_raw(problem: str, files: list[str]) -> tuple[str, str, str]:
-    """(where, reason, the line as it stands) of an unreadable line. Raises Refused where more is lost."""
+    """(where, reason, text) of an unreadable line. Raises Refused if more than this line may be lost."""
     file = next((file for file in files if problem.startswith(f"{file}:") and file.lower().endswith(".jsonl")), "")
     line = re.match(r":(\d+): ", problem.removeprefix(file))
     with contextlib.suppress(UnicodeDecodeError):
@@ -177,7 +177,7 @@ def keep_raw(problem: str, files: list[str]) -> tuple[str, str, str]:
 def keep_usable(
     rows: list[Row], repaired: list[Row], columns: Kind, raw: list[tuple]
 ) -> tuple[list[dict], list[tuple]]:
-    """(the repaired rows that a training takes, each once; those left out as they were, with where and why)."""
+    """(usable repaired rows without repeats, rows left out as (where, reason, original row))."""
     found = Pass()
     made = list(walk(repaired, columns, [], found))
     again, reasons = find_again(made), {where: reason for where, reason, _ in found.dropped}
