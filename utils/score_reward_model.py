@@ -1,7 +1,7 @@
-"""How well a reward model tells the better answer: `python -m utils.score_reward_model MODEL DATA`.
+"""Accuracy of a reward model on pairs: `python -m utils.score_reward_model MODEL DATA`.
 
-DATA are pairs that the model was not trained on, in any form that --rlhf_type Reward reads. A model whose scores go
-with the length of an answer, and that is right no more often than "the longer answer wins", has learned to count.
+DATA: pairs that the model was not trained on, in any form that --rlhf_type Reward reads. If the scores correlate with
+the length of the answers, and the accuracy is not above that of "the longer answer wins", the model learned length.
 """
 
 import argparse
@@ -10,21 +10,30 @@ import os
 import statistics
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rlhf_args.methods import RANKED
 from utils.data import columns
-from utils.data.rows import count_reasons, hash_rows, load_rows
+from utils.data.files import Row
+from utils.data.rows import Rows, count_reasons, hash_rows, load_rows
+from utils.models.folders import ModelFolder
 from utils.runtime import environment
 from utils.runtime.errors import Refused
 
-PAIRS = 32  # scored between two moves of the bar
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from utils.rewards.models import RewardModel
+
+Pairs = list[tuple[float, float]]  # (of chosen, of rejected)
+PAIRS = 32  # pairs scored per step of the progress bar
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("model", help="folder of a reward model, whole or an adapter, or Hub id")
+    parser.add_argument("model", help="folder of a reward model or adapter, or Hub id")
     parser.add_argument("data", nargs="+", help="files, folders or Hub datasets of pairs, as for --rlhf_type Reward")
-    parser.add_argument("--output_dir", help="default: output/score-NAME, NAME being the model's folder")
+    parser.add_argument("--output_dir", help="default: output/score-NAME, with the name of the model's folder")
     asked = parser.parse_args(argv)
     environment.calm_libraries()
     folder = Path(asked.output_dir or Path("output") / f"score-{Path(asked.model).absolute().name}")
@@ -51,16 +60,16 @@ def main(argv=None):
     return 0
 
 
-def load(model, paths, folder):
-    """(Rows of pairs, RewardModel), tried on a few of them. Raises Refused."""
+def load(model: str, paths: list[str], folder: Path) -> tuple[Rows, "RewardModel"]:
+    """(Rows of pairs, RewardModel), tried on a few pairs. Raises Refused."""
     from utils.rewards.models import check_reward_model, load_reward_model, try_reward_model
 
-    problems = check_reward_model(model)
+    problems = check_reward_model(model) + [*ModelFolder.at(model).check_weights()]
     above = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         problems.append(f"--output_dir {folder}: nothing can be written in {above}. Name another folder")
     rows = load_rows(paths, None, RANKED, "Reward", problems=problems)
-    # as prompts with their answers beside them, which is how a reward is tried
+    # try_reward_model takes prompts, with the answers as further columns
     tried = [(where, {"prompt": pair["prompt"], "further": pair}) for where, pair in rows.train]
     dtype, device = ("bfloat16" if environment.has_bf16() else "float32"), "cuda" if environment.has_gpu() else "cpu"
     reward = load_reward_model(model, tried, dtype, device, batch_size=8)
@@ -68,16 +77,18 @@ def load(model, paths, folder):
     return rows, reward
 
 
-def say_here(problem):
-    """What training says of its flags, of what the same things are called here."""
+def say_here(problem: str) -> str:
+    """A problem of training, with the names of the flags of this command."""
     return problem.replace("--reward_model_path", "MODEL").replace("--train_data_path", "DATA")
 
 
-def score_pairs(reward, rows):
-    """{scores: [(of chosen, of rejected)], lengths: the same in answer tokens, cut: how many answers were}."""
+def score_pairs(reward: "RewardModel", rows: list[Row]) -> dict:
+    """{scores: [(chosen, rejected)], lengths: in answer tokens, alike; cut: number of truncated answers}."""
     from tqdm import tqdm
 
-    scores, lengths, before = [], [], reward.cut
+    scores: Pairs = []
+    lengths: Pairs = []
+    before = reward.cut
     for start in tqdm(range(0, len(rows), PAIRS), desc="scoring", unit="batch", leave=False, disable=None):
         some = [pair for _, pair in rows[start : start + PAIRS]]
         answers = [(pair["prompt"], pair[side]) for pair in some for side in RANKED]
@@ -88,12 +99,12 @@ def score_pairs(reward, rows):
     return {"scores": scores, "lengths": lengths, "cut": reward.cut - before}
 
 
-def tokens_of(tokenizer, answer):
+def tokens_of(tokenizer: "PreTrainedTokenizerBase", answer: str | list[dict]) -> list[int]:
     return tokenizer(columns.text_of(answer), add_special_tokens=False)["input_ids"]
 
 
-def measure(scores, lengths, cut):
-    """The figures of reward_model.json; the correlation is None where either never differs."""
+def measure(scores: Pairs, lengths: Pairs, cut: int) -> dict:
+    """The figures of reward_model.json; the correlation is None if scores or lengths are constant."""
     flat = [[value for pair in pairs for value in pair] for pairs in (lengths, scores)]
     varies = all(len(set(values)) > 1 for values in flat)
     return {
@@ -106,17 +117,17 @@ def measure(scores, lengths, cut):
     }
 
 
-def accuracy(pairs):
-    """How often the chosen one has more, a tie counted half."""
+def accuracy(pairs: Pairs) -> float:
+    """Share of pairs in which the chosen answer has the higher value; a tie counts half."""
     return statistics.fmean((chosen > rejected) + (chosen == rejected) / 2 for chosen, rejected in pairs)
 
 
-def say_r(found):
+def say_r(found: dict) -> str:
     r = found["score_length_correlation"]
-    return "no correlation to be had" if r is None else f"correlation of score and answer tokens {r:+.2f}"
+    return "no correlation (constant values)" if r is None else f"correlation of score and answer tokens {r:+.2f}"
 
 
-def draw(file, found, scores, lengths, cut):
+def draw(file: Path, found: dict, scores: Pairs, lengths: Pairs, cut: int) -> None:
     import matplotlib
 
     matplotlib.use("Agg")

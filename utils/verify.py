@@ -1,10 +1,10 @@
-"""Proof of what was saved: `python -m utils.verify FOLDER ...` opens each as any user would, in a fresh process.
+"""Check saved models: `python -m utils.verify FOLDER ...` opens each as a user would, in a fresh process.
 
-First the files: whole, nothing empty, NaN or infinite, nothing that an index names missing, no pickled weights, config
-and tokenizer readable, an adapter's base there. Then, where a run or a merge left probe.json while the model was still
-in memory, the reopened one must answer the same text with the same log-probabilities (a reward model: scores).
+First the files: whole, no empty, NaN or infinite tensors, no shard missing, no pickled weights, config and tokenizer
+readable, an adapter's base present. Then, if a run or merge wrote probe.json from the model in memory, the reopened
+model must give the same log-probabilities for the same text (a reward model: scores).
 
-Exit status: 0 sound, 1 not sound (one line, what differs), 2 no model folder, or one that only its own code can open.
+Exit status: 0 sound, 1 not sound (one line: the difference), 2 not a model folder, or a model that needs its own code.
 """
 
 import argparse
@@ -18,16 +18,16 @@ from utils.runtime.environment import is_out_of_memory
 from utils.runtime.errors import Failed, Refused
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="a result, a merged model, or a checkpoint")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where it is reopened")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="device of the reopened model")
     asked = parser.parse_args(argv)
     environment.calm_libraries()
-    with contextlib.suppress(OSError):  # where memory runs out the system ends this process, not a trainer beside it
+    with contextlib.suppress(OSError):  # out of memory, the system should kill this process, not a trainer beside it
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="utf-8")
     if asked.device == "cuda" and not environment.has_gpu():
-        parser.error("--device cuda: no GPU is visible. Leave it out")
+        parser.error("--device cuda: no GPU is visible. Remove the flag")
     status = 0
     for folder in asked.folders:
         try:

@@ -9,7 +9,7 @@ import pytest
 
 from tests.checks.conftest import CHAT, FORM, GOOD, PAIRS, Loaded, make_folder
 from tests.conftest import command, write_rows
-from utils.models.folders import check_folder
+from utils.models.folders import ModelFolder
 
 # ── rows ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -288,8 +288,8 @@ MODELS = {
         [],
         {"model.safetensors": POINTER},
         [
-            "FOLDER/model.safetensors: not a whole safetensors file (a broken download, or a Git "
-            "LFS pointer: `git lfs pull`)"
+            f"FOLDER/model.safetensors: not a whole safetensors file ({len(POINTER)} bytes). Download or copy it "
+            "again, or type git lfs pull"
         ],
     ),
     "a pointer for a tokenizer": (
@@ -383,7 +383,8 @@ def test_a_hub_id_is_left_to_the_loader_whatever_folders_there_are(name, hub, tm
     """An owner's name may be a folder's too, with a model of nearly that name in it."""
     (tmp_path / "Qwen" / "Qwen8").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert check_folder(name, "--model_name_or_path") == ([], None)
+    folder = ModelFolder.at(name)
+    assert folder.check("--model_name_or_path") == [] and folder.described is None
 
 
 @pytest.mark.parametrize("name", ["Qwenn", "Qwen/Qwen7"])
@@ -393,7 +394,7 @@ def test_a_misspelt_folder_is_refused_whether_the_hub_is_reached_or_not(reached,
     monkeypatch.chdir(tmp_path)
     if not reached:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    (problem,), _ = check_folder(name, "--model_name_or_path")
+    (problem,) = ModelFolder.at(name).check("--model_name_or_path")
     near = {"Qwenn": "Qwen", "Qwen/Qwen7": "Qwen/Qwen8"}[name]
     assert problem == f"--model_name_or_path {name}: no such folder. Did you mean {near}?"
 

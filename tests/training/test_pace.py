@@ -26,7 +26,7 @@ from utils.cli import arguments, recipes
 from utils.cli.run import Run
 from utils.data import deal, prepare, template
 from utils.data.rows import load_rows
-from utils.models import folders
+from utils.models.folders import ModelFolder
 from utils.models.load import load_tokenizer, make_lora
 from utils.results import report
 from utils.rewards.functions import load_functions
@@ -304,7 +304,7 @@ def test_dealing_is_refused_where_a_row_depends_on_those_beside_it(name, more, s
 
 
 def test_a_mixture_of_experts_is_balanced_over_a_pass_and_not_dealt(chosen, monkeypatch):
-    monkeypatch.setattr(folders, "read_base_config", lambda *path: {"text_config": {"num_local_experts": 8}})
+    monkeypatch.setattr(ModelFolder, "config", {"text_config": {"num_local_experts": 8}})
     assert not chosen("DPO")[0].deal_by_length
 
 
@@ -317,7 +317,7 @@ def test_ddp_looks_for_unused_weights_only_where_there_may_be_some(chosen, monke
     assert chosen("CPO", "--ddp_find_unused_parameters", "True")[1].ddp_find_unused_parameters is True
     assert chosen("CPO", "--plain")[1].ddp_find_unused_parameters is None
     assert not chosen("DPO")[1].precompute_ref_log_probs  # which several processes refuse
-    monkeypatch.setattr(folders, "read_base_config", lambda *path: {"num_experts": 8})
+    monkeypatch.setattr(ModelFolder, "config", {"num_experts": 8})
     assert chosen("CPO")[1].ddp_find_unused_parameters is None
     monkeypatch.setenv("FSDP_VERSION", "2")
     assert chosen("CPO")[1].ddp_find_unused_parameters is None

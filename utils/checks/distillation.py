@@ -5,7 +5,7 @@ import math
 from rlhf_args.methods import DISTILLATION
 from utils.checks import flags
 from utils.models import folders, load
-from utils.models.folders import vocabulary_rows
+from utils.models.folders import ModelFolder
 from utils.models.teacher import shares_base
 from utils.runtime import environment
 from utils.runtime.errors import Refused
@@ -43,15 +43,14 @@ def check_teacher(common, config):
     if not path:
         yield "--teacher_model_name_or_path: missing. A model folder or Hub id with the student's tokenizer"
         return
-    problems, described = folders.check_folder(path, "--teacher_model_name_or_path")
-    yield from problems
-    if described is None:
+    teacher = ModelFolder.at(path, config.teacher_model_revision)
+    yield from teacher.check("--teacher_model_name_or_path")
+    if teacher.described is None:
         return
-    if folders.is_reward_model(described):
+    if teacher.is_reward_model:
         yield f"{flag}: a trained reward model, which scores and cannot answer. A teacher is a language model"
-    adapter = folders.read_adapter(path)
-    if adapter:
-        problems = folders.check_adapter(path, adapter, "GKD", DISTILLATION["GKD"])
+    if teacher.adapter is not None:
+        problems = [*teacher.check_adapter("GKD", DISTILLATION["GKD"])]
         yield from problems
         if problems:
             return  # what follows looks into its base
@@ -65,20 +64,18 @@ def check_teacher(common, config):
             f"{flag}: the model that the student starts from, of which there is nothing to learn. A base teaches an "
             "adapter that has moved away from it: give that as --model_name_or_path"
         )
-    if described.get("quantization_config"):
+    if teacher.described.get("quantization_config"):
         yield f"{flag}: quantised already. Take the original; --teacher_load_in_4bit holds it in 4 bits"
     if config.teacher_load_in_4bit and common.train_mode == "lora" and shares_base(common, config):
         yield (
             "--teacher_load_in_4bit: the teacher is the student's own base, which lora holds once and whole. Leave it "
             "out, or type --train_mode qlora"
         )
-    different = folders.first_difference(
-        folders.read_vocabulary(common.model_name_or_path), folders.read_vocabulary(path)
-    )
+    different = folders.first_difference(ModelFolder.at(common.model_name_or_path).vocabulary, teacher.vocabulary)
     if different:
         yield different_tokenizers(flag, different)
 
-    student, teacher = vocabulary_rows(common.model_name_or_path), vocabulary_rows(path)
+    student, teacher = (ModelFolder.at(one).vocabulary_rows for one in (common.model_name_or_path, path))
     if environment.engine() == "zero3" and student and teacher and student > teacher:
         yield (
             f"{flag}: has embeddings of {teacher} rows, fewer than the student's {student}, and zero3 holds those in "
@@ -105,7 +102,7 @@ def check_tokens(run):
     if different:
         raise Refused([different_tokenizers(flag, different)])
     highest = max(max(row["prompt_ids"] + row["completion_ids"]) for row in run.train.rows + run.held_out.rows)
-    if highest >= (vocabulary_rows(path) or math.inf):
+    if highest >= (ModelFolder.at(path).vocabulary_rows or math.inf):
         token = tokenizer.convert_ids_to_tokens(highest)
         raise Refused([f"{flag}: has no token {highest} ({token!r}), which the student's template or data use"])
 
@@ -114,7 +111,7 @@ def prompt_room(run):
     """A function of a row's values: the most tokens that its prompt may have, so that a sampled answer fits."""
     config = run.config
     paths = run.common.model_name_or_path, config.teacher_model_name_or_path
-    held = [folders.model_positions(path) for path in paths if path]
+    held = [ModelFolder.at(path).positions for path in paths if path]
     room = min((positions - config.max_completion_length for positions in held if positions), default=math.inf)
     sampled = config.lmbda > 0 or config.seq_kd
     return lambda values: room if sampled or "completion" not in values else math.inf

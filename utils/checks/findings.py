@@ -15,10 +15,7 @@ from utils.checks.folders import check_vocabulary
 from utils.checks.schedule import check_disk, check_schedule
 from utils.cli.run import Run
 from utils.data import repeats
-from utils.models.folders import (
-    describe_weights,
-    model_positions,
-)
+from utils.models.folders import ModelFolder
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,8 @@ def find(run: Run) -> list[Finding]:
         *check_schedule(run),
     ]
     disk, further = check_disk(run)
-    told = [("weights", describe_weights(common.model_name_or_path)), ("lengths", describe_lengths(train)), disk]
+    weights = ModelFolder.at(common.model_name_or_path).describe_weights()
+    told = [("weights", weights), ("lengths", describe_lengths(train)), disk]
     told = [Finding(kind, text) for kind, text in told if text]
     return told + [Finding("warning", text) for text in [*warnings, *further]]
 
@@ -88,7 +86,7 @@ def check_lengths(run: Run) -> Iterator[str]:
     if not cut and not dropped:
         return
     total = sum(len(part.rows) + len(part.dropped) for part in (train, held_out))
-    held = model_positions(common.model_name_or_path)
+    held = ModelFolder.at(common.model_name_or_path).positions
     room = held and held - (config.max_completion_length if run.method.sample_reward else 0)
     way_out = f"--{flag} {longest} would take all rows whole"
     if room and room < longest:

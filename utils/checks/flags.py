@@ -9,11 +9,7 @@ from rlhf_args.methods import METHODS
 from utils.checks.folders import check_model, check_output_dir, check_value_model
 from utils.checks.launch import check_launch, check_versions
 from utils.models import sampling
-from utils.models.folders import (
-    is_safetensors,
-    model_positions,
-    read_header,
-)
+from utils.models.folders import ModelFolder, read_header
 from utils.runtime import environment
 from utils.runtime.errors import Refused
 
@@ -206,7 +202,7 @@ def check_rollouts(common, config):
 
 def check_sampling(common, config):
     """Problems of how the model that is trained answers prompts itself."""
-    held = model_positions(common.model_name_or_path)
+    held = ModelFolder.at(common.model_name_or_path).positions
     if config.max_completion_length < 1:
         yield f"--max_completion_length {config.max_completion_length}: 1 or more"
     elif held and held <= config.max_completion_length:
@@ -225,7 +221,7 @@ def length_limit(config, path):
     """The tokens that a row may have: prompt and answer, or the prompt alone where the policy is to answer."""
     if config.length_flag == "max_length":
         return config.max_length
-    held = model_positions(path)
+    held = ModelFolder.at(path).positions
     # what leaves no room at all is refused by check_sampling
     room = [held - config.max_completion_length] if held and held > config.max_completion_length else []
     return min([*room, *([config.max_prompt_length] if config.max_prompt_length else [])], default=None)
@@ -261,7 +257,6 @@ def check_vllm(flag="--use_vllm"):
 def check_critic(common, config, kind):
     """Problems of PPO's critic; `kind`: the one that is meant."""
     from rlhf_args.ppo_config import OWN_TRUNK, SCALE
-    from utils.models.folders import read_base_config
 
     path, file, own = config.value_model_path, config.critic_path, kind in OWN_TRUNK
     adapted = common.train_mode != "full"
@@ -277,7 +272,7 @@ def check_critic(common, config, kind):
     elif path is not None:
         yield from check_value_model(path, common, kind)
     if config.critic_layer is not None:
-        layers = read_base_config(common.model_name_or_path, common.model_revision)
+        layers = ModelFolder.at(common.model_name_or_path, common.model_revision).config
         layers = (layers.get("text_config") or layers).get("num_hidden_layers")
         if own:
             yield f"--critic_layer {config.critic_layer}: --critic {kind} reads tokens. It is for --critic head or mlp"
@@ -285,7 +280,7 @@ def check_critic(common, config, kind):
             yield f"--critic_layer {config.critic_layer}: the policy has {layers} layers. Type 0 to {layers - 1}"
     if file is not None and not Path(file).is_file():
         yield f"--critic_path {file}: no such file. A run with --save_critic True leaves OUTPUT_DIR/critic.safetensors"
-    elif file is not None and (not is_safetensors(Path(file)) or SCALE not in read_header(Path(file))):
+    elif file is not None and SCALE not in (read_header(file) or {}):
         yield f"--critic_path {file}: not a critic that a run of PPO saved"
     elif file is not None and path is not None and kind == "lora":
         yield f"--value_model_path {path} with --critic_path: the whole adapter is in {file}. Leave out one of them"

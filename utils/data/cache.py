@@ -1,7 +1,7 @@
 """Prepared rows kept for the next start of the same data: JSON in ~/.cache/rlhf_prepared (XDG_CACHE_HOME), no pickle.
 
-The key is all that they are made of: the rows, the tokenizer with its template, the limits, and the code. What cannot
-be read or written is made anew, without a word.
+The key hashes all inputs: the rows, the tokenizer with its template, the limits, and the code. A file that cannot be
+read or written is ignored, and the rows are prepared again.
 """
 
 import contextlib
@@ -12,15 +12,27 @@ import os
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rlhf_args.methods import PROMPT
 from utils.data import prepare
+from utils.data.files import Row
+from utils.data.prepare import Room, no_limit
 
-ROOM = 4 * 1024**3  # bytes that all entries may take; one that would take half of it is not kept
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ROOM = 4 * 1024**3  # bytes of all entries; an entry above half of it is not kept
 
 
-def prepare_rows(rows, tokenizer, columns, max_length, max_prompt=lambda values: 10**9):
-    """text.prepare_rows, or what it returned for the same before."""
+def prepare_rows(
+    rows: list[Row],
+    tokenizer: "PreTrainedTokenizerBase",
+    columns: tuple[str, ...],
+    max_length: int | None,
+    max_prompt: Room = no_limit,
+) -> prepare.Prepared:
+    """prepare.prepare_rows, or its result from an earlier start with the same inputs."""
     made_of = describe(rows, tokenizer, columns, max_length, max_prompt)
     file = folder() / f"{made_of}.json" if made_of else None
     prepared = read(file, rows, columns) if file else None
@@ -31,18 +43,24 @@ def prepare_rows(rows, tokenizer, columns, max_length, max_prompt=lambda values:
     return prepared
 
 
-def folder():
+def folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rlhf_prepared"
 
 
-def describe(rows, tokenizer, columns, max_length, max_prompt):
-    """A hash of all that decides what comes of the rows; None where that cannot be told."""
+def describe(
+    rows: list[Row],
+    tokenizer: "PreTrainedTokenizerBase",
+    columns: tuple[str, ...],
+    max_length: int | None,
+    max_prompt: Room,
+) -> str | None:
+    """A hash of all inputs of prepare_rows; None for a tokenizer that cannot be serialised."""
     if not getattr(tokenizer, "is_fast", False):
         return None
     template = json.dumps(tokenizer.chat_template)
     special = tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token
     versions = [importlib.metadata.version(name) for name in ("transformers", "tokenizers", "jinja2")]
-    today = time.strftime("%Y-%m-%d") if "strftime_now" in template else ""  # a template may write the date
+    today = time.strftime("%Y-%m-%d") if "strftime_now" in template else ""  # the template may write the date
     parts = [columns, max_length, template, special, versions, today, tokenizer.backend_tokenizer.to_str()]
     parts += [file.read_text(encoding="utf-8") for file in sorted(Path(__file__).parent.glob("*.py"))]
     total = hashlib.sha256()
@@ -55,14 +73,14 @@ def describe(rows, tokenizer, columns, max_length, max_prompt):
     return total.hexdigest()
 
 
-def read(file, rows, columns):
-    """The Prepared that write() put there of these very rows, or None."""
+def read(file: Path, rows: list[Row], columns: tuple[str, ...]) -> prepare.Prepared | None:
+    """The Prepared that `write` stored for the same rows, or None."""
     try:
         digest, _, body = file.read_bytes().partition(b"\n")
         if hashlib.sha256(body).hexdigest() != digest.decode():
             return None
         held = json.loads(body)
-        os.utime(file)  # so that it is not the one used longest ago
+        os.utime(file)  # marks the entry as used
     except (OSError, ValueError):
         return None
     dropped = dict(held["dropped"])
@@ -75,8 +93,8 @@ def read(file, rows, columns):
     return prepare.Prepared(**held)
 
 
-def write(file, rows, columns, prepared):
-    """In one go, for the user's eyes alone."""
+def write(file: Path, rows: list[Row], columns: tuple[str, ...], prepared: prepare.Prepared) -> None:
+    """Atomic, and readable for the user alone."""
     places = {id(values): place for place, (_, values) in enumerate(rows)}
     dropped = [(places[id(values)], reason) for _, reason, values in prepared.dropped]
     held = vars(prepared) | {"dropped": dropped, "rows": [] if columns == PROMPT else prepared.rows}
@@ -95,8 +113,8 @@ def write(file, rows, columns, prepared):
             os.unlink(part)
 
 
-def make_room(folder, wanted):
-    """Deletes the entries that were used longest ago until so many bytes fit."""
+def make_room(folder: Path, wanted: int) -> None:
+    """Delete the least recently used entries until `wanted` bytes fit."""
     entries = sorted((file.stat().st_mtime, file.stat().st_size, file) for file in folder.iterdir())
     total = sum(size for _, size, _ in entries)
     for _, size, file in entries:

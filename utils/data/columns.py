@@ -1,14 +1,20 @@
-"""What a row may look like: its columns, roles and labels, and how one kind of row becomes another."""
+"""Accepted columns, roles and labels of a row, and the conversion of one kind of row into another."""
 
 import difflib
 import json
 import math
 import re
+from collections.abc import Iterator
+from typing import Any, TypeVar
 
 from rlhf_args.methods import ANSWERED, DIALOGUE, EVERY, PAIR, PROMPT, RANKED, UNPAIRED
-from utils.data.files import MESSAGES, say_type
+from utils.data.files import MESSAGES, Row, say_type
 
-# What a file may hold for a method of these columns, best first: KTO also reads pairs, Reward reads pairs, ...
+Kind = tuple[str, ...]  # a set of columns, as in rlhf_args/methods.py
+Text = str | list[dict]  # plain text, or a chat: messages of {role, content}
+T = TypeVar("T", str, list[dict])
+
+# Columns of a method: the columns that its files may have, best first. KTO also reads pairs, Reward reads pairs, ...
 ACCEPTED = {
     PAIR: (PAIR, RANKED),
     UNPAIRED: (UNPAIRED, PAIR, RANKED),
@@ -20,7 +26,7 @@ ACCEPTED = {
 SAMPLE = {method.columns: method.sample_data for method in EVERY.values()}
 ROLES = ("system", "developer", "user", "assistant", "tool")
 LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
-# Further columns that a reward function cannot be given: TRL passes things of these names, or takes them for images
+# Names that a reward function's columns cannot have: TRL passes its own values by them, or reads images from them
 RESERVED = (
     "prompts", "completion", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric",
     "image", "images",
@@ -28,10 +34,10 @@ RESERVED = (
 HALVED = "holds half a character (\\ud800 to \\udfff), as of an emoji that was cut in two. Mend it"
 
 
-def find_kind(rows, columns):
-    """Which accepted set of columns this data has: the first that some row has, or the fuller one that holds it.
+def find_kind(rows: list[Row], columns: Kind) -> Kind:
+    """The accepted set of columns of this data: the first that some row has, or the fuller set that contains it.
 
-    {"prompt", "chosen", "rejected"} holds {"chosen", "rejected"}: one row with a prompt, and all need one.
+    {"prompt", "chosen", "rejected"} contains {"chosen", "rejected"}: if one row has a prompt, all need one.
     """
     filled = {frozenset(name for name, value in values.items() if value is not None) for _, values in rows}
     found = [kind for kind in ACCEPTED[columns] if any(names.issuperset(kind) for names in filled)]
@@ -39,8 +45,8 @@ def find_kind(rows, columns):
     return (fuller or found or ACCEPTED[columns])[0]
 
 
-def check_row(values, kind, columns):
-    """What is wrong with one row, or None."""
+def check_row(values: dict, kind: Kind, columns: Kind) -> str | None:
+    """The problem of one row, or None."""
     missing = [name for name in kind if values.get(name) is None]
     if missing:
         others = [name for name in values if name not in kind]
@@ -71,9 +77,9 @@ def check_row(values, kind, columns):
 
 
 def check_characters(values: dict) -> str | None:
-    """What is wrong with the characters of any column, its name and nested values included, or None.
+    """The problem of characters in any column, its name or nested values, or None.
 
-    Columns that are not trained on count too: reward functions, completions, hashes and dropped.jsonl need UTF-8.
+    Untrained columns are checked too: reward functions, completions, hashes and dropped.jsonl need UTF-8.
     """
     for name, value in values.items():
         if is_halved(name):
@@ -83,8 +89,8 @@ def check_characters(values: dict) -> str | None:
     return None
 
 
-def strings_in(value):
-    """Every string in a value: itself, or within lists and objects, whose keys count."""
+def strings_in(value: object) -> Iterator[str]:
+    """Every string in a value, also in lists and objects and their keys."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -95,8 +101,8 @@ def strings_in(value):
             yield from strings_in(part)
 
 
-def check_further(types):
-    """Problems of the columns beside the prompt, which reward functions are given: names of TRL, mixed types."""
+def check_further(types: dict[str, dict[str, str]]) -> Iterator[str]:
+    """Problems of the columns passed to reward functions: names reserved by TRL, mixed types."""
     for name, found in types.items():
         if name in RESERVED:
             yield f'{next(iter(found.values()))}: a column "{name}", which TRL uses itself. Rename it'
@@ -105,11 +111,11 @@ def check_further(types):
             yield f'{there}: "{name}" is {other}, and {where} has {kind}. A column has values of one type'
 
 
-def check_label(label):
+def check_label(label: object) -> str | None:
     return None if str(label).lower() in LABELS else f'"label" is {label!r}. It is true or false (1 or 0)'
 
 
-def check_text(value, name):
+def check_text(value: object, name: str) -> str | None:
     if isinstance(value, str):
         if MESSAGES.match(value) and all(re.search(f"['\"]{key}['\"] *:", value) for key in ("role", "content")):
             return f'"{name}" is a list of messages turned into text. Write it as JSON: with json.dumps in csv'
@@ -133,8 +139,8 @@ def check_text(value, name):
     return None
 
 
-def is_halved(text):
-    """Whether it cannot be written as UTF-8: JSON's \\ud83d without its other half."""
+def is_halved(text: str) -> bool:
+    """True if the text cannot be written as UTF-8: JSON's \\ud83d without its other half."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -142,8 +148,8 @@ def is_halved(text):
     return False
 
 
-def normalize(values, kind, notes):
-    """One row with a prompt, whatever its kind: {prompt, chosen, rejected} and so on; messages: role and content."""
+def normalize(values: dict, kind: Kind, notes: list[str]) -> dict:
+    """One row with a prompt: {prompt, chosen, rejected}, ...; messages with only role and content."""
     row = {name: values[name] for name in kind}
     for name, value in row.items():
         if isinstance(value, list):
@@ -173,8 +179,8 @@ def normalize(values, kind, notes):
     return row
 
 
-def split_answer(row):
-    """{prompt, completion} of messages: the assistant's last turn, and what stands before it; {prompt} of others."""
+def split_answer(row: dict) -> dict:
+    """{prompt, completion} of messages, split before the assistant's last turn; {prompt} if there is none."""
     messages = row.get("messages")
     if messages is None:
         return row
@@ -184,16 +190,16 @@ def split_answer(row):
     return {"prompt": messages[:last], "completion": messages[last : last + 1]}
 
 
-def to_number(value):
-    """The finite number that a value is or writes, or None."""
+def to_number(value: Any) -> float | None:
+    """A value, or its text, as a finite number; None if it is none."""
     try:
         return float(value) if math.isfinite(float(value)) else None
     except (TypeError, ValueError):
         return None
 
 
-def common_start(chosen, rejected):
-    """The shared beginning of two chats (whole messages, not the last) or two texts (up to a space): the prompt."""
+def common_start(chosen: T, rejected: T) -> T:
+    """The prompt: the common start of two chats (in whole messages) or two texts (up to a space)."""
     length, longest = 0, min(len(chosen), len(rejected)) - isinstance(chosen, list)
     while length < longest and chosen[length] == rejected[length]:
         length += 1
@@ -203,12 +209,12 @@ def common_start(chosen, rejected):
     return chosen[:length]
 
 
-def is_chat(row):
+def is_chat(row: dict) -> bool:
     return any(isinstance(value, list) for value in row.values())
 
 
-def useless(row, columns):
-    """Why a well-formed row cannot be trained on, or None."""
+def useless(row: dict, columns: Kind) -> str | None:
+    """The reason why a well-formed row is unusable, or None."""
     if columns == PROMPT:
         return None if text_of(row["prompt"]).strip() else "no prompt"
     if isinstance(row.get("messages"), list):
@@ -224,14 +230,14 @@ def useless(row, columns):
     return None
 
 
-def text_of(value):
+def text_of(value: Text) -> str:
     return value if isinstance(value, str) else "".join(message["content"] for message in value)
 
 
-def convert(row, columns, values):
-    """The rows that a method of `columns` makes of one, read from `values`: a pair is two thumbs for KTO.
+def convert(row: dict, columns: Kind, values: dict) -> list[dict]:
+    """The rows in the method's columns that one row becomes: a pair becomes two rows for KTO.
 
-    Of a prompt the other columns are kept aside as "further": they are the reward functions', not text to train on.
+    The other columns of a prompt are kept as "further", for the reward functions.
     """
     if columns == PROMPT:
         return [{"prompt": row["prompt"], "further": {n: value for n, value in values.items() if n != "prompt"}}]
@@ -243,19 +249,19 @@ def convert(row, columns, values):
     return [row]
 
 
-def keep_apart(rows):
-    """Rows made of pairs, each chosen answer followed by the rejected answer of a prompt half the file away.
+def keep_apart(rows: list[Row]) -> list[Row]:
+    """Rows made of pairs: each chosen answer is followed by the rejected answer to a prompt half the file away.
 
-    KTO estimates its KL by giving each prompt of a batch its neighbour's answer, and TRL takes the rows in order: two
-    answers to one prompt must not stand together.
+    KTO estimates its KL from each prompt with its neighbour's answer, and TRL keeps the order of the rows: two answers
+    to one prompt must not be neighbours.
     """
     chosen, rejected = rows[::2], rows[1::2]
     half = len(rejected) // 2
     return [row for two in zip(chosen, rejected[half:] + rejected[:half], strict=True) for row in two]
 
 
-def spread(rows, notes):
-    """Rows of which neighbours answer one prompt, each followed by one from half the file away; for KTO, as above."""
+def spread(rows: list[Row], notes: list[str]) -> list[Row]:
+    """Rows in an order with fewer neighbours that answer one prompt, for KTO as above."""
     half = (len(rows) + 1) // 2
     apart = [rows[place // 2 + place % 2 * half] for place in range(len(rows))]
     if count_neighbours(apart) >= count_neighbours(rows):
@@ -264,5 +270,5 @@ def spread(rows, notes):
     return apart
 
 
-def count_neighbours(rows):
+def count_neighbours(rows: list[Row]) -> int:
     return sum(one["prompt"] == other["prompt"] for (_, one), (_, other) in zip(rows, rows[1:], strict=False))

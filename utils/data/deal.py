@@ -1,18 +1,25 @@
 """Deal the rows of an epoch so that each pass holds rows of about the same length."""
 
+from collections.abc import Iterator, Sequence
 from itertools import cycle, islice
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.utils.data import Sampler
 
 
-def deal(order, lengths, batch, passes, processes=1, drop_last=False):
-    """`order` with each step's rows sorted, the longest first: those of one pass, on all processes, are alike.
+def deal(
+    order: Sequence[int], lengths: Sequence[int], batch: int, passes: int, processes: int = 1, drop_last: bool = False
+) -> list[int]:
+    """`order` with the rows of each step sorted, longest first: the rows of a pass, on all processes, are alike.
 
-    A pass that is not full weighs its rows more: they stay in it. With several processes the first rows of the epoch
-    fill it, and are added here, as accelerate does it, so that they are the same ones.
+    An incomplete last pass keeps its rows, as they have a higher weight. With several processes it is filled with the
+    first rows of the epoch, as accelerate does.
     Source: accelerate 1.15.0, data_loader.py, BatchSamplerShard.
     """
     whole = batch * processes
     if processes > 1 and not drop_last:
-        order = islice(cycle(order), -(-len(order) // whole) * whole)
+        order = [*islice(cycle(order), -(-len(order) // whole) * whole)]
     order, dealt = list(order), []
     end = len(order) // whole * whole
     for start in range(0, end, whole * passes):
@@ -21,18 +28,26 @@ def deal(order, lengths, batch, passes, processes=1, drop_last=False):
 
 
 class Dealt:
-    """A sampler whose rows are dealt, each epoch anew."""
+    """A sampler that deals the rows of each epoch."""
 
-    def __init__(self, sampler, lengths, *shape):
-        self.sampler, self.lengths, self.shape = sampler, lengths, shape
-        self.count = len(deal(range(len(sampler)), lengths, *shape))
+    def __init__(
+        self,
+        sampler: "Sampler[int]",
+        lengths: Sequence[int],
+        batch: int,
+        passes: int,
+        processes: int = 1,
+        drop_last: bool = False,
+    ) -> None:
+        self.sampler, self.lengths, self.shape = sampler, lengths, (batch, passes, processes, drop_last)
+        self.count = len(deal(range(len(sampler)), lengths, *self.shape))
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[int]:
         return iter(deal(list(self.sampler), self.lengths, *self.shape))
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.count
 
-    def set_epoch(self, epoch):
+    def set_epoch(self, epoch: int) -> None:
         if hasattr(self.sampler, "set_epoch"):
             self.sampler.set_epoch(epoch)

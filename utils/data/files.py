@@ -1,6 +1,6 @@
-"""Data files to raw rows: jsonl, json, csv, parquet, folders, globs, Hub ids, each row with where it stands.
+"""Data files to raw rows with their place: jsonl, json, csv, parquet, folders, globs, Hub ids.
 
-Standard library only, but for parquet (pyarrow) and Hub ids (datasets), so that a bad file is refused at once.
+Standard library only, except for parquet (pyarrow) and Hub ids (datasets): a bad file is refused at once.
 """
 
 import csv
@@ -10,16 +10,18 @@ import itertools
 import json
 import logging
 import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from utils.runtime.errors import Refused
 from utils.runtime.paths import looks_local, near_path
 
+Row = tuple[str, dict]  # where it stands ("data/kto.jsonl:17"), and its columns
 ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
-MESSAGES = re.compile(r"\s*\[\s*\{")  # how a list of messages begins where it is written as text
+MESSAGES = re.compile(r"\s*\[\s*\{")  # start of a list of messages written as text
 
 
-def find_files(paths, flag):
+def find_files(paths: Iterable[str], flag: str) -> list[str]:
     """Files behind paths, folders and globs, in order; a Hub id stays as it is. Raises Refused."""
     found, problems = [], []
     for path in paths:
@@ -48,28 +50,29 @@ def find_files(paths, flag):
     return found
 
 
-def is_ending(path):
+def is_ending(path: Path) -> bool:
     return path.suffix.lower() in ENDINGS
 
 
-def is_data(path):
+def is_data(path: Path) -> bool:
     return is_ending(path) and path.is_file()
 
 
 class FileRows:
-    """The rows of files, (where, values) each, read anew at every pass so that a long file need not be held.
+    """Iterates over the rows of files; each pass reads the files again, so that no file is held in memory.
 
-    After a pass `notes` are for the reader, `problems` what could not be read. Raises Refused where there is no file.
+    After a pass, `notes` are for the user and `problems` are unreadable rows. Raises Refused for a missing file.
     """
 
-    def __init__(self, paths, flag, limit=None):
+    def __init__(self, paths: Iterable[str], flag: str, limit: int | None = None) -> None:
         self.files, self.limit = find_files(paths, flag), limit
 
-    def __iter__(self):
-        self.notes, self.problems = [], []
+    def __iter__(self) -> Iterator[Row]:
+        self.notes: list[str] = []
+        self.problems: list[str] = []
         return itertools.islice(self.read(), self.limit)
 
-    def read(self):
+    def read(self) -> Iterator[Row]:
         for file in self.files:
             rows, problems = 0, len(self.problems)
             try:
@@ -89,29 +92,27 @@ class FileRows:
                 self.problems.append(f"{file}: no rows in it")
 
 
-def read_rows(paths, flag):
-    """All rows of the files, with where they stand, notes for the reader, and what cannot be read.
-
-    (rows, notes, problems). Raises Refused where there is no such file.
-    """
+def read_rows(paths: Iterable[str], flag: str) -> tuple[list[Row], list[str], list[str]]:
+    """(rows of the files, notes for the user, problems of unreadable rows). Raises Refused for a missing file."""
     reader = FileRows(paths, flag)
     rows = list(reader)
     return rows, reader.notes, reader.problems
 
 
-def say_not_utf8(file):
+def say_not_utf8(file: str) -> str:
     try:
         Path(file).read_bytes().decode()
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         return f"{file}:{line}: not UTF-8 (byte {error.start}). Save the file as UTF-8"
+    return f"{file}: not UTF-8. Save the file as UTF-8"
 
 
-def read_text(file):
+def read_text(file: str) -> str:
     return Path(file).read_text(encoding="utf-8-sig")  # with or without a byte order mark, any line ends
 
 
-def read_jsonl(file, notes, problems):
+def read_jsonl(file: str, notes: list[str], problems: list[str]) -> Iterator[tuple[int, object]]:
     with open(file, encoding="utf-8-sig") as lines:
         first = next((line for line in lines if line.strip()), "")
         if first.lstrip().startswith("[") and not has_json_line(text := read_text(file)):
@@ -123,12 +124,12 @@ def read_jsonl(file, notes, problems):
             if line.strip():
                 try:
                     yield number, json.loads(line.rstrip("\n"))
-                except ValueError as error:
+                except json.JSONDecodeError as error:
                     problems.append(f"{file}:{number}: not valid JSON ({error.msg}, column {error.colno})")
 
 
-def has_json_line(text):
-    """Whether the first of several lines is JSON by itself: not the beginning of one array over all of them."""
+def has_json_line(text: str) -> bool:
+    """True if the first of several lines is JSON by itself, not the start of an array over all lines."""
     first, *more = text.strip().split("\n", 1)
     try:
         return bool(more) and json.loads(first) is not None
@@ -136,7 +137,7 @@ def has_json_line(text):
         return False
 
 
-def read_json(file, notes, problems):
+def read_json(file: str, notes: list[str], problems: list[str]) -> Iterator[tuple[int, object]]:
     text = read_text(file)
     if text.count("\n{") and not text.lstrip().startswith("["):
         notes.append(f"{file} has a JSON object a line, not an array; read as that")
@@ -145,17 +146,17 @@ def read_json(file, notes, problems):
         yield from parse_json(file, text, problems)
 
 
-def parse_json(file, text, problems):
+def parse_json(file: str, text: str, problems: list[str]) -> Iterator[tuple[int, object]]:
     try:
         content = json.loads(text) if text.strip() else []
-    except ValueError as error:
+    except json.JSONDecodeError as error:
         problems.append(f"{file}:{error.lineno}: not valid JSON ({error.msg}, column {error.colno})")
         return
     yield from enumerate(content if isinstance(content, list) else [content], 1)
 
 
-def read_csv(file, notes, problems):
-    csv.field_size_limit(2**31 - 1)  # Python's own 128 kB is less than a long conversation
+def read_csv(file: str, notes: list[str], problems: list[str]) -> Iterator[tuple[int, object]]:
+    csv.field_size_limit(2**31 - 1)  # Python's default, 128 kB, is too small for a long conversation
     reader = csv.reader(io.StringIO(read_text(file)), strict=True)
     try:
         header = next(reader, [])
@@ -173,8 +174,8 @@ def read_csv(file, notes, problems):
         )
 
 
-def from_cell(cell):
-    """A csv cell: messages are written as JSON in it, everything else is text."""
+def from_cell(cell: str) -> object:
+    """The value of a csv cell: messages written as JSON, or text."""
     if MESSAGES.match(cell):
         try:
             return json.loads(cell)
@@ -183,7 +184,7 @@ def from_cell(cell):
     return cell
 
 
-def read_parquet(file, notes, problems):
+def read_parquet(file: str, notes: list[str], problems: list[str]) -> Iterator[tuple[int, object]]:
     import pyarrow
     import pyarrow.parquet
 
@@ -193,10 +194,10 @@ def read_parquet(file, notes, problems):
         problems.append(f"{file}: not a parquet file ({str(error).splitlines()[0]})")
 
 
-def read_hub(name, notes, problems):
+def read_hub(name: str, notes: list[str], problems: list[str]) -> Iterator[tuple[int, object]]:
     from datasets import load_dataset
 
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line a retry; what came of them is said below
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs every retry; the error is reported below
     name, _, split = name.partition(":")
     try:
         yield from enumerate(load_dataset(name, split=split or "train"), 1)
@@ -210,6 +211,6 @@ def read_hub(name, notes, problems):
 READERS = {".jsonl": read_jsonl, ".json": read_json, ".csv": read_csv, ".parquet": read_parquet}
 
 
-def say_type(value):
+def say_type(value: object) -> str:
     known = {bool: "a boolean", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
     return "null" if value is None else known.get(type(value), f"a {type(value).__name__}")

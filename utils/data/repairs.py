@@ -1,28 +1,30 @@
-"""Rows of other frameworks' shapes into ours, by rule: what is there is moved and renamed, and nothing made up.
+"""Rules that convert rows of other frameworks into ours: columns are moved and renamed, nothing is invented.
 
-A further rule is a row in RULES, which stands at the end.
+A new rule is a row in RULES, at the end.
 """
 
 import ast
 import collections
 import json
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any, TypeGuard
 
 from rlhf_args.methods import ANSWERED, DIALOGUE, PAIR, PROMPT, RANKED, UNPAIRED
-from utils.data import columns as data_columns
-from utils.data.files import MESSAGES
+from utils.data.columns import RESERVED, ROLES as KNOWN, Kind, check_label, common_start, to_number
+from utils.data.files import MESSAGES, Row
 
-TWO, ONE = (PAIR, RANKED, UNPAIRED), (DIALOGUE, ANSWERED)  # methods of two kinds of answers, and of one
+TWO, ONE = (PAIR, RANKED, UNPAIRED), (DIALOGUE, ANSWERED)  # methods with two kinds of answers, and with one
 ANY = (*TWO, *ONE, PROMPT)
 
 ROLES = {
-    **{name: name for name in data_columns.ROLES},
+    **{name: name for name in KNOWN},
     **dict.fromkeys(("human", "prompter"), "user"),
     **dict.fromkeys(("gpt", "bot", "chatbot", "chatgpt", "ai", "model", "function_call", "tool_call"), "assistant"),
     **dict.fromkeys(("observation", "function", "function_response", "tool_response", "ipython"), "tool"),
 }
-# What a column is called by ShareGPT, Alpaca, OpenAI, TRL, LLaMA-Factory, ms-swift, axolotl and the data of their docs
+# Names of columns in ShareGPT, Alpaca, OpenAI, TRL, LLaMA-Factory, ms-swift, axolotl, and in the data of their docs
 TALKS = ("conversations", "conversation", "dialog", "dialogue", "context_messages")
 ASKED = ("instruction", "question", "query", "problem", "input")
 ANSWERS = ("output", "response", "answer", "solution")
@@ -36,21 +38,24 @@ WORDS = [  # (true, false) of a column of labels
 ]  # fmt: skip
 SIDES = ("chosen", "rejected", "completion")
 TEXTS = ("messages", "prompt", *SIDES)
-NAMES = (*TEXTS, *TALKS, *ANSWERS, *BETTER, *WORSE)  # the columns that messages may stand in
+NAMES = (*TEXTS, *TALKS, *ANSWERS, *BETTER, *WORSE)  # columns that may hold messages
 
 
 @dataclass
 class Seen:
-    """What stands in all rows, for what one row alone does not tell."""
+    """Facts about all rows, for rules that need more than one row."""
 
-    columns: tuple  # the method's
-    repaired: bool  # whether an earlier rule changed a row
-    filled: set  # columns that some row has
-    words: dict  # {column of labels: the values in it}
-    whole: bool  # whether some row has chats without a prompt beside them
+    columns: tuple  # of the method
+    repaired: bool  # True if an earlier rule changed a row
+    filled: set  # columns that are set in some row
+    words: dict  # {column of labels: its values}
+    whole: bool  # True if some row has chats and no prompt
 
 
-def look(rows, columns, repaired):
+Rule = Callable[[dict, Seen], dict | None]  # the row as the rule changes it; None where the rule does not apply
+
+
+def look(rows: list[Row], columns: Kind, repaired: bool) -> Seen:
     seen = Seen(columns, repaired, set(), collections.defaultdict(set), False)
     for _, row in rows:
         seen.filled |= {name for name, value in row.items() if value not in (None, "")}
@@ -61,46 +66,46 @@ def look(rows, columns, repaired):
     return seen
 
 
-def to_word(value):
-    number = None if isinstance(value, bool) else data_columns.to_number(value)
+def to_word(value: object) -> str:
+    number = None if isinstance(value, bool) else to_number(value)
     return str(value).strip().lower() if number is None else f"{number:g}"
 
 
-def is_list(value):
+def is_list(value: object) -> TypeGuard[list[dict]]:
     return isinstance(value, list) and value != [] and all(isinstance(part, dict) for part in value)
 
 
-def is_chat(value):
+def is_chat(value: object) -> TypeGuard[list[dict]]:
     return is_list(value) and all(isinstance(part.get(key), str) for part in value for key in ("role", "content"))
 
 
-def is_message(value):
+def is_message(value: object) -> bool:
     return isinstance(value, dict) and bool({"role", "from"} & value.keys() and {"content", "value"} & value.keys())
 
 
-def turn(role, text):
+def turn(role: str, text: str) -> list[dict]:
     return [{"role": role, "content": text}]
 
 
-def has(row, *names):
+def has(row: dict, *names: str) -> bool:
     return all(row.get(name) is not None for name in names)
 
 
-def put(row, without, **columns):
+def put(row: dict, without: Iterable[str], **columns: object) -> dict:
     return {name: value for name, value in row.items() if name not in without} | columns
 
 
 # ── messages ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def read_written(row, seen):
+def read_written(row: dict, seen: Seen) -> dict | None:
     found = {name: read_list(row[name]) for name in NAMES if isinstance(row.get(name), str)}
     found = {name: value for name, value in found.items() if value}
     return row | found if found else None
 
 
-def read_list(text):
-    """The messages that a text writes out as JSON or as Python does, or None."""
+def read_list(text: str) -> list[dict] | None:
+    """The messages that a text holds as JSON or as Python, or None."""
     for read in (json.loads, ast.literal_eval) if MESSAGES.match(text) else ():
         try:
             found = read(text)
@@ -110,41 +115,41 @@ def read_list(text):
     return None
 
 
-def wrap_message(row, seen):
+def wrap_message(row: dict, seen: Seen) -> dict | None:
     found = {name: [row[name]] for name in NAMES if is_message(row.get(name))}
     return row | found if found else None
 
 
-def in_messages(change):
-    """The rule that changes each message of a row by `change`, which returns the same or another."""
+def in_messages(change: Callable[[dict], dict]) -> Rule:
+    """The rule that applies `change` to each message of a row."""
 
-    def make(row, seen):
+    def make(row: dict, seen: Seen) -> dict | None:
         found = {name: [change(part) for part in row[name]] for name in NAMES if is_list(row.get(name))}
         return row | found if any(found[name] != row[name] for name in found) else None
 
     return make
 
 
-def name_parts(message):
+def name_parts(message: dict) -> dict:
     if not {"from", "value"} <= message.keys() or {"role", "content"} & message.keys():
         return message
     return put(message, ("from", "value"), role=message["from"], content=message["value"])
 
 
-def join_parts(message):
-    parts = message.get("content")
+def join_parts(message: dict) -> dict:
+    parts: Any = message.get("content")
     if is_list(parts) and all(part.get("type") == "text" and isinstance(part.get("text"), str) for part in parts):
         return message | {"content": "".join(part["text"] for part in parts)}
     return message
 
 
-def name_role(message):
+def name_role(message: dict) -> dict:
     role = message.get("role")
     return message | {"role": ROLES.get(role.strip().lower(), role)} if isinstance(role, str) else message
 
 
-def split_turns(text):
-    """The messages of "\\n\\nHuman: ...\\n\\nAssistant: ..." as Anthropic's HH-RLHF has them; None of another text."""
+def split_turns(text: str) -> list[dict] | None:
+    """The messages of "\\n\\nHuman: ...\\n\\nAssistant: ..." as in Anthropic's HH-RLHF; None for another text."""
     start, *parts = re.split(r"(?:^|\n\n)(Human|Assistant):", text.lstrip("\n"))
     if start or len(parts) < 4 or parts[0] != "Human":
         return None
@@ -152,7 +157,7 @@ def split_turns(text):
     return [turn(names[who], said.strip())[0] for who, said in zip(parts[::2], parts[1::2], strict=True)]
 
 
-def read_dialogue(row, seen):
+def read_dialogue(row: dict, seen: Seen) -> dict | None:
     texts = {name: row[name] for name in (*TEXTS, "text") if isinstance(row.get(name), str)}
     read = {name: split_turns(text) for name, text in texts.items()}
     sides = [name for name in SIDES if name in texts]
@@ -169,18 +174,19 @@ def read_dialogue(row, seen):
 # ── columns ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def rename(target, names, kinds=(str, list)):
-    """The rule that calls a row's only column of `names` by the name of `target`."""
+def rename(target: str, names: Iterable[str], kinds: tuple[type, ...] = (str, list)) -> Rule:
+    """The rule that renames the only column of `names` in a row to `target`."""
 
-    def make(row, seen):
+    def make(row: dict, seen: Seen) -> dict | None:
         found = [name for name in names if has(row, name)]
         if len(found) == 1 and not has(row, target) and isinstance(row[found[0]], kinds):
             return put(row, found, **{target: row[found[0]]})
+        return None
 
     return make
 
 
-def ask(row, seen):
+def ask(row: dict, seen: Seen) -> dict | None:
     asked = [name for name in ASKED if isinstance(row.get(name), str) and row[name].strip()]
     whole = any(is_chat(row.get(name)) and row[name][0]["role"] != "assistant" for name in SIDES)
     history = row.get("history") or []
@@ -195,39 +201,38 @@ def ask(row, seen):
     return put(row, used, prompt=earlier + question)
 
 
-def take_messages(row, seen):
+def take_messages(row: dict, seen: Seen) -> dict | None:
     asked = row.get("input")
     if isinstance(asked, dict) and is_chat(asked.get("messages")) and not has(row, "prompt"):
         return put(row, ("input",), prompt=asked["messages"])
+    return None
 
 
-def take_answer(row, seen):
+def take_answer(row: dict, seen: Seen) -> dict | None:
     if seen.columns in TWO and has(row, "rejected"):
         return rename("chosen", ("completion", *ANSWERS))(row, seen)
     single = seen.columns in (*ONE, UNPAIRED) and has(row, "prompt") and not has(row, "messages")
     return rename("completion", ANSWERS)(row, seen) if single else None
 
 
-def take_text(row, seen):
-    return None if has(row, "prompt") else rename("messages", ("text",), str)(row, seen)
+def take_text(row: dict, seen: Seen) -> dict | None:
+    return None if has(row, "prompt") else rename("messages", ("text",), (str,))(row, seen)
 
 
-def take_rated(row, seen):
-    answers = row.get("completions")
+def take_rated(row: dict, seen: Seen) -> dict | None:
+    answers: Any = row.get("completions")
     if has(row, "chosen") or has(row, "rejected") or not is_list(answers):
         return None
     ratings = [next((one[name] for name in RATINGS if one.get(name) is not None), None) for one in answers]
-    rated = [
-        (data_columns.to_number(rating), one.get("response")) for rating, one in zip(ratings, answers, strict=True)
-    ]
+    rated = [(to_number(rating), one.get("response")) for rating, one in zip(ratings, answers, strict=True)]
     if any(rating is None or not isinstance(text, str) for rating, text in rated):
         return None
-    best, worst = (pick(rated, key=lambda one: one[0]) for pick in (max, min))
-    return put(row, ("completions",), chosen=best[1], rejected=worst[1]) if best[0] > worst[0] else None
+    best, worst = (pick(rated, key=lambda answer: answer[0] or 0) for pick in (max, min))
+    return put(row, ("completions",), chosen=best[1], rejected=worst[1]) if best[0] != worst[0] else None
 
 
-def take_context(row, seen):
-    talk = row.get("messages")
+def take_context(row: dict, seen: Seen) -> dict | None:
+    talk: Any = row.get("messages")
     if not is_chat(talk) or has(row, "prompt"):
         return None
     answered = talk[-1]["role"] == "assistant"
@@ -242,7 +247,7 @@ def take_context(row, seen):
     return put(row, ("messages",), prompt=asked, **({lacking: answer} if answered else {}))
 
 
-def take_system(row, seen):
+def take_system(row: dict, seen: Seen) -> dict | None:
     system, found = row.get("system") or "", {}
     if not isinstance(system, str) or "system" not in seen.filled:
         return None
@@ -258,11 +263,11 @@ def take_system(row, seen):
     return put(row, ("system",), **found) if any(found[name] != row[name] for name in found) else None
 
 
-def split_prompt(row, seen):
+def split_prompt(row: dict, seen: Seen) -> dict | None:
     sides = {name: row[name] for name in SIDES if has(row, name)}
     if not isinstance(row.get("prompt"), str) or not sides or not all(map(is_chat, sides.values())):
         return None
-    start = data_columns.common_start(*sides.values()) if len(sides) == 2 else [*sides.values()][0][:-1]
+    start = common_start(*sides.values()) if len(sides) == 2 else [*sides.values()][0][:-1]
     if not any(message["content"].strip() == row["prompt"].strip() for message in start):
         return None
     if seen.columns == RANKED:
@@ -270,68 +275,73 @@ def split_prompt(row, seen):
     return row | {"prompt": start} | cut(sides, start, seen)
 
 
-def cut(sides, start, seen):
-    """The answers without the prompt before them; as they are where they are for reward functions."""
+def cut(sides: dict, start: list[dict], seen: Seen) -> dict:
+    """The answers without the prompt before them; {} for reward functions, which get them unchanged."""
     return {} if seen.columns == PROMPT else {name: value[len(start) :] for name, value in sides.items()}
 
 
-def split_whole(row, seen):
-    sides = {name: row.get(name) for name in RANKED}
+def split_whole(row: dict, seen: Seen) -> dict | None:
+    sides: dict[str, Any] = {name: row.get(name) for name in RANKED}
     alike = all(map(is_chat, sides.values())) or all(isinstance(value, str) for value in sides.values())
     if alike and not has(row, "prompt") and (seen.repaired or "prompt" in seen.filled):
-        start = data_columns.common_start(*sides.values())
+        start = common_start(*sides.values())
         return row | {"prompt": start} | cut(sides, start, seen)
+    return None
 
 
-def join_prompt(row, seen):
+def join_prompt(row: dict, seen: Seen) -> dict | None:
     if seen.whole and all(is_chat(row.get(name)) for name in PAIR):
         prompt = row["prompt"]
         ahead = [] if all(row[name][: len(prompt)] == prompt for name in RANKED) else prompt
         return put(row, ("prompt",), **{name: ahead + row[name] for name in RANKED})
+    return None
 
 
-def join_answer(row, seen):
+def join_answer(row: dict, seen: Seen) -> dict | None:
     if (seen.repaired or "messages" in seen.filled) and all(is_chat(row.get(name)) for name in ANSWERED):
         return None if has(row, "messages") else put(row, ANSWERED, messages=row["prompt"] + row["completion"])
+    return None
 
 
-def make_turns(row, seen):
+def make_turns(row: dict, seen: Seen) -> dict | None:
     names = ANSWERED if seen.columns in ONE else ("prompt", *SIDES)
     chats = [name for name in names if is_chat(row.get(name))]
     texts = [name for name in names if isinstance(row.get(name), str)]
-    if seen.columns == PROMPT:  # the answers are the reward functions'
+    if seen.columns == PROMPT:  # the answers are for the reward functions
         texts = [name for name in texts if name == "prompt"]
     whole = any(row[name][0]["role"] != "assistant" for name in chats if name != "prompt")
     if chats and texts and ("prompt" in chats or not whole):
         return row | {name: turn("user" if name == "prompt" else "assistant", row[name]) for name in texts}
+    return None
 
 
-def take_label(row, seen):
+def take_label(row: dict, seen: Seen) -> dict | None:
     names = ["label"] if has(row, "label") else [name for name in THUMBS if has(row, name)]
-    if len(names) != 1 or not has(row, "completion") or data_columns.check_label(row.get("label")) is None:
+    if len(names) != 1 or not has(row, "completion") or check_label(row.get("label")) is None:
         return None
     found = seen.words[names[0]]
-    for words in WORDS:  # of numbers both are needed: a lone 1 may be one of five
-        if found <= set(words) and (len(found) == 2 or data_columns.to_number(words[0]) is None):
+    for words in WORDS:  # numbers: both are needed, as a lone 1 may be a rating of 1 to 5
+        if found <= set(words) and (len(found) == 2 or to_number(words[0]) is None):
             return put(row, names, label=to_word(row[names[0]]) == words[0])
+    return None
 
 
-def free_names(row, seen):
-    taken = [name for name in row if name in data_columns.RESERVED and "image" not in name]
+def free_names(row: dict, seen: Seen) -> dict | None:
+    taken = [name for name in row if name in RESERVED and "image" not in name]
     return put(row, taken, **{f"given_{name}": row[name] for name in taken}) if taken else None
 
 
 # ── the table ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-# (what is said of it, the columns of the methods that it is for, what makes of (row, Seen) the mended row, or None
-# where it does not apply). They are gone through in this order, each over all rows.
+# (description, columns of the methods that it serves, function of (row, Seen) -> the changed row, or None if the rule
+# does not apply). Applied in this order, each to all rows.
 RULES = [
     ("messages written as text -> lists", ANY, read_written),
     ("one message -> a list of it", ANY, wrap_message),
     ("ShareGPT's from and value -> role and content", ANY, in_messages(name_parts)),
     ("content in parts of text -> one text", ANY, in_messages(join_parts)),
     ("roles of other names (human, gpt, bot, ...) -> user, assistant, tool", ANY, in_messages(name_role)),
-    ("ShareGPT's conversations -> messages", ANY, rename("messages", TALKS, list)),
+    ("ShareGPT's conversations -> messages", ANY, rename("messages", TALKS, (list,))),
     (f"{', '.join(BETTER)} -> chosen", (*TWO, PROMPT), rename("chosen", BETTER)),
     (f"{', '.join(WORSE)} -> rejected", (*TWO, PROMPT), rename("rejected", WORSE)),
     ('"Human: ... Assistant: ..." -> messages', ANY, read_dialogue),
@@ -352,8 +362,8 @@ RULES = [
 ]
 
 
-def repair(rows, columns):
-    """The rows as the rules make them, and how many rows each changed: (rows, {rule: count})."""
+def repair(rows: list[Row], columns: Kind) -> tuple[list[Row], dict[str, int]]:
+    """(the rows after all rules, {description of a rule: rows that it changed})."""
     counts, seen = {}, look(rows, columns, False)
     for says, kinds, make in RULES:
         if columns in kinds:

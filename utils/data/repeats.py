@@ -3,24 +3,28 @@
 import collections
 import json
 
+from utils.data.files import Row
 
-def to_key(row, without=("label", "margin", "further")):
-    """What two rows have in common that say the same: prompt and answers alone, unless told."""
+
+def to_key(row: dict, without: tuple[str, ...] = ("label", "margin", "further")) -> str:
+    """Equal for rows with the same prompt and answers. without: columns to ignore."""
     return json.dumps([(name, row[name]) for name in sorted(row) if name not in without], default=str)
 
 
-def find_again(made):
-    """{where: where the same stood before}, by all that a row trains on, or that a reward function is given."""
-    keys, firsts = collections.defaultdict(list), {}
+def find_again(made: list[Row]) -> dict[str, str]:
+    """{row: the earlier row that it repeats}, by all columns that are trained on or passed to a reward function."""
+    keys: dict[str, list[str]] = collections.defaultdict(list)
+    firsts: dict[tuple, str] = {}
     for where, row in made:
         keys[where].append(to_key(row, ()))
-    firsts = {where: firsts.setdefault(tuple(key), where) for where, key in keys.items()}
-    return {where: first for where, first in firsts.items() if first != where}
+    found = {where: firsts.setdefault(tuple(key), where) for where, key in keys.items()}
+    return {where: first for where, first in found.items() if first != where}
 
 
-def find_against(made):
-    """{where: where the opposite stands}: chosen and rejected the other way round, or the other label."""
-    found, said = {}, {}
+def find_against(made: list[Row]) -> dict[str, str]:
+    """{row: the row that contradicts it}: with chosen and rejected swapped, or the opposite label."""
+    found: dict[str, str] = {}
+    said: dict[str, str] = {}
     for where, row in made:
         other = {"chosen": row["rejected"], "rejected": row["chosen"]} if "chosen" in row else {}
         other |= {"label": not row["label"]} if "label" in row else {}
@@ -30,19 +34,19 @@ def find_against(made):
     return found
 
 
-def say_two(found):
+def say_two(found: dict[str, str]) -> str:
     where, other = next(iter(found.items()))
     return f"{where} and {other}"
 
 
-def weigh(true, false):
-    """The flags that bring weight x rows of good and bad answers within 1:1 to 4:3.
+def weigh(true: int, false: int) -> str:
+    """The KTO weights that bring weight x rows of good and bad answers within 1:1 to 4:3.
 
     Source: KTO, arXiv 2402.01306, eq. 8; trl@1.16 kto_trainer.py warns by the same rule.
     """
     if false <= true and 3 * true <= 4 * false:
         return "within 1:1 to 4:3, as KTO wants them; no weights are needed"
-    if true < false:  # hundredths, rounded to the inside
+    if true < false:  # in hundredths, rounded inwards
         flag, least, most = "desirable_weight", -(-100 * false // true), 400 * false // (3 * true)
     else:
         flag, least, most = "undesirable_weight", -(-75 * true // false), 100 * true // false

@@ -1,18 +1,20 @@
-"""Raw rows to checked ones in the method's columns. Every row is looked at; nothing is dropped that is not counted.
+"""Raw rows to checked rows in the method's columns. Every row is checked; every dropped row is counted.
 
-A row in here is `(where, values)`: "data/kto.jsonl:17" and a dict of its columns. Standard library only.
+Standard library only.
 """
 
 import hashlib
 import json
 import random
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from rlhf_args.methods import ANSWERED, PROMPT, RANKED, UNPAIRED
 from utils.data.columns import (
     ACCEPTED,
     SAMPLE,
+    Kind,
     check_characters,
     check_further,
     check_row,
@@ -25,7 +27,7 @@ from utils.data.columns import (
     spread,
     useless,
 )
-from utils.data.files import read_rows, say_type
+from utils.data.files import Row, read_rows, say_type
 from utils.runtime.errors import Refused, collecting, refuse_if
 
 SHOWN = 20  # problems printed; the count covers all
@@ -33,20 +35,28 @@ SHOWN = 20  # problems printed; the count covers all
 
 @dataclass
 class Rows:
-    """What came of the files. `dropped`: (where, reason, values) of rows that cannot be used, out of `total` read."""
+    """The rows of a run. dropped: (where, reason, values) of unusable rows. total: rows read."""
 
     train: list
     held_out: list = field(default_factory=list)
     dropped: list = field(default_factory=list)
     total: int = 0
     notes: list = field(default_factory=list)
-    findings: list = field(default_factory=list)  # of preflight.py, once their text is prepared
+    findings: list = field(default_factory=list)  # of utils/checks/findings.py
 
 
-def load_rows(train_paths, eval_paths, columns, name, max_samples=None, problems=(), collected=None):
-    """Every row of the files, checked and in the method's columns. Raises Refused: `problems` and all of its own.
+def load_rows(
+    train_paths: Iterable[str] | None,
+    eval_paths: Iterable[str] | None,
+    columns: Kind,
+    name: str,
+    max_samples: int | None = None,
+    problems: Iterable[str] = (),
+    collected: list[str] | None = None,
+) -> Rows:
+    """Every row of the files, checked and in the method's columns. Raises Refused with `problems` and all found here.
 
-    `collected`: a list that takes them instead (checks.collecting); the rows are then those that are sound.
+    collected: a list that takes the problems instead of raising; the sound rows are returned.
     """
     rows, refused = Rows([]), list(problems)
     asked = (
@@ -55,7 +65,7 @@ def load_rows(train_paths, eval_paths, columns, name, max_samples=None, problems
     )
     for flag, paths, found, limit in asked:
         if paths:
-            broken = None if collected is None else []
+            broken: list[str] | None = None if collected is None else []
             try:
                 read, notes, unreadable = read_rows(paths, flag)
                 made, dropped = make_rows(read[:limit], columns, notes, unreadable, broken)
@@ -85,23 +95,25 @@ def load_rows(train_paths, eval_paths, columns, name, max_samples=None, problems
 
 @dataclass
 class Pass:
-    """What one pass over raw rows came upon besides those that it made."""
+    """Findings of one pass over raw rows, besides the rows made."""
 
-    kind: tuple = ()  # the columns that they are read by
+    kind: tuple = ()  # columns by which the rows are read
     problems: list = field(default_factory=list)
     dropped: list = field(default_factory=list)  # (where, reason, values)
-    names: dict = field(default_factory=dict)  # of their columns
-    parts: set = field(default_factory=set)  # of their messages
-    spoken: dict = field(default_factory=dict)  # {whether it is a chat: the first such row}
+    names: dict = field(default_factory=dict)  # of the columns
+    parts: set = field(default_factory=set)  # keys of the messages
+    spoken: dict = field(default_factory=dict)  # {is it a chat: the first such row}
     margins: dict = field(default_factory=dict)
     types: dict = field(default_factory=dict)  # {further column: {type: the first such row}}
 
 
-def make_rows(rows, columns, notes, problems=(), collected=None):
-    """Checked rows of the method's own kind, and those that cannot be used: (rows, dropped).
+def make_rows(
+    rows: list[Row], columns: Kind, notes: list[str], problems: Iterable[str] = (), collected: list[str] | None = None
+) -> tuple[list[Row], list[tuple]]:
+    """(checked rows in the method's columns, dropped rows as (where, reason, values)).
 
-    `dropped` is a list of (where, reason, values). Broken rows, and `problems` that reading found, raise Refused, the
-    first 20 named and all counted; or go into the list `collected`.
+    Raises Refused for broken rows and for `problems` of reading: the first 20 named, all counted. collected: a list
+    that takes them instead.
     """
     found = Pass(problems=list(problems))
     made = list(walk(rows, columns, notes, found))
@@ -112,16 +124,16 @@ def make_rows(rows, columns, notes, problems=(), collected=None):
     return made, found.dropped
 
 
-def walk(rows, columns, notes, found):
-    """Yields the rows that can be used, (where, converted); `rows` are gone over more than once."""
+def walk(rows: list[Row], columns: Kind, notes: list[str], found: Pass) -> Iterator[Row]:
+    """Usable rows, (where, converted). Iterates over `rows` more than once."""
     found.kind = find_kind(rows, columns)
     found.names = {name: None for _, values in rows for name in values}
     for where, given in rows:
-        # a reward function is given every column of every row, None where a row has none
+        # a reward function gets every column of every row, None where a row lacks it
         values = found.names | given if columns == PROMPT else given
         row_kind = found.kind
         if columns == ANSWERED and values.get("prompt") is not None and values.get("completion") is None:
-            row_kind = PROMPT  # whether an answer is needed hangs on the flags: teacher.check_distillation
+            row_kind = PROMPT  # the flags decide if an answer is needed: checks/distillation.py
         messages = (message for name in found.kind if isinstance(values.get(name), list) for message in values[name])
         problem = check_row(values, row_kind, columns) or check_characters(given)
         if problem:
@@ -142,8 +154,8 @@ def walk(rows, columns, notes, found):
             yield from ((where, converted) for converted in convert(row, columns, values))
 
 
-def conclude(found, columns, notes):
-    """Raises Refused where rows are broken or do not go together; notes what is not used of them."""
+def conclude(found: Pass, columns: Kind, notes: list[str]) -> None:
+    """Raises Refused for broken or inconsistent rows; notes unused columns."""
     problems, spoken, margins = found.problems, found.spoken, found.margins
     if len(spoken) == 2:
         problems.append(f"{spoken[True]} is a chat and {spoken[False]} is plain text. One run takes one of the two")
@@ -161,14 +173,14 @@ def conclude(found, columns, notes):
         notes.append(f"of the messages only role and content are used, not {', '.join(parts)}")
 
 
-def refuse_rows(problems):
+def refuse_rows(problems: list[str]) -> None:
     if problems:
         more = [f"... and {len(problems) - SHOWN} more, {len(problems)} in all"] if len(problems) > SHOWN else []
         raise Refused(problems[:SHOWN] + more)
 
 
-def check_labels(rows, name):
-    """KTO on one label has nothing to compare (trl#1724)."""
+def check_labels(rows: list[Row], name: str) -> None:
+    """Raises Refused if all labels are equal: KTO compares both (trl#1724)."""
     labels = {values["label"] for _, values in rows if "label" in values}
     if len(labels) == 1:
         raise Refused(
@@ -179,8 +191,8 @@ def check_labels(rows, name):
         )
 
 
-def check_dropped(rows, max_drop_fraction):
-    """Too many rows that cannot be used mean that the file is not what its owner thinks. None left: no training."""
+def check_dropped(rows: Rows, max_drop_fraction: float) -> None:
+    """Raises Refused if more than max_drop_fraction of the rows are unusable, or all."""
     share = len({where for where, _, _ in rows.dropped}) / rows.total
     if share > max_drop_fraction or share == 1:
         limits = [re.search(r"max_\w*length", reason) for _, reason, _ in rows.dropped]
@@ -191,23 +203,23 @@ def check_dropped(rows, max_drop_fraction):
         raise Refused([f"{say_dropped(rows.dropped, rows.total)}. {way_out}"])
 
 
-def say_dropped(dropped, total):
+def say_dropped(dropped: list[tuple], total: int) -> str:
     counts = ", ".join(f"{count} {reason}" for reason, count in count_reasons(dropped).items())
     first = "; ".join(f"{where} {reason}" for where, reason, _ in dropped[:5])
     return f"{len({where for where, _, _ in dropped})} of {total} rows cannot be used ({counts}). The first: {first}"
 
 
-def count_reasons(dropped):
-    counts = {}
+def count_reasons(dropped: list[tuple]) -> dict[str, int]:
+    counts: dict[str, int] = {}
     for _, reason, _ in dropped:
         counts[reason] = counts.get(reason, 0) + 1
     return counts
 
 
-def hold_out(rows, fraction, seed):
-    """Moves a random share of the training rows to held_out; the two halves of a converted pair stay together.
+def hold_out(rows: Rows, fraction: float, seed: int) -> None:
+    """Move a random share of the training rows to held_out; the two halves of a converted pair stay together.
 
-    A share above 0 is one row at least, and leaves one. Raises Refused where there is only one.
+    A share above 0 is at least one row and leaves at least one. Raises Refused for a single row.
     """
     if not fraction:
         return
@@ -220,22 +232,22 @@ def hold_out(rows, fraction, seed):
     rows.train = [row for row in rows.train if row[0] not in held]
 
 
-def count_held(rows, fraction):
-    """How many of so many rows are held out: of a share above 0 one at least, and one is left."""
+def count_held(rows: int, fraction: float) -> int:
+    """Number of held-out rows: with a fraction above 0 at least one, and one is left."""
     return min(max(round(rows * fraction), 1), rows - 1) if fraction else 0
 
 
 def hash_rows(rows: list, in_order: bool = False) -> str:
-    """sha256 over the rows, whatever file they stand in and, unless `in_order`, in whatever order."""
+    """sha256 of the rows, independent of their files and, unless in_order, of their order."""
     lines = (to_json(values) for _, values in rows)
     text = "\n".join(lines if in_order else sorted(lines))
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def text_key(*values):
+def text_key(*values: object) -> int:
     return int.from_bytes(hashlib.sha256(to_json(values).encode()).digest()[:8], "little")
 
 
-def to_json(values) -> str:
-    """Values as JSON with sorted names. What JSON does not know (a date, Decimal or bytes of parquet) is its str()."""
+def to_json(values: object) -> str:
+    """Values as JSON with sorted names. A type unknown to JSON (date, Decimal, bytes) becomes its str()."""
     return json.dumps(values, sort_keys=True, ensure_ascii=False, default=str)

@@ -1,14 +1,19 @@
 """One row through the chat template: its text, its tokens, and which of them are trained."""
 
 import functools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from utils.runtime.errors import Refused
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-def render(tokenizer, values):
+
+def render(tokenizer: "PreTrainedTokenizerBase", values: dict) -> tuple[str, list[str], bool]:
     """(prompt, [answer, ...], reshaped): texts, each answer with exactly one end of turn behind it.
 
-    Of a row that has a prompt alone, the answer is "".
+    For a row with only a prompt, the answer is "".
     """
     names = [name for name in ("chosen", "rejected", "completion") if name in values]
     if "messages" in values:
@@ -29,40 +34,42 @@ def render(tokenizer, values):
     return whole[0][:shared], [text[shared:] for text in whole], shared < len(prompt)
 
 
-def template(tokenizer, messages, **kwargs):
-    """The chat template's text, without the BOS that the tokenizer will put in front of it again."""
+def template(tokenizer: "PreTrainedTokenizerBase", messages: list[dict], **kwargs: bool) -> str:
+    """The chat template's text, without the BOS that the tokenizer adds."""
     text = tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
     return text.removeprefix(tokenizer.bos_token) if tokenizer.bos_token and adds_bos(tokenizer) else text
 
 
-@functools.lru_cache(maxsize=8)  # asked for every text
-def adds_bos(tokenizer):
+@functools.lru_cache(maxsize=8)  # called for every text
+def adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
     return tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
-def end_turn(tokenizer, text):
-    """`text` up to and with its last end of turn (templates add a newline behind it), or with one put there."""
+def end_turn(tokenizer: "PreTrainedTokenizerBase", text: str) -> str:
+    """`text` with exactly one end of turn at its end: a trailing newline is cut, a missing end of turn added."""
     eos = tokenizer.eos_token
     stripped = text.rstrip()
     return stripped if stripped.endswith(eos) else text + eos
 
 
-def shared_length(a, b):
+def shared_length(a: Sequence, b: Sequence) -> int:
     if a == b[: len(a)]:
         return len(a)
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def tokenize(tokenizer, text, **kwargs):
+def tokenize(tokenizer: "PreTrainedTokenizerBase", text: str, **kwargs: bool) -> list[int]:
     return tokenizer(text, **kwargs)["input_ids"]
 
 
-def prompt_ids(tokenizer, prompt):
-    """The tokens of a prompt that is to be answered."""
+def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: str | list[dict]) -> list[int]:
+    """Token ids of a prompt, with the generation prompt of the template."""
     return tokenize(tokenizer, render(tokenizer, {"prompt": prompt})[0])
 
 
-def tokenize_pair(tokenizer, prompt, chosen, rejected):
+def tokenize_pair(
+    tokenizer: "PreTrainedTokenizerBase", prompt: str, chosen: str, rejected: str
+) -> tuple[list[int], list[int], list[int]]:
     """Token ids (prompt, chosen, rejected). A token that spans prompt and answer belongs to the answer, as in DPO.
 
     Source: trl 1.16.0, trainer/dpo_trainer.py, _prepare_dataset.
@@ -72,25 +79,34 @@ def tokenize_pair(tokenizer, prompt, chosen, rejected):
     return alone[:start], whole[0][start:], whole[1][start:]
 
 
-def split_tokens(alone, whole):
-    """{prompt_ids, completion_ids} of a prompt's tokens alone and with its answer; no completion_ids without one."""
+def split_tokens(alone: list[int], whole: list[int]) -> dict[str, list[int]]:
+    """{prompt_ids, completion_ids}. alone: ids of the prompt; whole: ids of prompt and answer."""
     start = shared_length(alone, whole)
     return {"prompt_ids": whole[:start], "completion_ids": whole[start:]}
 
 
-def label_turns(tokens, values, text):
-    """{input_ids, labels} of a dialogue: every assistant turn is trained with its end of turn, the rest is -100."""
-    ids = tokens(text)
+def label_turns(
+    ids: list[int], token_at: Callable[[int], int | None], spans: list[tuple[int, int]]
+) -> dict[str, list[int]]:
+    """{input_ids, labels} of a dialogue: every assistant turn is trained with its end of turn, the rest is -100.
+
+    token_at: character -> index of its token, or None for a character that the tokenizer drops.
+    spans: (start, end) of the turns, in characters. A token that spans a start is trained, as in DPO.
+    """
     labels = [-100] * len(ids)
-    for start, stop in assistant_spans(tokens.tokenizer, values, text):
-        first = shared_length(tokens(text[:start]), ids)
-        last = len(tokens(text[:stop]))
-        labels[first:last] = ids[first:last]
+    for start, end in spans:
+        inside = range(start, end)
+        first, last = (
+            next((token for place in places if (token := token_at(place)) is not None), None)
+            for places in (inside, reversed(inside))
+        )
+        if first is not None and last is not None:
+            labels[first : last + 1] = ids[first : last + 1]
     return {"input_ids": ids, "labels": labels}
 
 
-def assistant_spans(tokenizer, values, text):
-    """(start, stop) in `text` of what the assistant says, each with its end of turn."""
+def assistant_spans(tokenizer: "PreTrainedTokenizerBase", values: dict, text: str) -> list[tuple[int, int]]:
+    """(start, end) of each assistant turn in `text`, in characters, with its end of turn."""
     if isinstance(values.get("messages"), str):
         return [(0, len(text))]
     if "messages" not in values:
@@ -101,14 +117,14 @@ def assistant_spans(tokenizer, values, text):
             before = template(tokenizer, values["messages"][:i], add_generation_prompt=True) if i else ""
             after = end_turn(tokenizer, template(tokenizer, values["messages"][: i + 1]))
             start = shared_length(before, text)
-            # some templates write a turn differently once it is no longer the last (Qwen3 takes the thoughts out)
+            # some templates write a turn differently when another follows (Qwen3 removes the thoughts)
             end = text.find(tokenizer.eos_token, start) + len(tokenizer.eos_token)
             spans.append((start, len(after) if text.startswith(after) else end))
     return spans
 
 
-def fit_tokenizer(tokenizer, chat):
-    """Set pad and end of turn on the tokenizer; the notes say what was changed. Raises Refused without a template."""
+def fit_tokenizer(tokenizer: "PreTrainedTokenizerBase", chat: bool) -> list[str]:
+    """Set pad and end of turn on the tokenizer. Returns a note for each change. Raises Refused without a template."""
     notes = []
     if chat and not tokenizer.chat_template:
         raise Refused(
@@ -120,7 +136,7 @@ def fit_tokenizer(tokenizer, chat):
     if chat:
         try:
             end = end_of_turn(tokenizer)
-        except Exception as error:  # noqa: BLE001  as above: of a broken template anything
+        except Exception as error:  # noqa: BLE001  a broken template raises any class
             raise Refused(
                 [
                     f"this model's chat template cannot write a question and its answer ({say_error(error)}). "
@@ -139,16 +155,16 @@ def fit_tokenizer(tokenizer, chat):
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
         notes.append(f"the tokenizer has no pad token: {tokenizer.pad_token} pads")
-    tokenizer.padding_side = "right"  # the score of a reward model stands on the last token that is not padding
+    tokenizer.padding_side = "right"  # a reward model scores the last token that is not padding
     return notes
 
 
-def say_error(error):
+def say_error(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def end_of_turn(tokenizer):
-    """The special token that the template puts behind an answer, or None if it puts none."""
+def end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> str | None:
+    """The special token that the template writes after an answer, or None."""
     answer = "ANSWER"
     text = template(tokenizer, [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": answer}])
     tail = tokenizer(text[text.rindex(answer) + len(answer) :], add_special_tokens=False)["input_ids"]
@@ -156,6 +172,6 @@ def end_of_turn(tokenizer):
     return next((tokenizer.convert_ids_to_tokens(token) for token in tail if token in special), None)
 
 
-def count_ends(ids, eos):
-    """How many end-of-turn tokens stand last."""
+def count_ends(ids: list[int], eos: int) -> int:
+    """Number of end-of-turn tokens at the end."""
     return next((n for n, token in enumerate(reversed(ids)) if token != eos), len(ids))

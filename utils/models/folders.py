@@ -1,262 +1,333 @@
-"""What the files of a model or adapter folder say, read without loading the model."""
+"""What the files of a model or adapter say, read without loading the model."""
 
+import functools
 import json
 import math
+import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from utils.models import shapes
+from utils.runtime.errors import Refused
 from utils.runtime.paths import looks_local, near_path
 
+if TYPE_CHECKING:
+    from common_args import CommonArgs
+    from rlhf_args.methods import Method
+
 TOKENIZERS = "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spm.model", "sentencepiece.bpe.model"
+DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # safetensors' names: torch's
+NOT_ADAPTED = re.compile(r"embed|wte|wpe|lm_head|score|embed_out")  # matrices without LoRA: embeddings and heads
+AGAIN = "Download or copy it again"
 
 
-def check_folder(path, flag):
-    """(problems, its config.json or adapter_config.json as a dict) of a model or adapter folder; None for a Hub id."""
-    folder = Path(path)
-    if not folder.exists():
-        near = near_path(path)
-        if looks_local(path) or near and not on_hub(path):
+class Tensor(NamedTuple):
+    """A tensor's entry in the header of a safetensors file. dtype: as safetensors writes it, "BF16"."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class ModelFolder:
+    """A model or LoRA adapter, in a folder or on the Hub. Each file is read at most once, when first needed.
+
+    Of a Hub id the JSON files are fetched; its weights and vocabulary count as empty.
+    Raises Refused where a JSON file is broken.
+    """
+
+    def __init__(self, path: str, revision: str | None = None) -> None:
+        self.path, self.revision = path, revision
+        self.folder = Path(path)
+        self.json: dict[str, dict | None] = {}
+
+    @staticmethod
+    def at(path: str | Path | None, revision: str | None = None) -> "ModelFolder":
+        """The folder or Hub id; the same object as long as its files are unchanged. None is refused with the flags."""
+        name = str(path)
+        entries = list(os.scandir(name)) if Path(name).is_dir() else []
+        return known(name, revision, frozenset(map(stamp, entries)))
+
+    # ── config and tokenizer ─────────────────────────────────────────────────────────────────────────────────────────
+
+    def read(self, name: str) -> dict | None:
+        """A JSON file; None where the folder has none, or the Hub cannot be reached."""
+        if name not in self.json:
+            file = self.folder / name if self.folder.exists() else self.fetch(name)
+            self.json[name] = read_object(file) if file and file.exists() else None
+        return self.json[name]
+
+    def fetch(self, name: str) -> Path | None:
+        from transformers.utils import cached_file
+
+        try:
+            return Path(cached_file(self.path, name, revision=self.revision))
+        except OSError:  # loading the model will say why
+            return None
+
+    @property
+    def adapter(self) -> dict | None:
+        """adapter_config.json; None for a whole model, and for a Hub id."""
+        return self.read("adapter_config.json") if self.folder.exists() else None
+
+    @property
+    def base(self) -> "ModelFolder":
+        """The model below an adapter; the model itself where it is whole."""
+        named = self.adapter and self.adapter.get("base_model_name_or_path")
+        return ModelFolder.at(named, self.adapter.get("revision")) if self.adapter and named else self
+
+    @property
+    def config(self) -> dict:
+        """config.json, of an adapter its base's; {} where it cannot be read."""
+        shape = shapes.find_shape(self.base.path)
+        return shape.to_dict() if shape else self.base.read("config.json") or {}
+
+    @property
+    def generation_config(self) -> dict:
+        return {} if shapes.find_shape(self.base.path) else self.base.read("generation_config.json") or {}
+
+    @property
+    def described(self) -> dict | None:
+        """adapter_config.json or config.json. None for a Hub id, and for a file that `check` refuses."""
+        try:
+            return (self.adapter or self.read("config.json")) if self.folder.exists() else None
+        except Refused:
+            return None
+
+    @property
+    def is_reward_model(self) -> bool:
+        described = self.described or {}
+        kinds = described.get("architectures") or ()
+        return described.get("task_type") == "SEQ_CLS" or any("SequenceClassification" in kind for kind in kinds)
+
+    @property
+    def positions(self) -> int | None:
+        """Tokens that the model can hold, by its config; None where the config does not say."""
+        return self.config.get("max_position_embeddings") or self.text_config.get("max_position_embeddings")
+
+    @property
+    def vocabulary_rows(self) -> int | None:
+        """Rows of the embedding, by the config; None where the config does not say."""
+        return self.config.get("vocab_size") or self.text_config.get("vocab_size")
+
+    @property
+    def text_config(self) -> dict:
+        return self.config.get("text_config") or {}
+
+    @functools.cached_property
+    def vocabulary(self) -> dict[str, int]:
+        """{token: id} of tokenizer.json; {} where there is none."""
+        file = self.folder / "tokenizer.json"
+        if not file.exists():
+            return {}
+        described = read_object(file)
+        tokens = described["model"].get("vocab", {})
+        if isinstance(tokens, list):  # of pairs (token, score)
+            tokens = {token: number for number, (token, _) in enumerate(tokens)}
+        return tokens | {token["content"]: token["id"] for token in described.get("added_tokens", ())}
+
+    # ── weights ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @functools.cached_property
+    def weights(self) -> dict[Path, dict[str, Tensor] | None]:
+        """{safetensors file: its header}; None for a file that is not whole."""
+        return {file: read_header(file) for file in sorted(self.folder.glob("*.safetensors"))}
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: tensor for header in self.weights.values() for name, tensor in (header or {}).items()}
+
+    @property
+    def numbers(self) -> int:
+        """Parameters of the model; of an adapter, of its base."""
+        return count_elements(self.base.tensors)
+
+    def describe_weights(self) -> str:
+        """ "0.27 GB bfloat16 safetensors in 1 file", of an adapter's base and the adapter; "" for a Hub id."""
+        said = []
+        for part in [self.base, self] if self.adapter else [self]:
+            if not part.tensors:
+                continue
+            held: dict[str, int] = {}
+            for tensor in part.tensors.values():
+                held[tensor.dtype] = held.get(tensor.dtype, 0) + math.prod(tensor.shape)
+            kind = max(held, key=lambda dtype: held[dtype])
+            size, files = sum(file.stat().st_size for file in part.weights), len(part.weights)
+            of = "the adapter " if part.adapter else ""
+            said.append(
+                f"{of}{gigabytes(size)} {DTYPES.get(kind, kind)} safetensors in {files} file{'s' * (files > 1)}"
+            )
+        return ", ".join(said)
+
+    def starting_weights(self, train_mode: str) -> Path | None:
+        """The folder with the weights that training starts from; None for a new adapter."""
+        if train_mode != "full":
+            return self.folder if self.adapter else None
+        if self.base.folder.is_dir():
+            return self.base.folder
+        config = self.base.fetch("config.json")
+        return config.parent if config else None  # the snapshot in the Hub's cache
+
+    # ── checks ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def check(self, flag: str) -> list[str]:
+        """Problems of the folder but for its weights (check_weights); none for a Hub id. flag: what named it."""
+        if not self.folder.exists():
+            near = near_path(self.path)
+            if not looks_local(self.path) and (not near or on_hub(self.path)):
+                return []
             way_out = near or ". `python -m utils.demo_model` makes models/SmolLM2-135M-Instruct"
-            return [f"{flag} {path}: no such folder{way_out}"], None
-        return [], None
-    adapter, config = folder / "adapter_config.json", folder / "config.json"
-    if not adapter.exists() and not config.exists():
-        return [f"{flag} {path}: no config.json (nor adapter_config.json) in it, so not a model folder"], None
-    problems = []
-    if not any((folder / file).exists() for file in TOKENIZERS):
-        problems.append(
-            f"{path}: no tokenizer (tokenizer.json or tokenizer.model) in it. Copy it from the original model"
-        )
-    weights = sorted(folder.glob("*.safetensors"))
-    problems += [
-        f"{file}: not a whole safetensors file (a broken download, or a Git LFS pointer: `git lfs pull`)"
-        for file in weights
-        if not is_safetensors(file)
-    ]
-    if not weights:
-        pickled = [
-            file.name
-            for file in sorted([*folder.glob("*.bin"), *folder.glob("*.pt*")])
-            if file.name != "training_args.bin"
-        ]
-        what = f"only pickled weights ({pickled[0]}), which can run code when read" if pickled else "no weights"
-        problems.append(f"{path}: {what}. Needed: *.safetensors (model.save_pretrained writes them)")
-    file = adapter if adapter.exists() else config
+            return [f"{flag} {self.path}: no such folder{way_out}"]
+        names = {*os.listdir(self.folder)} if self.folder.is_dir() else set()
+        if not names & {"adapter_config.json", "config.json"}:
+            return [f"{flag} {self.path}: no config.json (nor adapter_config.json) in it, so not a model folder"]
+        problems = []
+        if not names.intersection(TOKENIZERS):
+            problems.append(
+                f"{self.path}: no tokenizer (tokenizer.json or tokenizer.model) in it. Copy it from the original model"
+            )
+        if not any(name.endswith(".safetensors") for name in names):
+            pickled = sorted(name for name in names if re.search(r"\.bin$|\.pt", name) and name != "training_args.bin")
+            found = f"only pickled weights ({pickled[0]}), which can run code when read" if pickled else "no weights"
+            problems.append(f"{self.path}: {found}. Needed: *.safetensors (model.save_pretrained writes them)")
+        try:
+            if self.base.folder.exists():
+                self.base.read("config.json")
+        except Refused as refusal:
+            problems += refusal.problems
+        return problems
+
+    def check_whole(self, flag: str) -> list[str]:
+        """Problems of the folder, its weights, and the weights of an adapter's base. Imports numpy."""
+        problems = self.check(flag)
+        parts = {} if self.described is None else {part.path: part for part in (self, self.base)}
+        return problems + [problem for part in parts.values() for problem in part.check_weights()]
+
+    def check_weights(self) -> Iterator[str]:
+        """Problems of the safetensors files: cut files, and shards that are missing."""
+        for file, header in self.weights.items():
+            if header is None:
+                size = file.stat().st_size if file.exists() else 0
+                yield f"{file}: not a whole safetensors file ({size} bytes). {AGAIN}, or type git lfs pull"
+        for index in sorted(self.folder.glob("*.safetensors.index.json")):
+            try:
+                shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            except (ValueError, TypeError, KeyError, AttributeError):
+                yield f"{index}: cannot be read. {AGAIN}"
+                continue
+            for shard in shards:
+                if not (self.folder / shard).exists():
+                    yield f"{index}: names {shard}, which is not there. {AGAIN}"
+
+    def check_adapter(self, name: str, method: "Method") -> Iterator[str]:
+        """Problems of an adapter that `method`, called `name`, would go on training."""
+        described = self.adapter or {}
+        base = described.get("base_model_name_or_path")
+        if not base or (looks_local(base) or Path(base).exists()) and not (Path(base) / "config.json").exists():
+            yield (
+                f"{self.path}: its base model {base or '(unnamed)'} is not there. Set base_model_name_or_path in "
+                "its adapter_config.json"
+            )
+        if (kind := described.get("peft_type", "LORA")) != "LORA":
+            yield f"{self.path}: an adapter of the kind {kind}. Only LoRA adapters are read"
+        if method.task == "SEQ_CLS" and not self.is_reward_model:
+            yield (
+                f"{self.path}: a language model's adapter, and {name} would need a second one on top. "
+                f"Merge it first: python -m utils.merge_lora {self.path} MERGED"
+            )
+
+
+@functools.lru_cache(maxsize=64)
+def known(path: str, revision: str | None, stamps: frozenset) -> ModelFolder:
+    return ModelFolder(path, revision)
+
+
+def stamp(entry: os.DirEntry) -> tuple:
+    """Changes when the file does."""
     try:
-        described = json.loads(file.read_text(encoding="utf-8"))
+        found = entry.stat()
+    except OSError:  # a link to nothing
+        return (entry.name,)
+    return entry.name, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def read_object(file: Path) -> dict:
+    """A JSON object. Raises Refused."""
+    try:
+        found = read_json(file)
     except ValueError:
-        return [*problems, f"{file}: not valid JSON. Copy it from the original model"], None
-    if not isinstance(described, dict):
-        return [*problems, f"{file}: not a JSON object. Copy it from the original model"], None
-    return problems, described
+        raise Refused([f"{file}: not valid JSON. Copy it from the original model"]) from None
+    if not isinstance(found, dict):
+        raise Refused([f"{file}: not a JSON object. Copy it from the original model"])
+    return found
+
+
+def read_json(file: Path) -> Any:
+    """A file's JSON; None where there is no such file."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def read_header(file: str | Path) -> dict[str, Tensor] | None:
+    """{name: Tensor} of a safetensors file, without its data; None where the file is not whole."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="np") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}
+            return {name: Tensor(one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()}
+    except (SafetensorError, OSError):
+        return None
 
 
 def on_hub(path: str) -> bool:
-    """True if the Hub, or its cache here, has a model of that name: for a name that may be a folder's, misspelt."""
+    """True if the Hub, or its local cache, has a model of that name, which may also be a folder's name misspelt."""
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
         cached = [try_to_load_from_cache(path, file) for file in ("config.json", "adapter_config.json")]
         return any(isinstance(file, str) for file in cached) or bool(HfApi().model_info(path, timeout=5))
-    except (*HfHubHTTPError.__bases__, OSError, ValueError):  # not found; not reached, by any HTTP library; no id
+    except (*HfHubHTTPError.__bases__, OSError, ValueError):  # type: ignore[misc]  # not found; not reached, by any HTTP library; no id
         return False
 
 
-def is_reward_model(described):
-    """Whether a config.json or adapter_config.json, as a dict, is that of a model that scores."""
-    kinds = described.get("architectures") or ()
-    return described.get("task_type") == "SEQ_CLS" or any("SequenceClassification" in kind for kind in kinds)
+def first_difference(ours: dict[str, int], theirs: dict[str, int]) -> str | None:
+    """The first id that stands for different tokens in the policy's vocabulary ({token: id}) and another; or None.
 
-
-def is_safetensors(file):
-    """True if the file begins with a header of safetensors: its length in 8 bytes, and so many bytes of JSON."""
-    with open(file, "rb") as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        if not 1 < length <= file.stat().st_size - 8:
-            return False
-        try:
-            return isinstance(json.loads(handle.read(length)), dict)
-        except ValueError:
-            return False
-
-
-def read_header(file):
-    """{tensor: {dtype, shape, data_offsets}} of a safetensors file, without its data."""
-    with open(file, "rb") as handle:
-        header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
-    return {name: tensor for name, tensor in header.items() if name != "__metadata__"}
-
-
-def check_adapter(path, described, name, method):
-    problems = []
-    base = described.get("base_model_name_or_path")
-    if not base or (looks_local(base) or Path(base).exists()) and not (Path(base) / "config.json").exists():
-        problems.append(
-            f"{path}: its base model {base or '(unnamed)'} is not there. Set base_model_name_or_path in "
-            "its adapter_config.json"
-        )
-    if described.get("peft_type", "LORA") != "LORA":
-        problems.append(f"{path}: an adapter of the kind {described['peft_type']}. Only LoRA adapters are read")
-    if method.task == "SEQ_CLS" and not is_reward_model(described):
-        problems.append(
-            f"{path}: a language model's adapter, and {name} would need a second one on top. "
-            f"Merge it first: python -m utils.merge_lora {path} MERGED"
-        )
-    return problems
-
-
-def first_difference(ours, theirs):
-    """The first id that stands for another token in the model that is trained ({token: id}) than in another; or None.
-
-    Tokens that only one has are none: a tokenizer gains some when it is saved again.
+    Tokens in only one of the two do not count: a tokenizer gains some when it is saved again.
     """
-    ours, theirs = ({number: token for token, number in one.items()} for one in (ours, theirs))
-    number = next((n for n in sorted(ours.keys() & theirs.keys()) if ours[n] != theirs[n]), None)
-    if number is None:
-        return None
-    return f"token {number} is {theirs[number]!r} in it and {ours[number]!r} in the model that is trained"
+    mine, others = ({number: token for token, number in tokens.items()} for tokens in (ours, theirs))
+    for number in sorted(mine.keys() & others.keys()):
+        if mine[number] != others[number]:
+            return f"token {number} is {others[number]!r} in it and {mine[number]!r} in the model that is trained"
+    return None
 
 
-def read_vocabulary(folder):
-    """{token: id} of a folder's tokenizer.json, {} where there is none."""
-    file = Path(folder) / "tokenizer.json"
-    if not file.exists():
-        return {}
-    described = json.loads(file.read_text(encoding="utf-8"))
-    vocabulary = described["model"].get("vocab", {})
-    if isinstance(vocabulary, list):  # of pairs (token, score)
-        vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
-    return vocabulary | {token["content"]: token["id"] for token in described.get("added_tokens", ())}
+def count_elements(tensors: dict[str, Tensor]) -> int:
+    return sum(math.prod(tensor.shape) for tensor in tensors.values())
 
 
-def model_positions(path):
-    """How many tokens a model's config says it holds, of an adapter its base's; None where it does not say."""
-
-    config = read_base_config(path)
-    return config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings")
-
-
-DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # as safetensors calls them, as we do
-
-
-# What the matrices that LoRA leaves alone are called: embeddings and heads
-NOT_ADAPTED = re.compile(r"embed|wte|wpe|lm_head|score|embed_out")
-
-
-def base_of(path):
-    """The folder or Hub id that an adapter stands on; of another model itself."""
-    return (read_adapter(path) or {}).get("base_model_name_or_path") or path
-
-
-def read_tensors(path):
-    """{tensor: {dtype, shape, data_offsets}} of a folder's weights; {} of a Hub id."""
-    files = sorted(Path(path).glob("*.safetensors"))
-    return {name: tensor for file in files for name, tensor in read_header(file).items()}
-
-
-def count(tensors):
-    return sum(math.prod(tensor["shape"]) for tensor in tensors)
-
-
-def describe_weights(path):
-    """ "0.27 GB bfloat16 safetensors in 1 file", of an adapter's base and the adapter; "" for a Hub id."""
-    said = []
-    for folder in dict.fromkeys((base_of(path), path)):
-        files, sizes = sorted(Path(folder).glob("*.safetensors")), {}
-        for tensor in read_tensors(folder).values():
-            begin, end = tensor["data_offsets"]
-            sizes[tensor["dtype"]] = sizes.get(tensor["dtype"], 0) + end - begin
-        if sizes:
-            kind = max(sizes, key=sizes.get)
-            size = sum(file.stat().st_size for file in files)
-            held = (
-                f"{gigabytes(size)} {DTYPES.get(kind, kind)} safetensors in {len(files)} file{'s' * (len(files) > 1)}"
-            )
-            said.append(held if folder != path or not read_adapter(path) else f"the adapter {held}")
-    return ", ".join(said)
-
-
-def gigabytes(size):
-    return f"{size / 1e9:.2f} GB" if size >= 5e6 else f"{size / 1e6:.2g} MB"
-
-
-def count_trained(common):
-    """How many numbers are trained, read off the headers of the policy's folder; 0 where it is a Hub id."""
-    path, mode = common.model_name_or_path, common.train_mode
-    if read_adapter(path) and mode != "full":
-        return count(read_tensors(path).values())
-    tensors = read_tensors(base_of(path))
+def count_trained(common: "CommonArgs") -> int:
+    """Trained parameters, from the headers of the policy's files; 0 for a Hub id."""
+    policy, mode = ModelFolder.at(common.model_name_or_path), common.train_mode
+    if policy.adapter and mode != "full":
+        return count_elements(policy.tensors)
     if mode == "full":
-        return count(tensors.values())
+        return policy.numbers
     total = 0
-    for name, tensor in tensors.items():
+    for name, tensor in policy.tensors.items():
         module, _, kind = name.rpartition(".")
         wanted = common.lora_target_modules
         adapted = module.rpartition(".")[2] in wanted if wanted else not NOT_ADAPTED.search(module)
-        if kind == "weight" and len(tensor["shape"]) == 2 and adapted:
-            total += common.lora_rank * sum(tensor["shape"]) + common.use_dora * tensor["shape"][0]
+        if kind == "weight" and len(tensor.shape) == 2 and adapted:
+            total += common.lora_rank * sum(tensor.shape) + common.use_dora * tensor.shape[0]
     return total
 
 
-def read_adapter(path):
-    """The adapter_config.json of a LoRA folder as a dict, or None where `path` is no adapter."""
-    return read_json(Path(path) / "adapter_config.json")
+def gigabytes(size: float) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 5e6 else f"{size / 1e6:.2g} MB"
 
 
-def read_config(path):
-    """What describes a folder: its adapter_config.json, or its config.json; {} for a Hub id."""
-    return read_adapter(path) or read_json(Path(path) / "config.json") or {}
-
-
-def read_base_config(path, revision=None, file="config.json"):
-    """The config.json (or `file`) of a folder or Hub id, of an adapter that of its base; {} where it cannot be had."""
-    adapter = read_adapter(path)
-    if adapter:
-        path, revision = adapter["base_model_name_or_path"], adapter.get("revision")
-    if Path(path).exists():
-        return read_json(Path(path) / file) or {}
-    if shape := shapes.find_shape(path):
-        return shape.to_dict()
-    from transformers.utils import cached_file
-
-    try:
-        return read_json(Path(cached_file(path, file, revision=revision)))
-    except OSError:  # its loading will say why
-        return {}
-
-
-def read_json(file):
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
-
-
-def same_path(one, other):
+def same_path(one: str, other: str) -> bool:
     return one == other or Path(one).exists() and Path(other).exists() and Path(one).samefile(other)
-
-
-def starting_weights(path, revision, train_mode):
-    """The folder with the tensors that will be saved, as they were before training; None for a new adapter."""
-    adapter = read_adapter(path)
-    if train_mode != "full":
-        return Path(path) if adapter else None
-    path, revision = (adapter["base_model_name_or_path"], adapter.get("revision")) if adapter else (path, revision)
-    if Path(path).is_dir():
-        return Path(path)
-    from transformers.utils import cached_file
-
-    return Path(cached_file(path, "config.json", revision=revision)).parent  # the snapshot in the Hub's cache
-
-
-def vocabulary_rows(path, revision=None):
-    """How many tokens a model's config has embeddings for, of an adapter its base's; None where it does not say."""
-    config = read_base_config(path, revision)
-    return config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
-
-
-def count_numbers(path):
-    """Parameters in a folder's safetensors files, read off their headers; of an adapter, its base's."""
-    adapter, total = read_adapter(path), 0
-    for file in Path(adapter["base_model_name_or_path"] if adapter else path).glob("*.safetensors"):
-        total += sum(math.prod(tensor["shape"]) for tensor in read_header(file).values())
-    return total

@@ -1,48 +1,64 @@
-"""Tokenizer, policy, reference and adapter, built right in every train mode."""
+"""Load the tokenizer, policy, reference and adapter, for every train mode."""
 
 import contextlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from utils.models.folders import read_adapter
+from utils.models.folders import ModelFolder
 from utils.runtime import environment
 from utils.runtime.errors import Refused
 from utils.runtime.output import first_line
 
+if TYPE_CHECKING:
+    import torch
+    from peft import LoraConfig, PeftModel
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-def load_tokenizer(path, revision=None, trust_remote_code=False, flag="--model_name_or_path"):
-    """The tokenizer in a model's or adapter's folder, right-padding."""
+    from rlhf_args.methods import Method
+
+
+def load_tokenizer(
+    path: str | Path, revision: str | None = None, trust_remote_code: bool = False, flag: str = "--model_name_or_path"
+) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a model or adapter, padding on the right."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(
             path, revision=revision, trust_remote_code=trust_remote_code, padding_side="right"
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # files of other things raise any
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # a broken file raises any of them
         raise not_loaded(flag, path, f"its tokenizer cannot be loaded ({first_line(error)})") from None
 
 
-def not_loaded(flag: str, path: str, reason: str) -> Refused:
-    """The refusal of a model that transformers could not load: of a folder, or of what is no folder here."""
+def not_loaded(flag: str, path: str | Path, reason: str) -> Refused:
+    """The refusal of a model that transformers could not load."""
     if not Path(path).exists():
         reason += ". There is no such folder here either: name one, or a Hub id that can be reached or is in the cache"
     return Refused([f"{flag} {path}: {reason}"])
 
 
-def load_policy(path, *, train_mode, dtype, deepspeed, **source):
-    """The model to train. A PeftModel where `path` is an adapter that goes on being trained.
+def load_policy(
+    path: str, *, train_mode: str, dtype: str, deepspeed: bool, **source: Any
+) -> "PreTrainedModel | PeftModel":
+    """The model to train. A PeftModel if `path` is an adapter whose training continues.
 
-    Fully trained weights are float32, as in TRL (DeepSpeed keeps such a copy by itself: there, and frozen, `dtype`).
+    Fully trained weights are float32, as in TRL; `dtype` under DeepSpeed, which keeps its own float32 copy.
     """
     if train_mode == "full":
         return load_model(path, dtype=held_in(dtype, deepspeed), adapter="merge", **source)
     return load_model(path, dtype=dtype, adapter="train", four_bit=train_mode == "qlora", **source)
 
 
-def load_other_models(names, path, *, train_mode, dtype, deepspeed, **source):
+def load_other_models(
+    names: Iterable[str], path: str, *, train_mode: str, dtype: str, deepspeed: bool, **source: Any
+) -> dict[str, "PreTrainedModel"]:
     """The frozen models that the trainer takes by keyword: {} or {"ref_model": ...}.
 
-    With an adapter the reference is the same model with the adapter off (or its frozen twin), never a second base.
-    A whole one is held as the policy is, as in TRL: rounded otherwise it would not be what training starts from.
+    With an adapter, the reference is the policy with the adapter off (or a frozen copy of the adapter).
+    A separate reference uses the policy's dtype: with another one it would differ from the policy at step 0.
     """
     if train_mode != "full":
         return {}
@@ -55,11 +71,11 @@ def load_other_models(names, path, *, train_mode, dtype, deepspeed, **source):
     return loaded
 
 
-def shard_layers(model, precision):
-    """Makes each layer of a frozen model a piece under FSDP2: TRL makes all of it one, which is fetched as a whole.
+def shard_layers(model: "PreTrainedModel", precision: "MixedPrecisionPolicy") -> None:
+    """Shard a frozen model by layer under FSDP2: TRL would make one shard of it, gathered as a whole.
 
-    The pieces are as the policy's, and hand out what `precision` says: with other roundings it would be another model.
-    TRL's is then what is left: the head, and the embedding where that is the head too.
+    The shards are those of the policy, in the same precision: other rounding would make another model.
+    TRL's own shard then holds the rest: the head, and a tied embedding.
     Source: trl 1.16.0, models/utils.py, prepare_fsdp; accelerate 1.15.0, utils/fsdp_utils.py, fsdp2_prepare_model.
     """
     from torch.distributed.fsdp import fully_shard
@@ -72,18 +88,18 @@ def shard_layers(model, precision):
         fully_shard(piece, mp_policy=precision)
 
 
-def needs_reference(config, method):
-    """Whether a model of the start is held: not where its part was computed before, or has no weight in the reward."""
+def needs_reference(config: "TrainingArguments", method: "Method") -> bool:
+    """True if a reference model must be kept in memory: not with precomputed log-probabilities, nor with beta 0."""
     if method.sample_reward:
         return config.beta != 0
     return not config.precompute_ref_log_probs
 
 
-def held_in(dtype, deepspeed):
+def held_in(dtype: str, deepspeed: bool) -> str:
     return dtype if deepspeed else "float32"
 
 
-def describe_reference(method, path, train_mode, config):
+def describe_reference(method: "Method", path: str, train_mode: str, config: "TrainingArguments") -> str:
     needed = needs_reference(config, method)
     if not method.models or method.sample_reward and not needed:
         return "none needed"
@@ -91,34 +107,33 @@ def describe_reference(method, path, train_mode, config):
         return f"{path} before training, its log-probabilities computed once (no second copy)"
     if train_mode == "full":
         return f"a frozen copy of {path}"
-    if read_adapter(path):
+    if ModelFolder.at(path).adapter:
         return f"the adapter {path} as it was (its LoRA weights kept twice, the base once)"
     return "the same model with the adapter off (no second copy)"
 
 
 def load_model(
-    path,
-    task,
-    dtype,
+    path: str | Path,
+    task: str,
+    dtype: str,
     *,
-    tokenizer,
-    seed,
-    revision=None,
-    attn_implementation=None,
-    trust_remote_code=False,
-    four_bit=False,
-    adapter="keep",
-    flag="--model_name_or_path",
-):
-    """A model or adapter folder or Hub id as a causal language model, or as a scorer of one label (task SEQ_CLS).
+    tokenizer: "PreTrainedTokenizerBase",
+    seed: int,
+    revision: str | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    four_bit: bool = False,
+    adapter: str = "keep",
+    flag: str = "--model_name_or_path",
+) -> "PreTrainedModel | PeftModel":
+    """A folder or Hub id as a causal language model, or as a classifier with one label (task SEQ_CLS).
 
-    `adapter`: what becomes of one in `path`: train it, keep it beside its base, or merge it into its base.
-    `flag`: what named it, for the refusals.
+    adapter: "train" it, "keep" it on its base, or "merge" it into its base. flag: the flag that named `path`.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    found = read_adapter(path)
+    folder = ModelFolder.at(path, revision)
     kind = AutoModelForCausalLM if task == "CAUSAL_LM" else AutoModelForSequenceClassification
     kwargs = {"num_labels": 1} if task == "SEQ_CLS" else {}
     if four_bit:
@@ -126,8 +141,8 @@ def load_model(
     torch.manual_seed(seed)  # a new score head is random
     try:
         model = kind.from_pretrained(
-            found["base_model_name_or_path"] if found else path,
-            revision=found.get("revision") if found else revision,
+            folder.base.path,
+            revision=folder.base.revision,
             dtype=getattr(torch, dtype),
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
@@ -146,7 +161,7 @@ def load_model(
     if task == "SEQ_CLS":
         model.score.float()  # trained in full: bfloat16 would round small updates away
         cast_before_score(model)
-    if found:
+    if folder.adapter:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, path, is_trainable=adapter == "train")
@@ -156,8 +171,8 @@ def load_model(
 
 
 @contextlib.contextmanager
-def unsharded():
-    """Loads a model whole although ZeRO-3 loads in pieces: for one that is used before there is an engine."""
+def unsharded() -> Iterator[None]:
+    """Load a model unsharded under ZeRO-3: for a model that is used before the engine exists."""
     from transformers.integrations import deepspeed
 
     config = deepspeed.deepspeed_config()
@@ -170,8 +185,8 @@ def unsharded():
             deepspeed.set_hf_deepspeed_config(holder())
 
 
-def four_bit_config(dtype):
-    """QLoRA's NF4 with double quantisation; stored as `dtype`, so that ZeRO-3 and FSDP can shard it."""
+def four_bit_config(dtype: "torch.dtype") -> "BitsAndBytesConfig":
+    """NF4 with double quantisation, as in QLoRA; stored as `dtype`, so that ZeRO-3 and FSDP can shard it."""
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -184,10 +199,10 @@ def four_bit_config(dtype):
     )
 
 
-def keep_trainable(model):
-    """Stops bitsandbytes from repacking 4-bit weights on a CPU for inference whenever the model is evaluated.
+def keep_trainable(model: "PreTrainedModel") -> None:
+    """Stop bitsandbytes from repacking 4-bit weights on a CPU in evaluations.
 
-    The repacked kernel has no backward: after an evaluation in mid-training the gradients would silently be lost.
+    The repacked kernel has no backward: after an evaluation, training would silently lose its gradients.
     Source: bitsandbytes 0.50.2, nn/modules.py, Linear4bit.forward, and autograd/_functions.py, matmul_4bit.
     """
     for module in model.modules():
@@ -195,8 +210,16 @@ def keep_trainable(model):
             module.support_avx512bf16_for_cpu = False
 
 
-def make_lora(task, rank, alpha, dropout, target_modules, use_dora, revision=None):
-    """The LoraConfig that the trainer wraps the policy in."""
+def make_lora(
+    task: str,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    target_modules: list[str] | None,
+    use_dora: bool,
+    revision: str | None = None,
+) -> "LoraConfig":
+    """The LoraConfig of the policy."""
     from peft import LoraConfig
 
     return LoraConfig(
@@ -206,14 +229,14 @@ def make_lora(task, rank, alpha, dropout, target_modules, use_dora, revision=Non
         lora_dropout=dropout,
         target_modules=target_modules or "all-linear",
         use_dora=use_dora,
-        revision=revision,  # of the base, for whoever loads the adapter later
+        revision=revision,  # of the base, needed to load the adapter later
         # a reward model without its trained head scores at random
         modules_to_save=["score"] if task == "SEQ_CLS" else None,
     )
 
 
-def fit_config(model, tokenizer):
-    """Pad and end of turn of the tokenizer on every config of the model, so that training and generation agree."""
+def fit_config(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Copy the tokenizer's pad and end of turn to the model's configs, so that training and generation agree."""
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     generation = getattr(model, "generation_config", None)
     if generation is not None:
@@ -223,13 +246,13 @@ def fit_config(model, tokenizer):
         generation.pad_token_id = tokenizer.pad_token_id
 
 
-def cast_before_score(model):
-    """Casts what comes into the score head to the head's dtype, which over a 4-bit base is another one."""
+def cast_before_score(model: "PreTrainedModel") -> None:
+    """Cast the input of the score head to the head's dtype, which differs from that of a 4-bit base."""
     model.score.register_forward_pre_hook(lambda head, inputs: (inputs[0].to(head.weight.dtype), *inputs[1:]))
 
 
-def count_parameters(model):
-    """ "4.9M of 139.4M parameters (3.5 %)"; sharded and 4-bit weights count as what they stand for."""
+def count_parameters(model: "torch.nn.Module") -> str:
+    """ "4.9M of 139.4M parameters (3.5 %)"; sharded and 4-bit weights count in full."""
     total = trained = 0
     for parameter in model.parameters():
         count = getattr(parameter, "ds_numel", parameter.numel())

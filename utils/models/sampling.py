@@ -1,8 +1,7 @@
 """Answers of a model to many prompts: in batches sorted by length, kept on disk, never sampled twice.
 
-A folder holds the answers of one model under one setting, as lines {"prompt": key, "ids": [token, ...]}. Each process
-of each run appends whole batches to a file of its own: a kill loses one batch and repeats none, and two runs at once
-do not meet.
+A folder holds the answers of one model with one Sampling, as lines {"prompt": key, "ids": [token, ...]}. Each process
+of each run appends whole batches to its own file: a kill loses at most one batch, and concurrent runs do not conflict.
 """
 
 import difflib
@@ -10,30 +9,38 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from utils.models import folders, sampling
+from utils.models.folders import ModelFolder
 from utils.runtime import environment
 
-# What a trainer samples by: flag -> the value that changes nothing.
+if TYPE_CHECKING:
+    import torch
+    from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+    from common_args import CommonArgs
+
+# Sampling flags of a trainer: flag -> its neutral value.
 SETTINGS = {"temperature": None, "top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
-# Keys of --generation_kwargs that have a flag, by which the rest of the run goes too.
+# Keys of --generation_kwargs that have a flag, which the rest of the run reads.
 FLAGS = dict.fromkeys(SETTINGS) | {"max_new_tokens": "max_completion_length", "max_length": "max_completion_length"}
 FLAGS |= {"cache_implementation": None}
-# Keys with which a rollout would not be one sampled answer, as token ids, to each prompt.
+# Keys that a rollout (one sampled answer to each prompt, as token ids) excludes.
 OTHERWISE = (
     "do_sample", "num_beams", "num_return_sequences", "return_dict_in_generate", "pad_token_id", "bos_token_id",
     "eos_token_id", "penalty_alpha", "dola_layers", "num_beam_groups", "constraints", "force_words_ids",
 )  # fmt: skip
-# Entries of a generation_config.json that are no sampling settings, or kept: end, pad and begin tokens.
+# Entries of generation_config.json that are not sampling settings, or are kept: end, pad and begin tokens.
 NO_SETTINGS = ("do_sample", "use_cache", "max_length", "max_new_tokens", "transformers_version", "pad_token_id",
                "bos_token_id", "eos_token_id")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn; temperature 0 takes the likeliest token."""
+    """Sampling settings; temperature 0 takes the likeliest token."""
 
     max_new_tokens: int
     temperature: float = 1.0
@@ -42,8 +49,8 @@ class Sampling:
     seed: int = 0
 
 
-def check_settings(config):
-    """Problems of the flags that the trained model's answers are sampled by."""
+def check_settings(config: "TrainingArguments") -> Iterator[str]:
+    """Problems of the flags for sampling the policy's answers."""
     if not 0 < config.top_p <= 1:
         yield f"--top_p {config.top_p:g}: above 0, up to 1 (all tokens)"
     if config.top_k < 0:
@@ -56,12 +63,12 @@ def check_settings(config):
     if not isinstance(given, dict):
         yield f'--generation_kwargs {given}: not a JSON object. Type it as \'{{"stop_strings": ["###"]}}\''
         return
-    if given and not config.use_vllm:  # whose SamplingParams refuses what it does not know
+    if given and not config.use_vllm:  # vLLM's SamplingParams refuses unknown keys
         problems = [*check_generation_kwargs(given)]
         yield from problems or try_generation_kwargs(given)
 
 
-def check_generation_kwargs(given):
+def check_generation_kwargs(given: dict) -> Iterator[str]:
     from transformers import GenerationConfig
 
     known = [key for key in vars(GenerationConfig()) if not key.startswith("_") and key not in (*FLAGS, *OTHERWISE)]
@@ -80,8 +87,8 @@ def check_generation_kwargs(given):
         yield f"--generation_kwargs: stop_strings {json.dumps(given['stop_strings'])}: a list of strings, none empty"
 
 
-def try_generation_kwargs(given):
-    """Problem of values that generate() does not take, found on a model of two numbers a token."""
+def try_generation_kwargs(given: dict) -> Iterator[str]:
+    """The problem of values that generate() refuses, found with a model of hidden size 2."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -95,8 +102,8 @@ def try_generation_kwargs(given):
             yield f"--generation_kwargs {json.dumps(given)}: generate() does not take it ({why})"
 
 
-def describe_settings(config, own):
-    """What the trained model's answers are sampled by, in one line. `own`: its generation_config.json as a dict."""
+def describe_settings(config: "TrainingArguments", own: dict) -> str:
+    """The policy's sampling settings, in one line. own: its generation_config.json."""
     used = {name: getattr(config, name) for name in SETTINGS if getattr(config, name) != SETTINGS[name]}
     used |= config.generation_kwargs or {}
     unused = {
@@ -107,13 +114,13 @@ def describe_settings(config, own):
     return show_settings(used) + (f"; not by the model's own {show_settings(unused)}" if unused else "")
 
 
-def show_settings(settings):
+def show_settings(settings: dict) -> str:
     shown = {key: f"{v:g}" if type(v) is float else json.dumps(v, ensure_ascii=False) for key, v in settings.items()}
     return ", ".join(f"{key} {value}" for key, value in shown.items())
 
 
-def answers_folder(above, model, sampling):
-    """The folder of one model's answers under one setting; `model` says all that tells it from others."""
+def answers_folder(above: str | Path, model: object, sampling: Sampling) -> Path:
+    """The folder for the answers of one model with one Sampling. model: identifies it, as JSON."""
     described = json.dumps({"model": model, "sampling": asdict(sampling)}, sort_keys=True, indent=2, default=str)
     folder = Path(above) / hashlib.sha256(described.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
@@ -122,20 +129,20 @@ def answers_folder(above, model, sampling):
     return folder
 
 
-def describe_weights(path, revision=None):
-    """What tells the weights in a folder from others: each file's size and time; of a Hub id, its revision."""
+def identify_weights(path: str, revision: str | None = None) -> list:
+    """Identifies weights: the size and time of each file; for a Hub id, the revision."""
     files = sorted(Path(path).glob("*.safetensors"))
     if not files:
         return [path, revision]
     return [str(Path(path).resolve()), *([file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files)]
 
 
-def prompt_key(ids):
+def prompt_key(ids: list[int]) -> str:
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:32]
 
 
-def read_answers(folder):
-    """{key: token ids} of all that is in a folder. A last line that a kill cut short is not there."""
+def read_answers(folder: str | Path) -> dict[str, list[int]]:
+    """{key: token ids} of all answers in a folder, without a last line that a kill truncated."""
     found = {}
     for file in sorted(Path(folder).glob("answers-*.jsonl")):
         for line in file.read_text(encoding="utf-8").split("\n")[:-1]:
@@ -144,15 +151,23 @@ def read_answers(folder):
     return found
 
 
-def missing_prompts(folder, prompts):
-    """The prompts that have no answer yet, once each, the longest first: what does not fit fails at once."""
+def missing_prompts(folder: str | Path, prompts: list[list[int]]) -> list[list[int]]:
+    """Distinct prompts without an answer, longest first: a lack of memory shows at once."""
     known = read_answers(folder)
     wanted = {prompt_key(ids): ids for ids in prompts}
     return sorted((ids for key, ids in wanted.items() if key not in known), key=lambda ids: (-len(ids), ids))
 
 
-def answer_prompts(model, tokenizer, prompts, sampling, folder, batch_size, what="answering"):
-    """Samples answers to `prompts`, the lists of token ids that missing_prompts gave; each process its share."""
+def answer_prompts(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: list[list[int]],
+    sampling: Sampling,
+    folder: str | Path,
+    batch_size: int,
+    what: str = "answering",
+) -> None:
+    """Sample answers to `prompts` (from missing_prompts); each process takes its share."""
     from accelerate import PartialState
     from tqdm import tqdm
 
@@ -173,11 +188,17 @@ def answer_prompts(model, tokenizer, prompts, sampling, folder, batch_size, what
     state.wait_for_everyone()
 
 
-def sample(model, tokenizer, prompts, sampling, seeds=None):
-    """One answer to each of a few prompts, as lists of token ids; an answer ends with its end of turn, or is cut.
+def sample(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: list[list[int]],
+    sampling: Sampling,
+    seeds: list[int] | None = None,
+) -> list[list[int]]:
+    """One answer to each prompt, as token ids; an answer ends with its end of turn, or is truncated.
 
-    `seeds`: a number a prompt; unset, one that its tokens give. The draws hang on it alone: in whatever batch and
-    process an answer is sampled it is the same, up to the rounding of its logits.
+    seeds: one for each prompt (None: derived from its tokens). The draws depend only on it: an answer is the same in
+    any batch and process, up to the rounding of the logits.
     """
     import torch
     from transformers import GenerationConfig
@@ -187,9 +208,9 @@ def sample(model, tokenizer, prompts, sampling, seeds=None):
     ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     ends = model.generation_config.eos_token_id
-    config = model.generation_config = GenerationConfig(  # what is not said here is not taken from the model either
+    config = model.generation_config = GenerationConfig(  # the model's own settings are not used
         max_new_tokens=sampling.max_new_tokens,
-        do_sample=False,  # the last processor has chosen
+        do_sample=False,  # the last processor chooses
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=ends,
         use_cache=True,
@@ -202,15 +223,15 @@ def sample(model, tokenizer, prompts, sampling, seeds=None):
     return [cut_at_end(row, ends) for row in out[:, width:].tolist()]
 
 
-def seed_of(*what):
-    """60 bits that name `what`."""
+def seed_of(*what: object) -> int:
+    """A seed of 60 bits, derived from `what`."""
     return int(hashlib.sha256(json.dumps(what).encode()).hexdigest()[:15], 16)
 
 
-def choose_seeded(sampling, seeds, width, device):
-    """The logits processors that warp as transformers does, then draw each row's token by its own random numbers.
+def choose_seeded(sampling: Sampling, seeds: list[int], width: int, device: "torch.device") -> "LogitsProcessorList":
+    """The logits processors that warp as transformers does, then draw each row's token with its own random numbers.
 
-    One uniform number a token, and the token at which the cumulated probabilities pass it.
+    One uniform number for each token: the token at which the cumulative probability exceeds it is chosen.
     """
     import torch
     from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -219,7 +240,7 @@ def choose_seeded(sampling, seeds, width, device):
     drawn = torch.stack([torch.rand(sampling.max_new_tokens, generator=g, dtype=torch.float64) for g in numbers])
     drawn = drawn.to(device)  # (B, max_new_tokens)
 
-    def draw(ids, scores):
+    def draw(ids: "torch.Tensor", scores: "torch.Tensor") -> "torch.Tensor":
         cumulated = scores.double().softmax(-1).cumsum(-1)  # (B, vocabulary)
         drawn_at = drawn[:, ids.shape[1] - width, None] * cumulated[:, -1:]
         token = torch.searchsorted(cumulated, drawn_at, right=True)
@@ -231,16 +252,18 @@ def choose_seeded(sampling, seeds, width, device):
     return LogitsProcessorList([*warpers, draw])
 
 
-def nameless_tokens(model, tokenizer, shared=None):
-    """Ids behind the tokenizer's last, rows that pad an embedding, or behind those that two models share."""
+def nameless_tokens(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", shared: int | None = None
+) -> list[int]:
+    """Token ids without a token: embedding rows added as padding, or beyond the vocabulary both models share."""
     rows, named = model.config.get_text_config().vocab_size, max(tokenizer.get_vocab().values()) + 1
     return list(range(min(named, shared or rows), rows))
 
 
-def cut_at_end(ids, ends):
+def cut_at_end(ids: list[int], ends: set[int]) -> list[int]:
     return next((ids[: place + 1] for place, token in enumerate(ids) if token in ends), ids)
 
 
-def describe_sampling(common, config):
-    own = folders.read_base_config(common.model_name_or_path, common.model_revision, "generation_config.json")
-    return f"sampling  {sampling.describe_settings(config, own)}"
+def describe_sampling(common: "CommonArgs", config: "TrainingArguments") -> str:
+    own = ModelFolder.at(common.model_name_or_path, common.model_revision).generation_config
+    return f"sampling  {describe_settings(config, own)}"

@@ -1,9 +1,13 @@
-"""The sizes of well-known models, to plan for one that is not here: --plan --model_name_or_path qwen2-7b
+"""The sizes of well-known models, to plan for a model that is not here: --plan --model_name_or_path qwen2-7b
 
-Source: config.json of Qwen2.5-0.5B, 1.5B, 3B, 7B, 14B, 32B, Llama-3.1-8B, 70B and Llama-2-7B as they were released.
+Source: config.json of Qwen2.5-0.5B, 1.5B, 3B, 7B, 14B, 32B, Llama-3.1-8B, 70B and Llama-2-7B as released.
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 # name -> (model type, vocabulary, hidden size, MLP, layers, heads, key and value heads, tied embeddings)
 SHAPES = {
@@ -19,8 +23,8 @@ SHAPES = {
 }
 
 
-def find_shape(name):
-    """The config of a named shape, in any letter case; None where there is none of that name, or a folder."""
+def find_shape(name: str | Path) -> "PretrainedConfig | None":
+    """The config of a named shape, in any letter case; None for another name, or a folder of that name."""
     sizes = SHAPES.get(str(name).lower())
     if sizes is None or Path(name).exists():
         return None
@@ -39,8 +43,8 @@ def find_shape(name):
     )
 
 
-def make_tokenizer():
-    """A tokenizer of one word, of which a text has as many tokens as one wants."""
+def make_tokenizer() -> "PreTrainedTokenizerFast":
+    """A tokenizer with one word, for texts of any number of tokens."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

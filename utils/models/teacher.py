@@ -1,14 +1,21 @@
-"""The teacher of a distillation: checked before it is loaded, asked for its answers once, held beside the student."""
+"""The teacher of a distillation: loaded beside the student; its answers are sampled once and kept."""
 
 import gc
+from typing import TYPE_CHECKING
 
-from utils.models import folders, load, sampling
-from utils.models.folders import count_numbers, vocabulary_rows
+from utils.models import load, sampling
+from utils.models.folders import ModelFolder, same_path
 from utils.models.sampling import describe_sampling
 from utils.runtime.errors import Failed
 from utils.runtime.output import say
 
-# ── what is said of it ───────────────────────────────────────────────────────────────────────────────────────────────
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from common_args import CommonArgs
+    from rlhf_args.gkd_config import GKDConfig
+
+# ── the plan's lines ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def describe(run):
@@ -26,13 +33,14 @@ def describe(run):
     wanted = len(rows_to_answer(run))
     if wanted:
         lines.append(f"answers   {wanted} by the teacher, kept in {config.answers_dir}")
-    sizes = [vocabulary_rows(path) for path in (common.model_name_or_path, path)]
+    pair = [ModelFolder.at(model) for model in (common.model_name_or_path, path)]
+    sizes = [model.vocabulary_rows for model in pair]
     if None not in sizes and sizes[0] != sizes[1]:
         lines.append(
             f"note      embeddings of {sizes[0]} (student) and {sizes[1]} (teacher) rows for one tokenizer: compared "
             f"over the {min(sizes)} that both have"
         )
-    student, teacher = (count_numbers(path) for path in (common.model_name_or_path, path))
+    student, teacher = (model.numbers for model in pair)
     if student and teacher and teacher < student:
         lines.append(
             f"warning   the teacher has {teacher / 1e6:.0f}M parameters, the student {student / 1e6:.0f}M: is it the "
@@ -41,25 +49,22 @@ def describe(run):
     return lines
 
 
-# ── loading, and its answers ─────────────────────────────────────────────────────────────────────────────────────────
+# ── loading and answers ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def shares_base(common, config):
-    """Whether the teacher is the very base that the student's adapter is trained on, and needs no copy of its own."""
-    adapter = folders.read_adapter(common.model_name_or_path)
-    base, revision = common.model_name_or_path, common.model_revision
-    if adapter:
-        base, revision = adapter["base_model_name_or_path"], adapter.get("revision")
-    same = folders.same_path(base, config.teacher_model_name_or_path) and revision == config.teacher_model_revision
+def shares_base(common: "CommonArgs", config: "GKDConfig") -> bool:
+    """True if the teacher is the base of the student's adapter, so that no second copy is needed."""
+    base = ModelFolder.at(common.model_name_or_path, common.model_revision).base
+    same = same_path(base.path, config.teacher_model_name_or_path) and base.revision == config.teacher_model_revision
     return same and common.train_mode != "full"
 
 
-def in_4bit(common, config):
+def in_4bit(common: "CommonArgs", config: "GKDConfig") -> bool:
     return config.teacher_load_in_4bit or common.train_mode == "qlora" and shares_base(common, config)
 
 
-def load_teacher(common, config, tokenizer):
-    """The frozen teacher; one that is an adapter is merged into its base, unless that is held in 4 bits."""
+def load_teacher(common: "CommonArgs", config: "GKDConfig", tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedModel":
+    """The frozen teacher; an adapter is merged into its base, unless the base is in 4 bits."""
     four_bit = in_4bit(common, config)
     teacher = load.load_model(
         config.teacher_model_name_or_path,
@@ -101,15 +106,13 @@ def write_answers(run):
     drawn = sampling.Sampling(
         config.max_completion_length, config.temperature, config.top_p, config.top_k, config.seed
     )
-    path = config.teacher_model_name_or_path
-    adapter = folders.read_adapter(path)
-    weights = [sampling.describe_weights(path, config.teacher_model_revision)]
-    if adapter:
-        weights.append(sampling.describe_weights(adapter["base_model_name_or_path"], adapter.get("revision")))
+    model = ModelFolder.at(config.teacher_model_name_or_path, config.teacher_model_revision)
+    parts = [model, model.base] if model.adapter else [model]
+    weights = [sampling.identify_weights(part.path, part.revision) for part in parts]
     held = "4bit" if in_4bit(common, config) else common.dtype
     folder = sampling.answers_folder(config.answers_dir, [*weights, held, tokenizer.eos_token_id], drawn)
     prompts = [row["prompt_ids"] for row in rows]
-    # the main process looks for all: what another run writes meanwhile, or another node's copy of the teacher, is else
+    # rank 0 looks for all ranks: another run may write meanwhile, and another node's copy of the teacher may differ
     folder, missing = broadcast_object_list([folder, sampling.missing_prompts(folder, prompts)])
     say(f"answers   {len(missing)} to sample, {len({*map(tuple, prompts)}) - len(missing)} in {folder} already")
     if missing:

@@ -13,7 +13,8 @@ from utils.checks import flags
 from utils.cli import arguments, recipes
 from utils.cli.run import Run
 from utils.data.rows import Rows
-from utils.models import folders, shapes, teacher
+from utils.models import shapes, teacher
+from utils.models.folders import ModelFolder
 from utils.models.load import make_lora, needs_reference
 from utils.plan.engines import ENGINES, SHARES, Case, count, gib, shared_out
 from utils.plan.longest import Longest
@@ -168,7 +169,7 @@ class Planner:
     def lora(self, common):
         if common.train_mode == "full":
             return None
-        if folders.read_adapter(self.path):
+        if ModelFolder.at(self.path).adapter:
             from peft import LoraConfig
 
             return LoraConfig.from_pretrained(self.path, inference_mode=False)
@@ -354,7 +355,7 @@ def find_config(path, revision=None, trust_remote_code=False):
     shape = shapes.find_shape(path)
     if shape is not None:
         return shape
-    adapter = folders.read_adapter(path)
+    adapter = ModelFolder.at(path).adapter
     path = adapter["base_model_name_or_path"] if adapter else path
     try:
         return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)

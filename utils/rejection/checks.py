@@ -8,7 +8,8 @@ from rlhf_args.methods import METHODS, REJECTION, find_method
 from utils.checks import flags
 from utils.checks.folders import reads
 from utils.data import files
-from utils.models import folders, sampling
+from utils.models import sampling
+from utils.models.folders import ModelFolder
 from utils.rejection import selection
 from utils.rejection.folder import compare_settings, read_settings
 from utils.rewards import judge
@@ -110,7 +111,7 @@ def check_generation(common, config):
         if environment.processes_asked() > 1:
             yield "--engine vllm with several processes: one engine is one process here. Type NUM_PROCESSES=1"
         path = common.model_name_or_path
-        if path and folders.read_adapter(path):
+        if path and ModelFolder.at(path).adapter:
             yield f"--engine vllm: {path} is an adapter. Type python -m utils.merge_lora {path} MERGED, and give that"
         if config.then and common.train_mode != "full":
             yield f"--engine vllm with --then and --train_mode {common.train_mode}: it takes no adapter. Type full"
@@ -236,9 +237,9 @@ def generation_settings(common, config):
 
 
 def weights_of(path, revision):
-    adapter = folders.read_adapter(path)
+    adapter = ModelFolder.at(path).adapter
     base = [adapter["base_model_name_or_path"], adapter.get("revision")] if adapter else None
-    return [sampling.describe_weights(path, revision), base and sampling.describe_weights(*base)]
+    return [sampling.identify_weights(path, revision), base and sampling.identify_weights(*base)]
 
 
 def score_settings(common, config):

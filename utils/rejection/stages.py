@@ -10,7 +10,8 @@ import numpy
 from rlhf_args.methods import PROMPT
 from utils.data import files
 from utils.data.rows import Rows, check_dropped, count_reasons, make_rows
-from utils.models import folders, load, sampling
+from utils.models import load, sampling
+from utils.models.folders import ModelFolder
 from utils.rejection import checks, engines, report, scoring, selection
 from utils.rejection.folder import Lines, Prompts, keep_settings, locked, read_settings, write_prompts
 from utils.results import plots, saves
@@ -57,7 +58,7 @@ def longest_prompt(common, config):
     """Tokens that a prompt may have beside an answer, as far as the model says."""
     if config.engine == "openai":
         return config.max_prompt_length
-    held = folders.model_positions(common.model_name_or_path)
+    held = ModelFolder.at(common.model_name_or_path).positions
     if held and held <= config.max_new_tokens:
         raise Refused(
             [

@@ -1,4 +1,4 @@
-"""What is saved computes as what was in memory: a probe kept beside the weights, asked again in a fresh process."""
+"""Proof that a saved model computes as in memory: a probe beside the weights is recomputed in a fresh process."""
 
 import contextlib
 import hashlib
@@ -8,46 +8,63 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from utils.models import folders, load
+from utils.models import load
+from utils.models.folders import ModelFolder, read_json
 from utils.results.soundness import check_files
 from utils.runtime import output, paths
 from utils.runtime.errors import Failed, Refused
 
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+    from torch.nn import Module
+    from transformers import PreTrainedTokenizerBase
+
 TEXT = "The quick brown fox jumps over the lazy dog. 1 + 1 = 2. 今天天气很好。 def f(x): return x"
 FILE = "probe.json"
-LIKELIEST = 64  # tokens a position whose log-probabilities are kept
-# How far log-probabilities may lie apart, by the coarsest rounding between the two models; their mean a quarter of it.
-# On the same kind of device sums mostly come out the same to the last digit, in 4 bits too: there SAME_DEVICE holds.
-# Elsewhere they are added in another order. SmolLM2-135M on a CPU, eager against sdpa attention: float32 4e-5 (mean
-# 6e-6), bfloat16 0.48 (0.09), nf4 in bfloat16 0.69 (0.09); float16 has 8 times bfloat16's precision.
+LIKELIEST = 64  # tokens per position whose log-probabilities are recorded
+# Largest difference of log-probabilities, by the lowest precision on either side; the mean may be a quarter of it.
+# On the same kind of device sums are mostly equal to the last digit, in 4 bits too: SAME_DEVICE applies. Other devices
+# add in another order. SmolLM2-135M on a CPU, eager against sdpa attention: float32 4e-5 (mean 6e-6), bfloat16 0.48
+# (0.09), nf4 in bfloat16 0.69 (0.09); float16 has 8 times bfloat16's precision.
 TOLERANCE = {"float32": 1e-3, "float16": 0.2, "bfloat16": 1.0, "nf4": 1.5}
-SAME_DEVICE = 0.05  # below float32 on the same kind of device: an engine may add in another order (5e-3 seen)
-OUT_OF_MEMORY = 137  # the exit status where there was too little to reopen it: that is no fault of what was saved
-TIES = 0.25  # share of positions where another token may be the likeliest: by rounding it was 2 of 41
+SAME_DEVICE = 0.05  # for precisions below float32: an engine may add in another order (5e-3 seen)
+OUT_OF_MEMORY = 137  # exit status for too little memory to reopen the model, which is no fault of the saved files
+TIES = 0.25  # share of positions where rounding may make another token the likeliest (2 of 41 seen)
 OF_A_LAUNCH = re.compile(
     r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|DS_ACCELERATOR|(MASTER|ACCELERATE|FSDP|TORCHELASTIC|LAUNCH)_.*"
 )
 
 
-def record(model, tokenizer, folder, *, task, four_bit=False, accelerator=None):
-    """Writes probe.json: what the model answers to the probe. Every process calls it, the main one writes.
+def record(
+    model: "Module",
+    tokenizer: "PreTrainedTokenizerBase",
+    folder: str | Path,
+    *,
+    task: str,
+    four_bit: bool = False,
+    accelerator: "Accelerator | None" = None,
+) -> None:
+    """Write probe.json: the model's outputs for the probe. All processes call it, rank 0 writes.
 
-    `model` as the engine of `accelerator` wraps it; computed in the precision it is held in, without autocast.
-    Raises Failed where it answers with NaN.
+    model: as wrapped by the engine of `accelerator`. Computed in the dtype of the weights, without autocast.
+    Raises Failed if the outputs have NaN.
     """
     was_training = model.training
     model.eval()
     with unwrapped(model, accelerator) as inner:
         mixed = is_mixed(inner)
-        # float32 norms between 4-bit layers meet a bfloat16 head, which only autocast brings together
-        with accelerator.autocast() if mixed else contextlib.nullcontext():
+        # float32 norms between 4-bit layers and a bfloat16 head need autocast
+        with accelerator.autocast() if mixed and accelerator else contextlib.nullcontext():
             values = ask(inner, tokenizer(TEXT)["input_ids"], task)
         held_in = inner.get_input_embeddings().weight.dtype
         kinds = {p.dtype for p in inner.parameters() if p.is_floating_point()}
     model.train(was_training)
-    # FSDP2 alone computes in another precision than it holds, an adapter's float32 beside a bfloat16 base too
+    # only FSDP2 computes in another dtype than that of the weights, also for a float32 adapter on a bfloat16 base
     plugin = getattr(accelerator.state, "fsdp_plugin", None) if accelerator else None
     computed_in = getattr(getattr(plugin, "mixed_precision_policy", None), "param_dtype", None)
     dtype, exact_to = (str(one).removeprefix("torch.") for one in (held_in, computed_in or held_in))
@@ -57,21 +74,21 @@ def record(model, tokenizer, folder, *, task, four_bit=False, accelerator=None):
         write(folder, values, tokenizer, task=task, dtype=dtype, exact_to=exact_to, same=same, four_bit=four_bit)
 
 
-def is_mixed(model):
-    """Whether the weights that no adapter trains are held in more than one precision."""
+def is_mixed(model: "Module") -> bool:
+    """True if the frozen weights have more than one dtype."""
     frozen = [p for name, p in model.named_parameters() if "lora_" not in name and "score" not in name]
     return len({p.dtype for p in frozen if p.is_floating_point()}) > 1
 
 
 @contextlib.contextmanager
-def unwrapped(model, accelerator):
-    """The model inside what accelerate and the engine wrap it in, to be called by every process."""
+def unwrapped(model: "Module", accelerator: "Accelerator | None") -> Iterator["Module"]:
+    """The model without the wrappers of accelerate and the engine; all processes call it."""
     if accelerator is None:
         yield model
         return
     from trl.models.utils import unwrap_model_for_generation
 
-    # as in report.Report.sample: on a CPU there is room for a whole model, and gloo is slow
+    # as in report.Report.sample: CPU memory holds a whole model, and gloo is slow
     gather = accelerator.device.type == "cpu"
     with unwrap_model_for_generation(model, accelerator, gather_deepspeed3_params=gather) as inner:
         with_autocast, plain = inner.forward, vars(inner).get("_original_forward")
@@ -84,14 +101,14 @@ def unwrapped(model, accelerator):
                 inner.forward = with_autocast
 
 
-def ask(model, ids, task):
-    """What `model` answers to `ids` (T,), in float32: log-probabilities (T, V), or a score a token (T, 1)."""
+def ask(model: "Module", ids: list[int], task: str) -> "torch.Tensor":
+    """Outputs of `model` for `ids` (T,), in float32: log-probabilities (T, V), or scores of tokens (T, 1)."""
     import torch
 
     ids = torch.tensor([ids], device=model.device)
     heard = []
     base = model.get_base_model() if hasattr(model, "peft_config") else model
-    # a reward model hands out the last token's score alone, which two models may share by chance
+    # a reward model returns only the last token's score, which two models may share by chance
     hook = base.score.register_forward_hook(lambda head, _, out: heard.append(out)) if task == "SEQ_CLS" else None
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # no TF32
@@ -105,10 +122,20 @@ def ask(model, ids, task):
     return heard[0][0].float() if hook else out.logits[0].float().log_softmax(-1)
 
 
-def write(folder, values, tokenizer, *, task, dtype, exact_to, same, four_bit=False):
-    """Writes probe.json of what `ask` returned.
+def write(
+    folder: str | Path,
+    values: "torch.Tensor",
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    task: str,
+    dtype: str,
+    exact_to: str,
+    same: bool,
+    four_bit: bool = False,
+) -> None:
+    """Write probe.json from the outputs of `ask`.
 
-    `exact_to`: the coarsest precision between it and what is read. `same`: whether what is read computes as it did.
+    exact_to: the lowest precision on either side. same: True if the reopened model computes in the same precision.
     """
     import torch
 
@@ -120,29 +147,29 @@ def write(folder, values, tokenizer, *, task, dtype, exact_to, same, four_bit=Fa
         "dtype": dtype,
         "four_bit": four_bit,
         "exact_to": "nf4" if four_bit else exact_to,
-        "device": name_device(values.device) if same else None,  # the sums are not the same anywhere
+        "device": name_device(values.device) if same else None,  # the sums differ on every device
         "chat_template": hash_template(tokenizer),
         "input_ids": tokenizer(TEXT)["input_ids"],
         "tokens": None if task == "SEQ_CLS" else values.topk(kept.shape[1]).indices.tolist(),
-        "values": [[float(f"{value:.9g}") for value in row] for row in kept.tolist()],  # all that float32 holds
+        "values": [[float(f"{value:.9g}") for value in row] for row in kept.tolist()],  # full precision of float32
     }
     Path(folder, FILE).write_text(json.dumps(probe) + "\n", encoding="utf-8")
 
 
-def name_device(device):
-    """What the order of sums depends on: the model of a GPU, the instructions of a CPU."""
+def name_device(device: "torch.device") -> str:
+    """Decides the order of sums: the model of a GPU, the instruction set of a CPU."""
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
 
 
-def hash_template(tokenizer):
+def hash_template(tokenizer: "PreTrainedTokenizerBase") -> str | None:
     template = tokenizer.chat_template
     return None if template is None else hashlib.sha256(str(template).encode()).hexdigest()
 
 
-def verify_in_fresh_process(folder, device="cpu"):
-    """The line that `python -m utils.verify FOLDER` prints, or one that says the process was killed. Raises Failed."""
+def verify_in_fresh_process(folder: str | Path, device: str = "cpu") -> str:
+    """The line of `python -m utils.verify FOLDER`, or a line about a killed process. Raises Failed."""
     words = ["-m", "utils.verify", str(folder), *(["--device", device] if device != "cpu" else [])]
     done = subprocess.run(
         [sys.executable, *words], env=clean_environment(os.environ, device), capture_output=True, text=True
@@ -150,7 +177,7 @@ def verify_in_fresh_process(folder, device="cpu"):
     if done.returncode < 0 or done.returncode == OUT_OF_MEMORY:
         how = "ran out of memory" if done.returncode > 0 else f"was killed (signal {-done.returncode}: out of memory?)"
         return (
-            f"not verified: the process that reopened {folder} {how}. Where there is more of it, type "
+            f"not verified: the process that reopened {folder} {how}. With more memory, type "
             f"python {shlex.join(words)}"
         )
     if done.returncode:
@@ -159,16 +186,16 @@ def verify_in_fresh_process(folder, device="cpu"):
     return done.stdout.strip().splitlines()[-1]
 
 
-def clean_environment(inherited, device="cpu"):
-    """The environment of a process that belongs to no launch, and sees a GPU only where it is asked to use it."""
+def clean_environment(inherited: Mapping[str, str], device: str = "cpu") -> dict[str, str]:
+    """The environment without a launch's variables, and without GPUs unless `device` is one."""
     env = {name: value for name, value in inherited.items() if not OF_A_LAUNCH.fullmatch(name)}
     root = str(Path(__file__).resolve().parents[2])
     env["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [env.get("PYTHONPATH")])])
     return env if device != "cpu" else env | {"CUDA_VISIBLE_DEVICES": ""}
 
 
-def verify(folder, device="cpu"):
-    """The line that says what a sound folder holds. Raises Failed where it is not, Refused where it is no model's."""
+def verify(folder: str | Path, device: str = "cpu") -> str:
+    """One line about the content of a sound folder. Raises Failed if it is not sound, Refused if it has no model."""
     folder = Path(folder)
     if not folder.is_dir():
         raise Refused([f"{folder}: no such folder{paths.near_path(str(folder))}"])
@@ -189,10 +216,10 @@ def verify(folder, device="cpu"):
     return f"{said}, {compare(folder, probe, values)}"
 
 
-def read_probe(folder):
-    """What `write` wrote, None where nothing was recorded. Raises Failed where it is something else."""
+def read_probe(folder: Path) -> dict | None:
+    """The content of probe.json, None without the file. Raises Failed for a broken file."""
     try:
-        probe = folders.read_json(folder / FILE)
+        probe = read_json(folder / FILE)
     except ValueError:
         raise Failed(f"{folder} is not sound: {FILE} is not valid JSON") from None
     missing = {"task", "dtype", "four_bit", "exact_to", "device", "chat_template", "input_ids", "tokens", "values"}
@@ -202,35 +229,34 @@ def read_probe(folder):
     return probe
 
 
-def fail_if(folder, problems):
+def fail_if(folder: Path, problems: list[str]) -> None:
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise Failed(f"{folder} is not sound: {'; '.join(problems[:5])}{more}")
 
 
 @contextlib.contextmanager
-def reopening(folder):
-    """Whatever a library raises on reopening, as Failed in one line; as Refused where only the model's code could."""
+def reopening(folder: Path) -> Iterator[None]:
+    """Turn any error of reopening into Failed with one line; Refused if the model needs its own code."""
     try:
         yield
-    except Exception as error:  # noqa: BLE001  what a broken folder makes libraries raise has no common base class
+    except Exception as error:  # noqa: BLE001  libraries raise any class for a broken folder
         said = output.first_line(error) if str(error).strip() else type(error).__name__
         if "custom code" in said:  # transformers' words
             raise Refused([f"{folder}: comes with code of its own, which is not run here ({said})"]) from None
         raise Failed(f"{folder} is not sound: it cannot be reopened: {said}") from error
 
 
-def open_config_and_tokenizer(folder):
+def open_config_and_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     from transformers import AutoConfig
 
-    adapter = folders.read_adapter(folder) or {}
-    source = adapter.get("base_model_name_or_path", folder)
-    AutoConfig.from_pretrained(source, revision=adapter.get("revision"), trust_remote_code=False)
+    base = ModelFolder.at(folder).base
+    AutoConfig.from_pretrained(base.path, revision=base.revision, trust_remote_code=False)
     return load.load_tokenizer(folder, flag="tokenizer of")
 
 
-def open_model(folder, tokenizer, probe, device):
-    """The model as it was in memory: held in the same dtype, over the same 4 bits."""
+def open_model(folder: Path, tokenizer: "PreTrainedTokenizerBase", probe: dict, device: str) -> "Module":
+    """The model as it was in memory: in the same dtype, or in 4 bits."""
     model = load.load_model(
         folder,
         probe["task"],
@@ -240,13 +266,13 @@ def open_model(folder, tokenizer, probe, device):
         four_bit=probe["four_bit"],
         flag="model of",
     )
-    if folders.read_adapter(folder):
+    if ModelFolder.at(folder).adapter:
         hold_as_saved(model, folder)
     return model.eval().to(device)
 
 
-def hold_as_saved(model, folder):
-    """Gives each trained number the dtype it was saved in: PEFT makes float32 of it, TRL bfloat16 over 4 bits."""
+def hold_as_saved(model: "Module", folder: Path) -> None:
+    """Give each trained parameter its saved dtype: PEFT loads float32, TRL trains bfloat16 over 4 bits."""
     from safetensors.torch import load_file
 
     saved = load_file(Path(folder) / "adapter_model.safetensors")
@@ -256,15 +282,15 @@ def hold_as_saved(model, folder):
             parameter.data = parameter.data.to(tensor.dtype)
 
 
-def check_tokenizer(tokenizer, probe):
+def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", probe: dict) -> Iterator[str]:
     if tokenizer(TEXT)["input_ids"] != probe["input_ids"]:
         yield "its tokenizer makes other tokens of the probe than the one in memory did"
     if hash_template(tokenizer) != probe["chat_template"]:
         yield "its chat template is not the one in memory"
 
 
-def compare(folder, probe, values):
-    """What is said of values (T, V) or (T, 1) that are near enough to those recorded. Raises Failed."""
+def compare(folder: Path, probe: dict, values: "torch.Tensor") -> str:
+    """One line about values (T, V) or (T, 1) that agree with the recorded values. Raises Failed."""
     import torch
 
     same, coarse = probe["device"] == name_device(values.device), probe["exact_to"]
@@ -277,7 +303,7 @@ def compare(folder, probe, values):
     there = values if scored else values.gather(1, torch.tensor(probe["tokens"]))
     apart = (there - recorded).abs()
     difference, mean = apart.max().item(), apart.mean().item()
-    if scored:  # of any size, where log-probabilities are not
+    if scored:  # scores have any scale, unlike log-probabilities
         tolerance *= max(1.0, recorded.abs().max().item())
     if difference > tolerance or mean > tolerance / 4:
         raise Failed(
@@ -296,5 +322,5 @@ def compare(folder, probe, values):
     return f"{said} (another token is the likeliest {where}, where they tie)" if other.any() else said
 
 
-def short(number):
+def short(number: float) -> str:
     return f"{number:.0e}".replace("e-0", "e-") if number < 0.01 else f"{number:.2g}"

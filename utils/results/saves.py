@@ -1,38 +1,48 @@
-"""Saving the result, and that it is one: every trained number is there, and they moved."""
+"""Save the result, and check it: every trained parameter is there, and some differ from the start."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from utils.runtime.errors import Failed
 from utils.runtime.paths import empty
 
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase, Trainer
 
-def save(trainer, tokenizer):
-    """Model or adapter (safetensors), tokenizer and chat template into output_dir; every process takes part.
+Tensors = dict[str, Callable[[], "torch.Tensor"]]  # functions that read a tensor of a safetensors file
 
-    Returns how many trained numbers the save must hold.
+
+def save(trainer: "Trainer", tokenizer: "PreTrainedTokenizerBase") -> int:
+    """Save model or adapter (safetensors), tokenizer and chat template to output_dir; all processes call it.
+
+    Returns the number of trained parameters that the save must contain.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     for adapter in [name for name in getattr(model, "peft_config", {}) if name in ("ref", "reward")]:
-        model.delete_adapter(adapter)  # frozen: the twin of an adapter that was trained on, a judge on the same base
+        model.delete_adapter(
+            adapter
+        )  # frozen: the copy of an adapter that was trained further, or a judge on the same base
     trainer.save_model()
     if trainer.accelerator.is_main_process:
         tokenizer.save_pretrained(trainer.args.output_dir)
     trainer.accelerator.wait_for_everyone()
-    # sharded (ZeRO-3) parameters know their whole size as ds_numel; a critic is no part of the result
+    # ds_numel: full size of a parameter sharded by ZeRO-3. A critic is not part of the result
     trained = [p for name, p in model.named_parameters() if p.requires_grad and "critic." not in name]
     return sum(getattr(p, "ds_numel", p.numel()) for p in trained)
 
 
 class Unchanged(Failed):
-    """The saved weights are whole, and those that the training began with."""
+    """The saved weights are whole, but equal to the initial weights."""
 
 
-def check_trained(folder, start, expected):
-    """Raises Failed where the safetensors in `folder` are not a trained model, Unchanged where they are the start.
+def check_trained(folder: str | Path, start: str | Path | None, expected: int) -> None:
+    """Raises Failed if the safetensors in `folder` are not a trained model, Unchanged if they equal the start.
 
-    `start`: the folder that the training began with, None for a new adapter, whose lora_B begins as zeros.
-    `expected`: how many trained numbers there are; the save may hold more (buffers, embeddings), never fewer.
+    start: folder of the initial weights; None for a new adapter, whose lora_B starts at zero.
+    expected: number of trained parameters; the save may hold more (buffers, embeddings), never fewer.
     """
     tensors = open_tensors(folder)
     begun = open_tensors(start) if start else {}
@@ -46,28 +56,28 @@ def check_trained(folder, start, expected):
         raise Unchanged(f"{folder} is not a sound save: no weight differs from the start")
 
 
-def differs(name, tensor, begun, start):
+def differs(name: str, tensor: "torch.Tensor", begun: Tensors, start: str | Path | None) -> bool:
     if start is None:
         return "lora_B" in name and bool(tensor.any())
     return name in begun and not tensor.float().equal(begun[name]().float())
 
 
-def open_tensors(folder):
-    """{name: function that reads it} over all safetensors files of a folder; {} for a Hub id."""
+def open_tensors(folder: str | Path) -> Tensors:
+    """{name: function that reads the tensor}, for all safetensors files of a folder; {} for a Hub id."""
     from safetensors import safe_open
 
-    found = {}
+    found: Tensors = {}
     for file in sorted(file for file in Path(folder).glob("*.safetensors") if file.name != "critic.safetensors"):
         handle = safe_open(file, framework="pt")
         found |= {name: (lambda handle=handle, name=name: handle.get_tensor(name)) for name in handle.keys()}
     return found
 
 
-def prepare_output_dir(folder, overwrite, dropped):
-    """Makes the folder, empties it if asked, and writes dropped.jsonl: each row that is not trained on, and why."""
+def prepare_output_dir(folder: str | Path, overwrite: bool, dropped: list[tuple]) -> None:
+    """Make the folder, empty it if asked, and write dropped.jsonl: each unused row with the reason."""
     folder = Path(folder)
     if overwrite and folder.is_dir():
-        empty(folder)  # the folder itself may be a link, or a mount
+        empty(folder)  # the folder itself may be a link or a mount
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "dropped.jsonl", "w", encoding="utf-8") as handle:
         for where, reason, values in dropped:

@@ -3,7 +3,7 @@
 import json
 import re
 
-from utils.models import folders
+from utils.models.folders import ModelFolder
 from utils.runtime import output
 
 PICKLED = re.compile(r"(pytorch_model|adapter_model|model|consolidated).*\.(bin|pt|pth|ckpt)")
@@ -11,7 +11,8 @@ PICKLED = re.compile(r"(pytorch_model|adapter_model|model|consolidated).*\.(bin|
 
 def check_files(folder):
     """(problems, tensors, bytes of the weights) of a model's or adapter's folder, or of a checkpoint."""
-    problems, described = folders.check_folder(str(folder), "folder")
+    model = ModelFolder.at(folder)
+    problems = model.check("folder")
     if (folder / "manifest.json").exists():
         from utils.survival import checkpoints
 
@@ -21,20 +22,16 @@ def check_files(folder):
         for file in sorted(folder.iterdir())
         if PICKLED.fullmatch(file.name)
     ]
-    files = sorted(folder.glob("*.safetensors"))
     held, moved, size = {}, False, 0
-    for file in files:
+    for file in sorted(folder.glob("*.safetensors")):
         size += file.stat().st_size
-        if folders.is_safetensors(file):
-            wrong, names, adapts = check_tensors(file)
-            problems += wrong
-            held[file.name] = names
-            moved |= adapts
+        wrong, held[file.name], adapts = check_tensors(file)
+        problems += wrong
+        moved |= adapts
     problems += check_index(folder, held)
-    if described and (folder / "adapter_config.json").exists():
-        base = described.get("base_model_name_or_path")
-        if not folders.read_base_config(folder):
-            problems.append(f"its base model {base} is not there")
+    if model.described and (folder / "adapter_config.json").exists():
+        if not model.config:
+            problems.append(f"its base model {model.base.path} is not there")
         if held and not moved:
             problems.append("every lora_B is zero, or there is none: the adapter does nothing")
     return problems, sum(map(len, held.values())), size

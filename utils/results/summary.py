@@ -6,7 +6,8 @@ import sys
 
 from utils.data import prepare
 from utils.data.rows import count_reasons
-from utils.models import folders, load
+from utils.models import load
+from utils.models.folders import ModelFolder
 from utils.models.sampling import describe_sampling
 from utils.rewards import models
 from utils.runtime import environment
@@ -91,7 +92,7 @@ def describe_lora(common, notes):
     if common.train_mode == "full":
         return ""
     rank, alpha, dora = common.lora_rank, common.lora_alpha, common.use_dora
-    adapter = folders.read_adapter(common.model_name_or_path)
+    adapter = ModelFolder.at(common.model_name_or_path).adapter
     if adapter:
         if (rank, alpha) != (adapter["r"], adapter["lora_alpha"]):
             notes.append(f"the adapter keeps its own rank {adapter['r']}: --lora_rank and its kin have no effect")

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from utils.data.columns import text_of
-from utils.models.folders import check_folder, is_reward_model, read_header
+from utils.models.folders import ModelFolder, same_path
 from utils.rewards.functions import TRIED, RewardFailed, example_answers
 from utils.runtime import environment
 from utils.runtime.errors import Refused, refuse_if
@@ -13,26 +13,24 @@ from utils.runtime.errors import Refused, refuse_if
 
 def check_reward_model(path):
     """Problems of --reward_model_path that its folder's files show."""
-    problems, described = check_folder(path, "--reward_model_path")
-    if described is not None and not is_reward_model(described):
+    folder = ModelFolder.at(path)
+    problems = folder.check("--reward_model_path")
+    if folder.described is not None and not folder.is_reward_model:
         problems.append(
             f"--reward_model_path {path}: a language model, whose score head would be random. Train one with "
             "--rlhf_type Reward"
         )
-    elif described and not problems and described.get("task_type") == "SEQ_CLS":
+    elif folder.adapter and not problems:
         problems += check_adapters_head(path)
     return problems
 
 
 def check_adapters_head(path):
     """Problems of an adapter's score head: loaded over its base, one that lacks it would score at random."""
-    shapes = {}
-    for file in Path(path).glob("*.safetensors"):
-        header = read_header(file)
-        shapes |= {name: tensor["shape"] for name, tensor in header.items() if name.endswith("score.weight")}
+    shapes = [tensor.shape for name, tensor in ModelFolder.at(path).tensors.items() if name.endswith("score.weight")]
     if not shapes:
         yield f"--reward_model_path {path}: no weights for score.weight in it. A reward model has a trained head"
-    for shape in shapes.values():
+    for shape in shapes:
         if shape[0] != 1:
             yield f"--reward_model_path {path}: scores {shape[0]} labels. A reward model has one"
 
@@ -221,18 +219,14 @@ def is_encoder(path, tokenizer):
     """True if the reward model reads a pair of texts: an encoder, without a chat template."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-    from utils.models.folders import read_base_config
-
-    config = read_base_config(path)
+    config = ModelFolder.at(path).config
     masked = config.get("model_type") in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.get("is_decoder")
     return not tokenizer.chat_template and bool(masked or config.get("is_encoder_decoder"))
 
 
 def shares_base(path, policy_path, train_mode, revision=None):
     """Whether the reward model is an adapter on the very base that the policy's adapter is trained on."""
-    from utils.models.folders import read_adapter, same_path
-
-    adapter, other = read_adapter(path), read_adapter(policy_path)
+    adapter, other = ModelFolder.at(path).adapter, ModelFolder.at(policy_path).adapter
     base, at = (other["base_model_name_or_path"], other.get("revision")) if other else (policy_path, revision)
     if not adapter or train_mode == "full" or adapter.get("revision") != at:
         return False
@@ -244,11 +238,10 @@ def load_reward_model(path, rows, dtype, device, batch_size, trust_remote_code=F
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from utils.models.folders import read_adapter
     from utils.models.load import fit_config, unsharded
     from utils.runtime.output import first_line
 
-    adapter = read_adapter(path)
+    adapter = ModelFolder.at(path).adapter
     tokenizer = load_reward_tokenizer(path, rows, trust_remote_code)
     kwargs = {"num_labels": 1, "revision": adapter.get("revision")} if adapter else {}
     with unsharded():

@@ -14,7 +14,7 @@ from utils.checks import flags
 from utils.cli import arguments, recipes
 from utils.cli.run import Run
 from utils.data.rows import check_labels, hold_out, load_rows
-from utils.models import folders
+from utils.models.folders import ModelFolder
 from utils.runtime import environment, secrets
 from utils.runtime.environment import is_out_of_memory
 from utils.runtime.errors import Again, Failed, Refused, Stopped, collecting, refuse_if
@@ -120,7 +120,7 @@ def prepare_text(run: Run, room: Callable[[Run], Callable[[dict], float]] | None
     if not rows.train:
         return
     with run.collecting():
-        refuse_if(folders.check_folder(common.model_name_or_path, "--model_name_or_path")[0])
+        refuse_if(ModelFolder.at(common.model_name_or_path).check("--model_name_or_path"))
         run.tokenizer = load_tokenizer(common.model_name_or_path, common.model_revision, config.trust_remote_code)
         rows.notes += template.fit_tokenizer(run.tokenizer, chat=columns.is_chat(rows.train[0][1]))
         how = run.tokenizer, method.columns, flags.length_limit(config, common.model_name_or_path)
@@ -194,7 +194,7 @@ def make_lora(run: Run) -> LoraConfig | None:
     from utils.models import load
 
     common = run.common
-    if common.train_mode == "full" or folders.read_adapter(common.model_name_or_path):
+    if common.train_mode == "full" or ModelFolder.at(common.model_name_or_path).adapter:
         return None
     shape = common.lora_rank, common.lora_alpha, common.lora_dropout, common.lora_target_modules
     return load.make_lora(run.method.task, *shape, common.use_dora, common.model_revision)
@@ -293,7 +293,7 @@ def save_and_verify(trainer: Trainer, follow: Report, run: Run, again: dict[str,
     kept = {"task": method.task, "four_bit": common.train_mode == "qlora", "accelerator": trainer.accelerator}
     record(trainer.model_wrapped, run.tokenizer, config.output_dir, **kept)
     if environment.is_main():
-        start = folders.starting_weights(common.model_name_or_path, common.model_revision, common.train_mode)
+        start = ModelFolder.at(common.model_name_or_path, common.model_revision).starting_weights(common.train_mode)
         try:
             saves.check_trained(config.output_dir, start, expected)
         except saves.Unchanged:

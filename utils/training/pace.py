@@ -8,7 +8,7 @@ import random
 
 from utils.checks.schedule import count_batch
 from utils.data.deal import deal
-from utils.models import folders
+from utils.models.folders import ModelFolder
 from utils.runtime import environment
 from utils.runtime.errors import Refused
 
@@ -125,7 +125,7 @@ def may_choose(run, flag):
 
 def base_config(run):
     """The base model's config.json, with the entries of its text model."""
-    described = folders.read_base_config(run.common.model_name_or_path, run.common.model_revision)
+    described = ModelFolder.at(run.common.model_name_or_path, run.common.model_revision).config
     return described | described.get("text_config", {})
 
 
@@ -163,7 +163,7 @@ def draws_at_random(run):
         return True
     if config.disable_dropout:
         return False
-    adapter = folders.read_adapter(common.model_name_or_path)
+    adapter = ModelFolder.at(common.model_name_or_path).adapter
     lora = adapter.get("lora_dropout", 0) if adapter else common.lora_dropout
     base = [value for name, value in base_config(run).items() if "drop" in name and isinstance(value, (int, float))]
     return any(rate > 0 for rate in [*base, lora if common.train_mode != "full" else 0])

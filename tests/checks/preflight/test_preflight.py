@@ -3,6 +3,7 @@
 import collections
 import importlib.metadata
 import json
+import os
 import shutil
 import types
 from pathlib import Path
@@ -13,13 +14,14 @@ from safetensors.torch import save_file
 
 import train_gkd
 import train_rlhf
-from rlhf_args.methods import PAIR
+from rlhf_args.methods import DIALOGUE, PAIR
 from tests.checks.preflight.conftest import PAIRS, pair, thumbs
-from tests.conftest import TEMPLATE, make_model, make_tokenizer, write_rows
+from tests.conftest import TEMPLATE, command, make_model, make_tokenizer, write_rows
 from utils.checks import findings, schedule
 from utils.checks.folders import check_folders
 from utils.data import prepare as data_prepare, template as data_template
 from utils.models import folders
+from utils.models.folders import AGAIN
 from utils.runtime.errors import Refused, collecting
 
 
@@ -74,81 +76,48 @@ def test_a_sound_run_has_no_warning(warnings):
 TURNS = [{"role": role, "content": said} for role, said in (("user", "hi"), ("assistant", "ok"), ("user", "<pad> so"))]
 
 
-TEXTS = ["", "plain", "a<|im_end|>", "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", "<|im_end|><|im_end|>"]
-
-
-def make_word_tokenizer():
-    """One that puts a mark in front of a text's first word alone, so that a text cut in two has another one."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {token: n for n, token in enumerate(("<unk>", "<|im_start|>", "<|im_end|>", "▁ok", "ok", "▁", "\n"))}
-    core = Tokenizer(models.WordLevel(vocabulary, "<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(prepend_scheme="always")])
-    core.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|im_end|>")
-    tokenizer.chat_template = TEMPLATE
-    return tokenizer
-
-
 TOKENIZERS = {
     "no BOS": make_tokenizer,
     "a BOS": lambda: make_tokenizer(bos="<s>"),
     "a BOS in the template": lambda: make_tokenizer("{{ bos_token }}" + TEMPLATE, "<s>"),
     "no template": lambda: make_tokenizer(template=None),
-    "words": make_word_tokenizer,
 }
 
 
 @pytest.mark.parametrize("case", TOKENIZERS)
-def test_a_text_in_parts_has_the_tokens_that_it_has_whole(case):
+def test_a_turn_is_trained_from_its_prefix_in_tokens_to_its_end_of_turn(case, monkeypatch):
+    """The code finds tokens by their characters; here the text before a place is tokenised alone and counted."""
+    monkeypatch.setattr(data_prepare, "CHUNK", 2)
     tokenizer = TOKENIZERS[case]()
-    chat = [data_template.template(tokenizer, TURNS, add_generation_prompt=True)] if tokenizer.chat_template else []
-    texts = TEXTS + chat
-    tokens = data_prepare.Tokens(tokenizer)
-    tokens.learn(texts[1:])  # the first is asked for all the same
-    assert [tokens(one) for one in texts] == [tokenizer(one)["input_ids"] for one in texts]
-    assert (tokens.marks is None) == (case == "no template")
-    assert tokens.highest == max(token for one in texts for token in tokenizer(one)["input_ids"])
+    talk = [*TURNS, {"role": "assistant", "content": "ok ok"}]
+    chats = [{"messages": talk}, {"messages": talk[:2]}, {"messages": [*talk, TURNS[0]]}]
+    texts = [{"messages": "ok so"}, {"messages": "a<|im_end|>"}, {"messages": "<pad> ok<|im_end|>"}]
+    rows = list(enumerate(chats if tokenizer.chat_template else texts))
+    prepared = data_prepare.prepare_rows(rows, tokenizer, DIALOGUE, 1024)
+    assert len(prepared.rows) == 3
+    for (_, values), row in zip(rows, prepared.rows, strict=True):
+        prompt, (answer,), _ = data_template.render(tokenizer, values)
+        whole = tokenizer(prompt + answer)["input_ids"]
+        labels = [-100] * len(whole)
+        for start, end in data_template.assistant_spans(tokenizer, values, prompt + answer):
+            before, after = (tokenizer((prompt + answer)[:place])["input_ids"] for place in (start, end))
+            first, last = data_template.shared_length(before, whole), len(after)
+            labels[first:last] = whole[first:last]
+        assert row == {"input_ids": whole, "labels": labels} and max(labels) >= 0
+    assert prepared.highest == max(token for row in prepared.rows for token in row["input_ids"])
 
 
-def test_a_tokenizer_that_looks_past_a_cut_gets_whole_texts():
-    class LooksBack:
-        """Gives a text one token more than its characters: no parts add up to it."""
-
-        chat_template, bos_token, bos_token_id = TEMPLATE, None, None
-        real = make_tokenizer()
-        added_tokens_decoder = real.added_tokens_decoder
-        apply_chat_template = real.apply_chat_template
-
-        def __call__(self, texts, **kwargs):
-            ids = [[*self.real(one)["input_ids"], 7] for one in ([texts] if isinstance(texts, str) else texts)]
-            return {"input_ids": ids[0] if isinstance(texts, str) else ids}
-
-    tokens = data_prepare.Tokens(LooksBack())
-    tokens.learn(TEXTS[1:])
-    assert tokens.marks is None
-    assert [tokens(one) for one in TEXTS[1:]] == [LooksBack()(one)["input_ids"] for one in TEXTS[1:]]
+def test_a_character_that_the_tokenizer_drops_does_not_move_a_turn():
+    # "(ok)" as tokens 5 6 of "o" and "k": the brackets at characters 0 and 3 have none
+    row = data_template.label_turns([4, 5, 6, 7], {1: 1, 2: 2}.get, [(0, 4)])
+    assert row == {"input_ids": [4, 5, 6, 7], "labels": [-100, 5, 6, -100]}
+    assert data_template.label_turns([4], {}.get, [(0, 4)])["labels"] == [-100]
 
 
-def test_what_rows_have_in_common_is_tokenised_once(monkeypatch):
-    tokenizer, seen = make_tokenizer(), collections.Counter()
-    data_template.fit_tokenizer(tokenizer, chat=True)
-    tokenize = data_prepare.Tokens.tokenize
-
-    def count(self, texts, whole):
-        seen.update(texts)
-        return tokenize(self, texts, whole)
-
-    monkeypatch.setattr(
-        data_prepare.Tokens, "prove", lambda self, texts: vars(self).update(proven=True, front=[], back=[])
-    )
-    monkeypatch.setattr(data_prepare.Tokens, "tokenize", count)
-    monkeypatch.setattr(data_prepare, "CHUNK", 4)  # of which a later one has what every turn begins with too
-    data_prepare.prepare_rows([(f"rows:{n}", row) for n, row in enumerate(PAIRS)], tokenizer, PAIR, 1024)
-    assert seen and set(seen.values()) == {1}
-    answers = [row[side][0]["content"] for row in PAIRS for side in ("chosen", "rejected")]
-    assert sum(any(answer in part for answer in answers) for part in seen) == 2 * len(PAIRS)
+def test_a_dialogue_needs_a_fast_tokenizer():
+    slow = types.SimpleNamespace(is_fast=False)
+    with pytest.raises(Refused, match="tokenizer.json"):
+        data_prepare.prepare_rows([("a:1", {"messages": TURNS})], slow, DIALOGUE, 64)
 
 
 def test_a_template_that_refuses_the_first_chunk_of_rows_names_each_of_them(monkeypatch):
@@ -353,8 +322,8 @@ def test_a_shard_that_is_missing_or_cut_is_refused(refused, tiny_model, tmp_path
     whole = cut.read_bytes()
     cut.write_bytes(whole[:-4])
     assert refused(model=folder) == [
-        f"{cut}: has {len(whole) - 4} bytes, and {len(whole)} by its header. Download or copy it again",
-        f"{folder}/model.safetensors.index.json: names {missing.name}, which is not there. Download or copy it again",
+        f"{cut}: not a whole safetensors file ({len(whole) - 4} bytes). {AGAIN}, or type git lfs pull",
+        f"{folder}/model.safetensors.index.json: names {missing.name}, which is not there. {AGAIN}",
     ]
 
 
@@ -377,7 +346,7 @@ def test_the_base_of_an_adapter_is_looked_at_too(refused, check, tiny_model, tmp
     (file,) = base.glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-1])
     (problem,) = refused(model=adapter)
-    assert problem.startswith(f"{file}: has ")
+    assert problem.startswith(f"{file}: not a whole safetensors file")
 
 
 def test_a_teacher_and_a_reward_model_are_looked_at_too(tmp_path, tiny_model):
@@ -387,7 +356,47 @@ def test_a_teacher_and_a_reward_model_are_looked_at_too(tmp_path, tiny_model):
     for flag in ("reward_model_path", "teacher_model_name_or_path", "value_model_path"):
         both = [types.SimpleNamespace(**{"model_name_or_path": tiny_model, flag: str(cut)})] * 2
         (problem,) = check_folders(*both)
-        assert problem.startswith(f"{file}: has ")
+        assert problem.startswith(f"{file}: not a whole safetensors file")
+
+
+OPENED = """
+import collections, sys
+import safetensors
+
+opened, safe_open = collections.Counter(), safetensors.safe_open
+sys.addaudithook(lambda event, args: opened.update([str(args[0])] if event == "open" else []))
+safetensors.safe_open = lambda file, **kwargs: opened.update([str(file)]) or safe_open(file, **kwargs)
+import train_rlhf
+
+status = train_rlhf.main(sys.argv[2:])
+print(status, *(opened[f"{sys.argv[1]}/{name}"] for name in ("model.safetensors", "config.json", "tokenizer.json")))
+"""
+
+
+def test_a_check_opens_the_weights_once_and_the_config_once_more_than_transformers(tiny_model, tmp_path):
+    """transformers' AutoTokenizer reads config.json twice, and tokenizer.json itself (5.23.0)."""
+    flags = ["--model_name_or_path", tiny_model, "--train_data_path", "data/preference.jsonl", "--check"]
+    done = command("-c", OPENED, tiny_model, *flags, "--output_dir", tmp_path / "out")
+    assert done.stdout.splitlines()[-1:] == ["0 1 3 2"], done.stdout + done.stderr
+
+
+def test_a_folder_is_read_again_once_a_file_in_it_has_changed(tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    before = folders.ModelFolder.at(folder)
+    assert folders.ModelFolder.at(folder) is before and before.vocabulary_rows == 260 and before.numbers
+    described = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(described | {"vocab_size": 999}))
+    os.truncate(folder / "model.safetensors", 4)
+    now = folders.ModelFolder.at(folder)
+    assert now.vocabulary_rows == 999 and not now.numbers and [*now.check_weights()]
+
+
+def test_a_base_with_a_broken_config_is_refused(tiny_model, tmp_path):
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", str(base))
+    (base / "config.json").write_text("{")
+    (problem,) = folders.ModelFolder.at(adapter).check("--model_name_or_path")
+    assert problem.startswith(f"{base}/config.json: not valid JSON")
 
 
 def test_a_tokenizer_of_another_model_is_refused_where_the_data_need_its_tokens(refused, warnings, tmp_path, capsys):
@@ -457,8 +466,7 @@ def test_a_disk_without_room_is_warned_of_and_one_without_room_for_a_checkpoint_
     warnings, refused, free, tiny_model
 ):
     # full: each of the numbers takes 4 bytes, and Adam two of 4
-    file = next(Path(tiny_model).glob("*.safetensors"))
-    numbers = folders.count(folders.read_header(file).values())
+    numbers = folders.ModelFolder.at(tiny_model).numbers
     small = sum(file.stat().st_size for file in Path(tiny_model).glob("*.json"))
     one, result = numbers * 12 + small, numbers * 4 + small
     flags = "--train_mode full --per_device_train_batch_size 1 --num_train_epochs 1 --save_steps 4"  # 4 checkpoints

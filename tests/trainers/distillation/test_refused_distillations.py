@@ -11,7 +11,7 @@ import train_gkd
 import train_rlhf
 from tests.conftest import write_rows
 from tests.trainers.distillation.conftest import CHATS, line_with, make_qwen, save_qwen
-from utils.models import folders
+from utils.models.folders import ModelFolder
 
 TEMPERATURE = "--temperature 0: answers are sampled, so above 0"
 
@@ -213,4 +213,4 @@ def test_the_lines_that_say_what_is_learnt_from_are_those_of_the_flags(run):
 
 
 def test_parameters_are_counted_from_the_headers_of_the_files(pair):
-    assert folders.count_numbers(pair[0]) == sum(p.numel() for p in make_qwen(1, hidden=32).parameters())
+    assert ModelFolder.at(pair[0]).numbers == sum(p.numel() for p in make_qwen(1, hidden=32).parameters())
