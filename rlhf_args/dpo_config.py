@@ -5,4 +5,4 @@ import trl
 
 @dataclass
 class DPOConfig(trl.DPOConfig):
-    """DPO as TRL has it: `--loss_type` also takes ipo, hinge, robust, exo_pair, apo_zero, ... and several at once."""
+    """DPO as TRL has it: `--loss_type` also takes ipo, hinge, robust, exo_pair, apo_zero, ... and combinations."""

@@ -5,4 +5,4 @@ import trl
 
 @dataclass
 class SFTConfig(trl.SFTConfig):
-    """TRL's own. utils/data/template.py labels the rows beforehand: only the assistant's turns are trained."""
+    """SFT as TRL has it. utils/data/template.py labels the rows: only the assistant's turns enter the loss."""

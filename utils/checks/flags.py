@@ -1,13 +1,13 @@
 """What is refused before anything is loaded. Each check returns its problems, one line each; the caller shows all."""
 
 import difflib
-import math
 from fnmatch import fnmatch
 from pathlib import Path
 
 from rlhf_args.methods import METHODS
 from utils.checks.folders import check_model, check_output_dir, check_value_model
 from utils.checks.launch import check_launch, check_versions
+from utils.cli.ranges import check_ranges
 from utils.models import sampling
 from utils.models.folders import (
     is_safetensors,
@@ -22,16 +22,10 @@ VLLM = "0.22.0", "0.31.0"  # the versions that trl 1.16.0 takes (trl/import_util
 
 def check_common(common, name, method):
     """Problems of the shared flags and the model folder. Needs no library: answers at once."""
-    problems = [*check_versions(), *check_mode(common, name, method)]
+    problems = [*check_versions(), *check_mode(common, name, method), *check_ranges(type(common), common)]
     for flag in ("num_processes", "gpu_memory"):
         if getattr(common, flag) is not None:
             problems.append(f"--{flag} {getattr(common, flag)}: of what --plan plans for. Add --plan, or leave it out")
-    if common.lora_rank < 1:
-        problems.append(f"--lora_rank {common.lora_rank}: a rank is 1 or more. Type --lora_rank 32")
-    if not 0 <= common.lora_dropout < 1:
-        problems.append(f"--lora_dropout {common.lora_dropout}: a dropout is from 0 to below 1")
-    if not 0 <= common.eval_fraction < 1:
-        problems.append(f"--eval_fraction {common.eval_fraction}: a share from 0 to below 1, 0.1 holds out a tenth")
     if common.eval_fraction and common.eval_data_path:
         problems.append("--eval_fraction and --eval_data_path together: held-out rows come from one of them")
     twice = sorted(set(common.train_data_path or ()) & set(common.eval_data_path or ()))
@@ -39,10 +33,6 @@ def check_common(common, name, method):
         problems.append(
             f"--eval_data_path {twice[0]}: the training data again. Type --eval_fraction 0.1, or OWNER/NAME:test"
         )
-    if not 0 <= common.max_drop_fraction <= 1:
-        problems.append(f"--max_drop_fraction {common.max_drop_fraction}: a share from 0 to 1")
-    if common.max_samples is not None and common.max_samples < 1:
-        problems.append(f"--max_samples {common.max_samples}: 1 or more; leave it out for all rows")
     if not common.train_data_path:
         problems.append(f"--train_data_path: missing. Type --train_data_path {method.sample_data} to try")
     if not common.model_name_or_path:
@@ -80,7 +70,11 @@ def check_rewards(common, name, method, judged):
         ]
     from utils.rewards import functions, judge, models  # they build upon this module
 
-    problems = [*functions.check_reward_functions(common.reward_funcs or ()), *functions.check_timeout(common)]
+    problems = [*functions.check_reward_functions(common.reward_funcs or ())]
+    if common.reward_timeout is not None and not common.reward_funcs:
+        problems.append(
+            "--reward_timeout: only used with --reward_funcs. Add --reward_funcs FILE.py:FUNCTION, or remove it"
+        )
     names = functions.name_rewards(common) + judge.name_numbers(judged)
     for twice in sorted({one for one in names if names.count(one) > 1}):
         problems.append(f"two rewards are called {twice}, which the log would add up. Rename one")
@@ -90,15 +84,8 @@ def check_rewards(common, name, method, judged):
 def check_config(common, config, name, method):
     """Problems of the method's own flags and of the output folder."""
     problems = []
-    for flag in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-        if getattr(config, flag) < 1:
-            problems.append(f"--{flag} {getattr(config, flag)}: 1 or more")
-    if config.max_steps < 1 and config.num_train_epochs <= 0:
-        problems.append(
-            f"--num_train_epochs {config.num_train_epochs:g}: nothing would be trained. More than 0, 0.1 is a tenth"
-        )
     batch = config.per_device_train_batch_size
-    if 1 <= batch < method.min_batch_size:
+    if batch < method.min_batch_size:
         problems.append(
             f"--per_device_train_batch_size {batch}: {name} compares rows of a batch and needs "
             f"{method.min_batch_size} or more a device"
@@ -112,9 +99,6 @@ def check_config(common, config, name, method):
     for loss in [asked] if isinstance(asked, str) else asked:
         if loss not in method.losses:
             problems.append(f"--loss_type {loss}: {name} takes {', '.join(method.losses)}")
-    length = getattr(config, "max_length", None)
-    if length is not None and length < 2:
-        problems.append(f"--max_length {length}: too short for a prompt and an answer. TRL's default is 1024")
     if method.sample_reward:
         problems += check_rollouts(common, config)
     # SFT has no such flag, and its dropout is on
@@ -124,8 +108,6 @@ def check_config(common, config, name, method):
             "add --disable_dropout False"
         )
     problems += check_best(config, name, method)
-    if not math.isfinite(config.learning_rate) or config.learning_rate <= 0:
-        problems.append(f"--learning_rate {config.learning_rate}: a positive number, like 1e-5")
     if config.n_gpu > 1 and not common.check:
         problems.append(
             f"{config.n_gpu} GPUs are visible to one process. Start it with bash {method.entry}_run.sh, or with "
@@ -168,13 +150,12 @@ def check_best(config, name, method):
 
 def check_rollouts(common, config):
     """Problems of how answers are sampled and judged."""
-    from utils.rewards import judge, server  # they build upon this module
+    from utils.rewards import judge  # it builds upon this module
 
     judges = len(judge.name_scorers(common, config))
     if config.reward_weights and len(config.reward_weights) != judges:
         yield f"--reward_weights: {len(config.reward_weights)} of them for {judges} rewards. Give each its weight"
     yield from judge.check_judge(config, "num_generations", config.num_generations)
-    yield from server.check_failed_fraction(config)
     held_out = common.eval_data_path or common.eval_fraction
     if held_out and judges == 1 and config.judge_model and config.judge_mode == "pick":
         yield (
@@ -186,13 +167,6 @@ def check_rollouts(common, config):
         for flag in ("mask_truncated_completions", "use_transformers_continuous_batching"):
             if getattr(config, flag):
                 yield f"--{flag} with stop_strings in --generation_kwargs: TRL knows the end token alone there"
-    if config.max_prompt_length is not None and config.max_prompt_length < 1:
-        yield f"--max_prompt_length {config.max_prompt_length}: 1 or more"
-    if not config.beta >= 0:
-        yield f"--beta {config.beta:g}: 0 or more; 0: nothing holds the policy near the reference"
-    for weight in config.reward_weights or ():
-        if not math.isfinite(weight):
-            yield f"--reward_weights {weight}: a finite number for each reward"
     answers, batch = config.num_generations_eval or config.num_generations, config.per_device_eval_batch_size
     if (common.eval_data_path or common.eval_fraction) and batch * config.world_size % answers:
         yield (
@@ -206,15 +180,11 @@ def check_rollouts(common, config):
 def check_sampling(common, config):
     """Problems of how the model that is trained answers prompts itself."""
     held = model_positions(common.model_name_or_path)
-    if config.max_completion_length < 1:
-        yield f"--max_completion_length {config.max_completion_length}: 1 or more"
-    elif held and held <= config.max_completion_length:
+    if held and held <= config.max_completion_length:
         yield (
             f"--max_completion_length {config.max_completion_length}: the model holds {held} tokens, prompt and "
             f"answer. Type --max_completion_length {held // 2}"
         )
-    if not config.temperature > 0:
-        yield f"--temperature {config.temperature:g}: answers are sampled, so above 0"
     yield from sampling.check_settings(config)
     if config.use_vllm:
         yield from check_vllm()

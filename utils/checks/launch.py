@@ -50,9 +50,7 @@ def check_launch(common, config):
             f"--precompute_ref_log_probs with {processes} processes: each would look for the values in a cache of its "
             "own. Leave it out (LAUNCH=zero3 shards the reference), or type NUM_PROCESSES=1"
         )
-    if common.max_bad_steps < 1:
-        problems.append(f"--max_bad_steps {common.max_bad_steps}: 1 or more; 1 stops at the first")
-    elif common.max_bad_steps > 1 and engine.startswith("zero"):
+    if common.max_bad_steps > 1 and engine.startswith("zero"):
         problems.append(
             f"--max_bad_steps {common.max_bad_steps} under {engine}: DeepSpeed has taken the step before it can be "
             "left out. Leave the flag out, or type LAUNCH=multi_gpu"

@@ -8,6 +8,7 @@ from dataclasses import fields
 
 from common_args import CommonArgs
 from rlhf_args.methods import DISTILLATION, EVERY, METHODS, REJECTION, find_method, load
+from utils.cli.ranges import check_ranges, explain_range
 from utils.cli.recipes import typed_flags
 from utils.runtime import environment
 from utils.runtime.errors import Refused, refuse_if
@@ -65,6 +66,7 @@ def parse(argv, name, planned=False):
         dtype = resolve_dtype(asked.dtype, asked.bf16, asked.fp16, name, method, typed, planned)
     except Refused as refusal:
         problems += refusal.problems
+    problems += [problem for kind in parser.dataclass_types for problem in check_ranges(kind, asked)]
     refuse_if(parser.problems + problems)
     defaults = {"use_cpu": True, "dataloader_pin_memory": False} if planned else environment.device_defaults()
     if asked.plain:
@@ -103,6 +105,7 @@ def parse_rejection(argv):
     problems = [no_such_flag(word, None, known) for word in left if word.startswith("--") and not config.then]
     if left and not config.then and not problems:
         problems = [f"{' '.join(left)}: not a flag. Every value follows its --flag"]
+    problems += check_ranges(kinds[0], common) + check_ranges(kinds[1], config)
     refuse_if(parser.problems + problems)
     common.dtype = resolve_dtype(common.dtype, None, None, "rejection sampling", REJECTION)
     return common, config, left
@@ -115,6 +118,10 @@ def make_parser(dataclass_types, **kwargs):
         """Goes on after a bad value, so that all of them are refused at once; `problems` holds them."""
 
         problems = []
+
+        @staticmethod
+        def _parse_dataclass_field(parser, field):
+            TrlParser._parse_dataclass_field(parser, explain_range(field))
 
         def _get_values(self, action, words):
             try:
