@@ -15,7 +15,7 @@ from pathlib import Path
 from utils.cli import arguments, recipes
 from utils.runtime import environment
 from utils.runtime.errors import refuse_if
-from utils.training.run import guard
+from utils.training.chapters import guard
 
 
 def main(argv=None):

@@ -234,15 +234,15 @@ def train(words):
 
     import train_gkd
     import train_rlhf
-    from utils.training import run
+    from utils.training import chapters
 
     meter = GPUMeter() if torch.cuda.is_available() else CPUMeter()
-    make_trainer = run.make_trainer
+    make_trainer = chapters.make_trainer
 
     def make_marked(*args, **kwargs):
         return mark_phases(make_trainer(*args, **kwargs), meter)
 
-    run.make_trainer, run.save_and_verify = make_marked, lambda *args, **kwargs: None
+    chapters.make_trainer, chapters.save_and_verify = make_marked, lambda *args, **kwargs: None
     script = {"train_rlhf.py": train_rlhf, "train_gkd.py": train_gkd}[words[0]]
     with meter:
         status = script.main(words[1:])

@@ -2,9 +2,11 @@ from dataclasses import dataclass, field
 
 import trl
 
+from rlhf_args.method_config import MethodConfig
+
 
 @dataclass
-class GKDConfig(trl.DistillationConfig):
+class GKDConfig(trl.DistillationConfig, MethodConfig):
     """Distillation with TRL's stable trainer: its sampling, vLLM and chunked loss, also on answers from the data."""
 
     teacher_load_in_4bit: bool = field(
@@ -62,6 +64,11 @@ class GKDConfig(trl.DistillationConfig):
     def learns_from_data(self) -> bool:
         """True if some steps train on the answers in the data."""
         return self.lmbda < 1 and not self.seq_kd
+
+    def variables(self) -> dict[str, str]:
+        """The variables of gkd_run.sh that select this kind of distillation."""
+        own = {"TEACHER": self.teacher_model_name_or_path, "LMBDA": f"{self.lmbda:g}", "BETA": f"{self.beta:g}"}
+        return own | ({"SEQ_KD": "True"} if self.seq_kd else {})
 
     def describe(self) -> str:
         """One line: whose answers are trained on, and the divergence."""

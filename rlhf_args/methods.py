@@ -77,6 +77,8 @@ class Method:
     # "module:function" of the config that knows it); none without a reference
     sample_reward: str | None = None  # a reward function that ships; None: the data say what is good, not a reward
     sample_flags: tuple[str, ...] = ("--max_steps", "12")  # what rlhf_run.sh adds to the sample data: ends in minutes
+    check: str | None = None  # "module:function": problems of flags that only this method has
+    check_text: str | None = None  # "module:function" that refuses prepared text that this method cannot train on
     renamed: tuple[tuple[str, str], ...] = ()  # flags of its ancestors -> what they are called here
     by_row: tuple[tuple[str, tuple], ...] | None = None  # (flag, values) under which a row's loss does not depend on
     # the others of its pass; None: it does, or the policy answers itself
@@ -109,6 +111,7 @@ ONLINE = {
     "evaluated": (*ROLLED_OUT, *COUNTED),
     "begins": (("kl", 0.0),),
     "renamed": tuple(OLD_NAMES.items()),
+    "check_text": "utils.checks.flags:check_rollout_fits",
 }
 
 METHODS = {
@@ -257,6 +260,8 @@ DISTILLATION = {
         metrics=DIVERGENCE,
         curves=(("entropy", "entropy"), ("tokens", "completions/mean_length"), ("on-policy", "on_policy")),
         evaluated=(*(log for _, log in DIVERGENCE), "completions/*", *COUNTED),
+        check="utils.checks.distillation:check_distillation",
+        check_text="utils.checks.distillation:check_tokens",
         renamed=(("teacher_model", "teacher_model_name_or_path"), ("max_new_tokens", "max_completion_length")),
     ),
 }

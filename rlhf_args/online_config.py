@@ -12,6 +12,8 @@ from utils.runtime import environment
 class OnlineConfig(JudgeConfig):
     """Mixin before TRL's config. `notes`: remarks that a run prints at its start."""
 
+    length_flag = "max_prompt_length"
+
     # With TRL's default (None) each held-out prompt gets num_generations answers, which must divide the eval batch.
     num_generations_eval: int | None = field(
         default=1, metadata={"help": "Answers per held-out prompt in an evaluation.", "range": "at least 1"}

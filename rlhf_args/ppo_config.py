@@ -3,6 +3,7 @@ from pathlib import Path
 
 import trl
 
+from rlhf_args.method_config import MethodConfig
 from rlhf_args.online_config import OnlineConfig
 
 OWN_TRUNK = ("lora", "model")  # critics that read tokens, not the policy's hidden states
@@ -10,7 +11,7 @@ SCALE = "return_scale"  # the name of the values' scale in critic.safetensors
 
 
 @dataclass
-class PPOConfig(OnlineConfig, trl.GRPOConfig):
+class PPOConfig(OnlineConfig, trl.GRPOConfig, MethodConfig):
     """PPO on GRPO's rollouts. The other flags are GRPO's; defaults are those of TRL 1.12, the last with PPO."""
 
     # The critic estimates the expected reward, so a second answer to the same prompt is not needed as a baseline.

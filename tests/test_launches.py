@@ -24,7 +24,7 @@ from tests.conftest import ROOT, read_rows
 from tests.matrix.cells import JOBS, LAUNCHES, MODES, expected, judge, run_cell, run_script
 from utils import launch
 from utils.runtime.errors import Refused
-from utils.training import run
+from utils.training import chapters
 
 # every launch once, over them the modes and every other method in turn; tests/matrix has them all
 FEW = [(name, mode, kind) for kind, mode, name in zip(LAUNCHES, cycle(MODES), cycle([*JOBS][1::2]), strict=False)]
@@ -54,7 +54,7 @@ def test_the_reduce_bucket_is_no_larger_than_the_gradients_or_than_what_was_aske
     settings = {"stage": 2, **asked}
     plugin = SimpleNamespace(deepspeed_config={"zero_optimization": settings})
     accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
-    run.fit_bucket(SimpleNamespace(model=model, accelerator=accelerator))
+    chapters.fit_bucket(SimpleNamespace(model=model, accelerator=accelerator))
     assert settings == {"stage": 2, "reduce_bucket_size": fitted}
 
 

@@ -146,7 +146,7 @@ class Online(SamplesAnswers):
         add_fused_lm_head(
             model,
             temperature=self.temperature,
-            cast_lm_head_to_fp32=getattr(self.args, "cast_lm_head_to_fp32", False),
+            cast_lm_head_to_fp32=self.args.cast_lm_head_to_fp32,
         )
         return share_out(self, model)
 

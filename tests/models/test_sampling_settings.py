@@ -19,7 +19,7 @@ from rlhf_args.methods import DISTILLATION, METHODS
 from tests.conftest import make_model, make_tokenizer, read_rows, slow_but
 from trainers.online_trainer import Lengths, own_settings_unused, stopping_at
 from utils.models import load
-from utils.training import run as training_run
+from utils.training import chapters
 
 ONLINE = ["RLOO", "GRPO", "PPO"]
 # Any of them alone changes what is sampled, or leaves nothing to sample.
@@ -94,7 +94,7 @@ def refused(run, monkeypatch):
 @pytest.fixture
 def unsaved(monkeypatch):
     """A run ends after its training, before the save."""
-    monkeypatch.setattr(training_run, "save_and_verify", lambda *args, **kwargs: None)
+    monkeypatch.setattr(chapters, "save_and_verify", lambda *args, **kwargs: None)
 
 
 def answers(folder):

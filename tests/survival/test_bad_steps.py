@@ -27,7 +27,7 @@ from utils.results import report
 from utils.runtime import secrets
 from utils.runtime.errors import Failed, Refused
 from utils.survival import bad_steps, memory
-from utils.training.run import guard
+from utils.training.chapters import guard
 
 BAD = 5  # the line whose row holds "~"
 

@@ -145,8 +145,8 @@ def start_of(models, folder, monkeypatch, *, name="DPO", mode="lora", **more):
     """What find_start says of a command line, without a training: (Start, lines), or the Refused it raises."""
     seen = []
 
-    def stop(common, config, method, rows):
-        seen.append(real(common, config, method, rows))
+    def stop(run):
+        seen.append(real(run))
         raise Refused(["seen"])
 
     with monkeypatch.context() as patch:

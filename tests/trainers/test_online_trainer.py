@@ -40,7 +40,7 @@ from utils.data.prepare import prepare_rows
 from utils.models.load import load_tokenizer
 from utils.rewards.functions import RewardFailed
 from utils.survival.stops import Left
-from utils.training import run as training_run
+from utils.training import chapters
 
 ONLINE = ["RLOO", "GRPO", "PPO"]
 END = WORDS.index("</s>")
@@ -70,7 +70,7 @@ def make_trainer(name, folder, **flags):
 def run(tmp_path, tiny_model, monkeypatch):
     """run(method, flags) trains for 2 steps of 4 answers and returns the lines of metrics.jsonl; nothing is saved."""
     (tmp_path / "rewards.py").write_text(VARIED)
-    monkeypatch.setattr(training_run, "save_and_verify", lambda *args, **kwargs: None)
+    monkeypatch.setattr(chapters, "save_and_verify", lambda *args, **kwargs: None)
 
     def run(name, flags="", model=tiny_model, mode="lora"):
         words = f"--rlhf_type {name} --model_name_or_path {model} --train_data_path data/prompts.jsonl --max_steps 2 "

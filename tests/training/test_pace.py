@@ -23,6 +23,7 @@ from rlhf_args.methods import DIALOGUE, METHODS, PROMPT, UNPAIRED, load
 from tests.conftest import make_model, read_rows, slow_but, write_rows
 from tests.matrix.cells import run_cell
 from utils.cli import arguments, recipes
+from utils.cli.run import Run
 from utils.data import deal, prepare, template
 from utils.data.rows import load_rows
 from utils.models import folders
@@ -33,7 +34,7 @@ from utils.runtime import environment
 from utils.runtime.errors import Refused
 from utils.survival import resume
 from utils.training import pace
-from utils.training.run import prepare_text
+from utils.training.chapters import prepare_text
 
 # A sum in another order is off by some 1e-7 of its size, float32's rounding, and a loss here by ten times that: it
 # hangs on differences of sums. Adam divides a gradient by its size, and noise by the size of noise: hence its epsilon.
@@ -225,7 +226,7 @@ def chosen(place, tmp_path):
         words = recipes.expand(words_of(name, place, tmp_path / "out", *more))
         common, config = arguments.parse(words, name)
         rows = load_rows(common.train_data_path, None, METHODS[name].columns, name)
-        prepare_text(common, config, METHODS[name], rows)
+        prepare_text(Run([], name, common, config, rows))
         return common, config, [finding.text for finding in rows.findings if finding.kind == "pace"]
 
     return choose
@@ -431,11 +432,11 @@ def test_each_step_has_the_rows_and_weights_that_it_had(count, processes, drop_l
 def test_the_padding_that_is_said_is_that_of_the_passes(chosen, place):
     # 20 tokens in the passes (1, 9) (2, 8), padded to 2 x 9 + 2 x 8 = 34; dealt, in (9, 8) (2, 1), to 18 + 4 = 22
     config, _ = chosen("SFT", "--train_sampling_strategy", "sequential", "--gradient_accumulation_steps", "2")[1:]
-    job = pace.Job(None, config, None, prepare.Prepared(sizes=[[1], [9], [2], [8]]), None)
+    job = Run([], "SFT", None, config, None, train=prepare.Prepared(sizes=[[1], [9], [2], [8]]))
     assert pace.padding(job, dealt=False) == pytest.approx(1 - 20 / 34)
     assert pace.padding(job, dealt=True) == pytest.approx(1 - 20 / 22)
     # a pair is padded to its longer answer: ((3, 5), (5, 1)): 14 of 4 x 5
-    job = pace.Job(None, config, None, prepare.Prepared(sizes=[[3, 5], [5, 1]]), None)
+    job = Run([], "SFT", None, config, None, train=prepare.Prepared(sizes=[[3, 5], [5, 1]]))
     assert pace.padding(job, dealt=False) == pytest.approx(1 - 14 / 20)
 
 
@@ -462,7 +463,7 @@ def test_a_run_goes_on_from_its_checkpoint_with_other_defaults_of_speed(chosen, 
     described = []
     for more in ([], ["--plain"], ["--num_train_epochs", "1"]):
         common, config, _ = chosen("DPO", *more)
-        described.append(resume.describe_run(common, config, "DPO", rows))
+        described.append(resume.describe_run(Run([], "DPO", common, config, rows)))
     assert resume.differences(described[0], described[1]) == []
     assert resume.differences(described[0], described[2]) == []
 

@@ -91,23 +91,28 @@ def different_tokenizers(flag, different):
     )
 
 
-def check_tokens(common, config, tokenizer, train, held_out):
+def check_tokens(run):
     """Raises Refused where the teacher cannot read the rows; its tokenizer, of a Hub id, is known only now."""
+    config, tokenizer = run.config, run.tokenizer
     path = config.teacher_model_name_or_path
     flag = f"--teacher_model_name_or_path {path}"
+    if not path:
+        return
     theirs = load.load_tokenizer(path, config.teacher_model_revision, config.trust_remote_code, "the teacher's")
     different = folders.first_difference(tokenizer.get_vocab(), theirs.get_vocab())
     if different:
         raise Refused([different_tokenizers(flag, different)])
-    highest = max(max(row["prompt_ids"] + row["completion_ids"]) for row in train.rows + held_out.rows)
+    highest = max(max(row["prompt_ids"] + row["completion_ids"]) for row in run.train.rows + run.held_out.rows)
     if highest >= (vocabulary_rows(path) or math.inf):
         token = tokenizer.convert_ids_to_tokens(highest)
         raise Refused([f"{flag}: has no token {highest} ({token!r}), which the student's template or data use"])
 
 
-def prompt_room(common, config):
-    """A function of a row's values: the tokens of its prompt beside which a sampled answer has its room."""
-    held = [folders.model_positions(path) for path in (common.model_name_or_path, config.teacher_model_name_or_path)]
+def prompt_room(run):
+    """A function of a row's values: the most tokens that its prompt may have, so that a sampled answer fits."""
+    config = run.config
+    paths = run.common.model_name_or_path, config.teacher_model_name_or_path
+    held = [folders.model_positions(path) for path in paths if path]
     room = min((positions - config.max_completion_length for positions in held if positions), default=math.inf)
     sampled = config.lmbda > 0 or config.seq_kd
     return lambda values: room if sampled or "completion" not in values else math.inf

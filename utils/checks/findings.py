@@ -6,12 +6,14 @@
 import importlib.metadata
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from utils.checks import flags
 from utils.checks.folders import check_vocabulary
 from utils.checks.schedule import check_disk, check_schedule
+from utils.cli.run import Run
 from utils.data import repeats
 from utils.models.folders import (
     describe_weights,
@@ -27,18 +29,19 @@ class Finding:
     text: str
 
 
-def findings(common, config, method, rows, tokenizer, train, held_out):
+def find(run: Run) -> list[Finding]:
     """The Findings of a run whose text is prepared. Raises Refused where it could not work."""
-    check_vocabulary(common, tokenizer, max(train.highest, held_out.highest))
+    common, config, rows, train, held_out = run.common, run.config, run.rows, run.train, run.held_out
+    check_vocabulary(common, run.tokenizer, max(train.highest, held_out.highest))
     warnings = [
         *check_versions(),
-        *check_lengths(common, config, train, held_out),
+        *check_lengths(run),
         *check_tokens(train, held_out),
         *check_rows(rows),
         *check_balance(config, rows),
-        *check_schedule(common, config, method, len(train.rows)),
+        *check_schedule(run),
     ]
-    disk, further = check_disk(common, config, method, len(train.rows))
+    disk, further = check_disk(run)
     told = [("weights", describe_weights(common.model_name_or_path)), ("lengths", describe_lengths(train)), disk]
     told = [Finding(kind, text) for kind, text in told if text]
     return told + [Finding("warning", text) for text in [*warnings, *further]]
@@ -61,9 +64,6 @@ def check_versions(file=Path(__file__).parents[2] / "requirements.txt"):
             yield f"{name} {installed} is installed, pinned {pinned}. Type pip install -r {file.name}"
 
 
-# ── the weights ──────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 # ── the text ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -79,16 +79,17 @@ def percentiles(lengths):
     return [ordered[math.ceil(share * len(ordered)) - 1] for share in (0.5, 0.95, 1)]
 
 
-def check_lengths(common, config, train, held_out):
-    """A warning where max_length cuts or drops rows, with the one that would not."""
-    flag = "max_prompt_length" if hasattr(config, "max_prompt_length") else "max_length"
+def check_lengths(run: Run) -> Iterator[str]:
+    """Warn where max_length cuts or drops rows, and name a length that would not."""
+    common, config, train, held_out = run.common, run.config, run.train, run.held_out
+    flag = config.length_flag
     dropped = sum("longer than" in reason for _, reason, _ in train.dropped + held_out.dropped)
     cut, longest = train.cut + held_out.cut, max(train.longest, held_out.longest)
     if not cut and not dropped:
         return
     total = sum(len(part.rows) + len(part.dropped) for part in (train, held_out))
     held = model_positions(common.model_name_or_path)
-    room = held and held - (config.max_completion_length if flag == "max_prompt_length" else 0)
+    room = held and held - (config.max_completion_length if run.method.sample_reward else 0)
     way_out = f"--{flag} {longest} would take all rows whole"
     if room and room < longest:
         way_out = f"the longest has {longest} tokens, and the model holds {room}: --{flag} {room} would take the most"
@@ -139,7 +140,7 @@ def check_balance(config, rows):
     """A warning where KTO's weights x rows, good to bad, are not within 1:1 to 4:3. Source: doctor_data.weigh."""
     labels = [values["label"] for _, values in rows.train if "label" in values]
     true, false = labels.count(True), labels.count(False)
-    if not true or not false or not hasattr(config, "desirable_weight"):
+    if not true or not false:
         return
     good, bad = true * config.desirable_weight, false * config.undesirable_weight
     if not bad <= good <= bad * 4 / 3 + 1e-9:
@@ -150,6 +151,3 @@ def check_balance(config, rows):
             f"and --undesirable_weight {config.undesirable_weight:g} make {good:g} to {bad:g}; KTO wants 1:1 to 4:3: "
             f"{way_out}"
         )
-
-
-# ── the training ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -95,14 +95,14 @@ def check_config(common, config, name, method):
             f"--eval_strategy {config.eval_strategy.value}: no held-out rows. Add --eval_data_path FILE "
             "or --eval_fraction 0.1"
         )
-    asked = getattr(config, "loss_type", ())
+    asked = config.loss_type
     for loss in [asked] if isinstance(asked, str) else asked:
         if loss not in method.losses:
             problems.append(f"--loss_type {loss}: {name} takes {', '.join(method.losses)}")
     if method.sample_reward:
         problems += check_rollouts(common, config)
     # SFT has no such flag, and its dropout is on
-    if common.lora_dropout and "lora_dropout" in common.typed and vars(config).get("disable_dropout"):
+    if common.lora_dropout and "lora_dropout" in common.typed and config.disable_dropout:
         problems.append(
             f"--lora_dropout {common.lora_dropout:g}: has no effect, as {name} switches dropout off. Leave it out, or "
             "add --disable_dropout False"
@@ -113,7 +113,7 @@ def check_config(common, config, name, method):
             f"{config.n_gpu} GPUs are visible to one process. Start it with bash {method.entry}_run.sh, or with "
             "CUDA_VISIBLE_DEVICES=0 for one of them"
         )
-    if getattr(config, "model_init_kwargs", None):
+    if config.model_init_kwargs:
         problems.append(
             "--model_init_kwargs: not used here. --dtype, --attn_implementation, --model_revision and --train_mode "
             "say how the model is loaded (qlora: in 4 bits; 8-bit weights are not supported)"
@@ -192,7 +192,7 @@ def check_sampling(common, config):
 
 def length_limit(config, path):
     """The tokens that a row may have: prompt and answer, or the prompt alone where the policy is to answer."""
-    if not hasattr(config, "max_prompt_length"):
+    if config.length_flag == "max_length":
         return config.max_length
     held = model_positions(path)
     # what leaves no room at all is refused by check_sampling
@@ -200,10 +200,11 @@ def length_limit(config, path):
     return min([*room, *([config.max_prompt_length] if config.max_prompt_length else [])], default=None)
 
 
-def check_rollout_fits(config, prompts):
+def check_rollout_fits(run):
     """Raises Refused where the prompts do not fill one rollout: TRL would train on nothing."""
-    if hasattr(config, "rollout_size") and prompts < config.rollout_size() // config.num_generations:
-        needed = config.rollout_size() // config.num_generations
+    config, prompts = run.config, len(run.train.rows)
+    needed = config.rollout_size() // config.num_generations
+    if prompts < needed:
         raise Refused(
             [
                 f"{prompts} prompts, and a rollout takes {needed} ({config.rollout_size()} answers, "

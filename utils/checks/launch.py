@@ -45,7 +45,7 @@ def check_launch(common, config):
             f"{path}: an adapter, and {engine} holds its base in pieces, into which it cannot be merged. "
             f"Type python -m utils.merge_lora {path} {path}-merged, and give that; or LAUNCH=zero2"
         )
-    if processes > 1 and getattr(config, "precompute_ref_log_probs", False):
+    if processes > 1 and config.precompute_ref_log_probs:
         problems.append(
             f"--precompute_ref_log_probs with {processes} processes: each would look for the values in a cache of its "
             "own. Leave it out (LAUNCH=zero3 shards the reference), or type NUM_PROCESSES=1"

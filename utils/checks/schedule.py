@@ -16,7 +16,7 @@ def count_steps(config, method, rows):
     """Optimizer steps of the run; None where the rows do not tell (sampled answers, packing)."""
     if config.max_steps > 0:
         return config.max_steps
-    if method.sample_reward or getattr(config, "packing", False):
+    if method.sample_reward or config.packing:
         return None
     passes = rows / count_batch(config)
     passes = math.floor(passes) if config.dataloader_drop_last else math.ceil(passes)
@@ -28,8 +28,9 @@ def count_batch(config):
     return max(config.per_device_train_batch_size, 1) * environment.processes_asked()
 
 
-def check_schedule(common, config, method, rows):
+def check_schedule(run):
     """Warnings of a learning rate, warm-up or batch that hardly trains. Raises Refused where nothing would."""
+    common, config, method, rows = run.common, run.config, run.method, len(run.train.rows)
     steps, a_pass = count_steps(config, method, rows), count_batch(config)
     a_step = a_pass * config.gradient_accumulation_steps
     if config.dataloader_drop_last and rows < a_pass and not method.sample_reward:
@@ -48,15 +49,16 @@ def check_schedule(common, config, method, rows):
             f"--warmup_steps {config.warmup_steps:g}: all {steps} steps would warm up, and the learning rate never be "
             f"reached. Type --warmup_steps {steps // 10}"
         )
-    if not method.sample_reward and not getattr(config, "packing", False) and a_step > rows:
+    if not method.sample_reward and not config.packing and a_step > rows:
         yield (
             f"a step takes {a_step} rows and there are {rows}: each pass over the data is one step. Type "
             "--gradient_accumulation_steps or --per_device_train_batch_size smaller"
         )
 
 
-def check_disk(common, config, method, rows):
+def check_disk(run):
     """(("disk", what the run will take), warnings). Raises Refused where not even one checkpoint fits."""
+    common, config = run.common, run.config
     trained = count_trained(common)
     if not trained:
         return ("disk", ""), []
@@ -67,7 +69,7 @@ def check_disk(common, config, method, rows):
     optim = str(getattr(config.optim, "value", config.optim))
     moments = 8 if "adamw" in optim and "8bit" not in optim else 0
     state = 0 if config.save_only_model else trained * (moments + 4 * sharded)
-    one, kept = weights + state, count_checkpoints(config, method, rows)
+    one, kept = weights + state, count_checkpoints(config, run.method, len(run.train.rows))
     needed = one * kept + weights
     above = next(
         parent

@@ -7,6 +7,7 @@ import re
 from dataclasses import fields
 
 from common_args import CommonArgs
+from rlhf_args.method_config import MethodConfig
 from rlhf_args.methods import DISTILLATION, EVERY, METHODS, REJECTION, find_method, load
 from utils.cli.ranges import check_ranges, explain_range
 from utils.cli.recipes import typed_flags
@@ -48,6 +49,8 @@ def parse(argv, name, planned=False):
     """
     method = EVERY[name]
     config_class = load(method.config)
+    if not issubclass(config_class, MethodConfig):  # a new method's config may subclass TRL's alone
+        config_class.__bases__ += (MethodConfig,)
     config_class._argument_group_name = f"the flags of {name}, under TRL's names"
     parser = make_parser(
         [load(method.arguments), config_class],

@@ -76,7 +76,7 @@ def needs_reference(config, method):
     """Whether a model of the start is held: not where its part was computed before, or has no weight in the reward."""
     if method.sample_reward:
         return config.beta != 0
-    return not getattr(config, "precompute_ref_log_probs", False)
+    return not config.precompute_ref_log_probs
 
 
 def held_in(dtype, deepspeed):

@@ -11,8 +11,9 @@ from utils.runtime.output import say
 # ── what is said of it ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def describe(common, config, train, held_out):
+def describe(run):
     """The plan's lines of a distillation."""
+    common, config = run.common, run.config
     path = config.teacher_model_name_or_path
     if shares_base(common, config):
         held = "the student's base with its adapter off (no second copy)"
@@ -22,7 +23,7 @@ def describe(common, config, train, held_out):
     lines = [f"teacher   {path}, {held}", f"distils   {config.describe()}"]
     if config.lmbda:
         lines.append(describe_sampling(common, config))
-    wanted = len(rows_to_answer(config, train, held_out))
+    wanted = len(rows_to_answer(run))
     if wanted:
         lines.append(f"answers   {wanted} by the teacher, kept in {config.answers_dir}")
     sizes = [vocabulary_rows(path) for path in (common.model_name_or_path, path)]
@@ -76,17 +77,25 @@ def load_teacher(common, config, tokenizer):
     return teacher.eval().requires_grad_(False)
 
 
-def rows_to_answer(config, train, held_out):
-    """The rows that the teacher answers: with SeqKD all, and what is held out without an answer."""
-    return [*(train.rows if config.seq_kd else ()), *(row for row in held_out.rows if not row["completion_ids"])]
+def load_beside(run):
+    """The teacher that the trainer holds beside the student; None where it is the student's own base."""
+    return None if shares_base(run.common, run.config) else load_teacher(run.common, run.config, run.tokenizer)
 
 
-def write_answers(common, config, tokenizer, train, held_out):
+def rows_to_answer(run):
+    """The rows that the teacher answers: held-out rows without an answer, and with SeqKD all training rows."""
+    return [
+        *(run.train.rows if run.config.seq_kd else ()),
+        *(row for row in run.held_out.rows if not row["completion_ids"]),
+    ]
+
+
+def write_answers(run):
     """Puts the teacher's answers into the rows that want one, sampling those that are not in answers_dir yet."""
     import torch
     from accelerate.utils import broadcast_object_list
 
-    rows = rows_to_answer(config, train, held_out)
+    common, config, tokenizer, rows = run.common, run.config, run.tokenizer, rows_to_answer(run)
     if not rows:
         return
     drawn = sampling.Sampling(

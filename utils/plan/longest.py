@@ -21,7 +21,7 @@ class Longest:
         self.tokenizer = (
             load_tokenizer(path, common.model_revision, config.trust_remote_code) if known else shapes.make_tokenizer()
         )
-        packed = getattr(config, "packing", False)  # a pass is full then, whatever the rows are
+        packed = config.packing  # a pass is full then, whatever the rows are
         if common.train_data_path and known and not packed:
             rows = load_rows(common.train_data_path, None, method.columns, name, common.max_samples).train
             fit_tokenizer(self.tokenizer, chat=columns.is_chat(rows[0][1]))
@@ -36,10 +36,10 @@ class Longest:
         at = max(range(len(prepared.rows)), key=lambda at: max(prepared.sizes[at]))
         self.row, tokens = prepared.rows[at], max(prepared.sizes[at])
         prompt = min(count_prompt(self.row, self.tokenizer), tokens)
-        completion, answer = tokens - prompt, getattr(config, "max_completion_length", 0)
-        if method.sample_reward or getattr(config, "seq_kd", False):
+        completion, answer = tokens - prompt, config.max_completion_length
+        if method.sample_reward or config.seq_kd:
             completion = answer
-        elif getattr(config, "lmbda", 0):
+        elif config.lmbda:
             completion = max(answer, completion)
         self.lengths = prompt, completion
         self.said = f"{prompt} + {completion} tokens, {where}"

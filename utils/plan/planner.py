@@ -8,8 +8,11 @@ import copy
 import os
 import re
 
+from rlhf_args.methods import ANSWERED
 from utils.checks import flags
 from utils.cli import arguments, recipes
+from utils.cli.run import Run
+from utils.data.rows import Rows
 from utils.models import folders, shapes, teacher
 from utils.models.load import make_lora, needs_reference
 from utils.plan.engines import ENGINES, SHARES, Case, count, gib, shared_out
@@ -22,7 +25,7 @@ from utils.training import pace
 
 CONTEXT = 1.0 * GIB  # CUDA's context, NCCL's buffers, workspaces of kernels: about, and not planned
 VISIBLE = 0.985  # of the memory on a card's box: a 40 GB A100 has 39.4 GiB
-ANSWERED = ("max_completion_length", "lmbda", "seq_kd", "packing")  # beside the limits, what decides how long rows are
+ROW_FLAGS = ("max_length", "max_prompt_length", "max_completion_length", "lmbda", "seq_kd", "packing")  # of its tokens
 PHASES = ("answers", "load", "rollout", "forward", "backward", "update")
 SHOWN = {
     "ref_model": "reference",
@@ -67,7 +70,7 @@ class Planner:
         self.memory, visible = read_memory(shared.gpu_memory)
         self.room = visible - CONTEXT
         common, config = self.parse(words)
-        refuse_if([*flags.check_mode(common, self.name, self.method), *check_models(common, config)])
+        refuse_if([*flags.check_mode(common, self.name, self.method), *check_models(common, config, self.method)])
         self.path = common.model_name_or_path
         self.shape = find_config(self.path, common.model_revision, config.trust_remote_code)
         refuse_if(list(self.check_critic(config)))
@@ -78,12 +81,12 @@ class Planner:
         """The flags, with what the run would choose by itself of what decides about memory."""
         common, config = arguments.parse(list(words), self.name, planned=True)
         if config.max_steps < 1 and common.model_name_or_path and not common.plain:
-            pace.compute_reference_once(pace.Job(common, config, self.method, None, None))
+            pace.compute_reference_once(Run([], self.name, common, config, Rows([])))
         return common, config
 
     def check_critic(self, config):
         """A critic that begins as another model is extended with the policy, layer by layer."""
-        path = getattr(config, "value_model_path", None)
+        path = config.value_model_path
         if not path:
             return
         critic = find_config(path, trust_remote_code=config.trust_remote_code)
@@ -95,7 +98,7 @@ class Planner:
             )
 
     def find_longest(self, common, config):
-        limits = tuple(getattr(config, name, None) for name in ("max_length", "max_prompt_length", *ANSWERED))
+        limits = tuple(getattr(config, name) for name in ROW_FLAGS)
         if limits not in self.found:
             self.found[limits] = Longest(common, config, self.method, self.name)
         return self.found[limits]
@@ -120,7 +123,7 @@ class Planner:
             one = self.rehearse_layers(words, sharded, max(layers.values()))
         else:
             one = rehearsal.extend(*(self.rehearse_layers(words, sharded, count) for count in (2, 3)), layers)
-        if getattr(config, "seq_kd", False):
+        if config.seq_kd:
             one.peaks["answers", ""] = self.rehearse_answers(common, config)
         return one
 
@@ -179,7 +182,7 @@ class Planner:
         judge = getattr(common, "reward_model_path", None)
         if judge and not models.shares_base(judge, self.path, common.train_mode, common.model_revision):
             yield "reward_model", find_config(judge, None, config.trust_remote_code), False
-        path = getattr(config, "teacher_model_name_or_path", None)
+        path = config.teacher_model_name_or_path
         if path and not teacher.shares_base(common, config):
             described = find_config(path, config.teacher_model_revision, config.trust_remote_code)
             yield "teacher_model", described, teacher.in_4bit(common, config)
@@ -247,11 +250,11 @@ class Planner:
         case = self.asked
         common, config = self.parse(case.words)
         full, alone = common.train_mode == "full", case.processes == 1
-        if self.method.models and full and alone and getattr(config, "precompute_ref_log_probs", None) is False:
+        if self.method.models and full and alone and config.precompute_ref_log_probs is False:
             yield self.typed(("--precompute_ref_log_probs", "True"))
         later = SHARES[SHARES.index(case.engine) + 1 :] if case.engine in SHARES else SHARES
         smaller, passes = config.per_device_train_batch_size, config.gradient_accumulation_steps
-        generating = getattr(config, "steps_per_generation", None)
+        generating = config.steps_per_generation
         while smaller % 2 == 0 and smaller // 2 >= self.method.min_batch_size:
             smaller, passes, generating = smaller // 2, passes * 2, generating and generating * 2
             words = ["--per_device_train_batch_size", smaller, "--gradient_accumulation_steps", passes]
@@ -261,7 +264,7 @@ class Planner:
             yield self.typed(("--gradient_checkpointing", "True"))
         for engine in () if alone else [engine for engine in later if "offload" not in engine]:
             yield f"LAUNCH={engine}", Case(case.words, engine, case.processes)
-        if getattr(config, "teacher_load_in_4bit", None) is False:
+        if config.teacher_load_in_4bit is False:
             yield self.typed(("--teacher_load_in_4bit", "True"))
         for mode in {"full": ("lora", "qlora"), "lora": ("qlora",)}.get(common.train_mode, ()):
             yield self.typed(("--train_mode", mode))
@@ -271,7 +274,7 @@ class Planner:
         for engine in [engine for engine in later if "offload" in engine]:
             yield f"LAUNCH={engine}", Case(case.words, engine, case.processes)
         for flag in ("max_completion_length", "max_length"):
-            if getattr(config, flag, None):
+            if getattr(config, flag):
                 yield self.typed((f"--{flag}", str(getattr(config, flag) // 2)))
                 break
 
@@ -337,10 +340,10 @@ def read_memory(said):
     return float(found[1]) * GIB, float(found[1]) * GIB * VISIBLE
 
 
-def check_models(common, config):
+def check_models(common, config, method):
     if not common.model_name_or_path:
         yield f"--model_name_or_path: missing. A model folder, a Hub id, or one of {', '.join(shapes.SHAPES)}"
-    if hasattr(config, "teacher_model_name_or_path") and not config.teacher_model_name_or_path:
+    if method.columns == ANSWERED and not config.teacher_model_name_or_path:
         yield f"--teacher_model_name_or_path: missing. A model folder, a Hub id, or one of {', '.join(shapes.SHAPES)}"
 
 

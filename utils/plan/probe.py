@@ -20,36 +20,37 @@ from utils.survival import memory
 
 @dataclasses.dataclass
 class Whole:
-    """The run that is probed. `share`: tokens of an average row to one of those probed; None where answers are made.
-
-    `folder`: where the probe writes; it goes with it.
-    """
+    """The full run that a probe extrapolates to. folder: the probe writes there; deleted after it."""
 
     steps: int
-    tokens: float  # of a row that is probed
-    share: float | None
+    tokens: float  # of a probed row
+    share: float | None  # tokens of an average row / of a probed row; None where answers are sampled
     folder: tempfile.TemporaryDirectory
 
 
-def shorten(config, method, train):
-    """(the run as it was to be, the rows to probe with, none held out): the longest of one pass, as often as two steps
-    take them; where the policy answers itself, two rollouts with all their steps, and answers as long as they may be.
+def shorten(run):
+    """Cuts a run with --probe to two steps of the longest rows, and returns the Whole of it; else None.
+
+    Where the policy answers itself: two rollouts with all their steps, and answers of the full length.
     """
+    if not run.common.probe or run.problems:
+        return None
+    config, method, train = run.config, run.method, run.train
     tokens, a_pass = [sum(row) for row in train.sizes], schedule.count_batch(config)
     longest = sorted(range(len(tokens)), key=tokens.__getitem__)[-a_pass:]
     probed, share = sum(tokens[at] for at in longest) / len(longest), None
-    a_step, lmbda = a_pass * config.gradient_accumulation_steps, getattr(config, "lmbda", 0)
+    a_step, lmbda = a_pass * config.gradient_accumulation_steps, config.lmbda
     cycle, needed = 1, 2 * a_step  # steps after which all comes again, rows of two of them
     if method.sample_reward:
         answers, size = config.num_generations, config.rollout_size()
         steps = config.num_train_epochs * (len(tokens) * answers // size) * size * config.num_iterations / a_step
         cycle, needed = math.ceil(size * config.num_iterations / a_step), 2 * size // answers
         probed += config.max_completion_length
-    elif getattr(config, "packing", False):
+    elif config.packing:
         steps = config.num_train_epochs * sum(tokens) / config.max_length / a_step
         needed = math.ceil(needed * config.max_length / probed) + 1
         probed = config.max_length
-    elif getattr(config, "seq_kd", False):
+    elif config.seq_kd:
         raise Refused(
             ["--probe with --seq_kd: the teacher's answers are not there yet. Type --lmbda 0 and data with some"]
         )
@@ -70,10 +71,12 @@ def shorten(config, method, train):
     config.eval_strategy, config.eval_on_start = "no", False
     config.report_to, config.resume_from_checkpoint = [], None
     chosen = [longest[number % len(longest)] for number in range(needed)]
-    return whole, dataclasses.replace(train, rows=[train.rows[at] for at in chosen], sizes=[]), prepare.Prepared()
+    run.train = dataclasses.replace(train, rows=[train.rows[at] for at in chosen], sizes=[])
+    run.held_out = prepare.Prepared()
+    return whole
 
 
-def run(trainer, whole, common, method):
+def measure(trainer, run, whole):
     """Trains, says what the second half took, and returns 0. Raises Failed where memory runs out."""
     clock, args = Clock(), trainer.args
     for callback in (ProgressCallback, PrinterCallback):
@@ -84,7 +87,7 @@ def run(trainer, whole, common, method):
     except Exception as error:
         if not environment.is_out_of_memory(error):
             raise
-        raise Failed(memory.explain(trainer, method, common)) from error
+        raise Failed(memory.explain(trainer, run)) from error
     seconds = clock.seconds()
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     tokens = rows * whole.tokens

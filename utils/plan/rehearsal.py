@@ -192,7 +192,7 @@ def rehearse(
     with quietly(), without_data(ledger), as_on_gpu() if on_gpu else contextlib.nullcontext():
         make_state(trainer, optimizer, ledger)
         if inputs is None:
-            if getattr(config, "lmbda", 1) > 0:
+            if config.lmbda > 0:
                 answer(trainer, judge, ledger, *lengths)
             inputs = trainer.rehearsed(*lengths)
         asked = learn(trainer, optimizer, ledger, inputs, config.gradient_accumulation_steps)
@@ -320,7 +320,7 @@ def learn(trainer, optimizer, ledger, inputs, passes):
     if passes > 1:
         make_gradients(trainer, ledger)
     follow_layers(trainer, ledger, asked)
-    if getattr(trainer.args, "precompute_ref_log_probs", False):
+    if trainer.args.precompute_ref_log_probs:
         names = "ref_chosen_logps", "ref_rejected_logps", "ref_logps", "ref_KL_logps"
         inputs = {**inputs, **{name: torch.zeros(trainer.args.per_device_train_batch_size) for name in names}}
     as_fake = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
@@ -361,7 +361,7 @@ def answer(trainer, judge, ledger, prompt, completion):
     ledger.enter("rollout", "KV cache")
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
     batch = args.per_device_train_batch_size
-    count = batch * (getattr(args, "steps_per_generation", None) or args.gradient_accumulation_steps)
+    count = batch * (args.steps_per_generation or args.gradient_accumulation_steps)
     model.eval()
     with torch.no_grad():
         sample(model, count, prompt, completion)

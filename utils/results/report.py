@@ -26,17 +26,20 @@ SAMPLE_TOKENS = 48
 
 
 class Report(TrainerCallback):
-    """Follows one run of `trainer`. `examples`: (where, values) rows, answered or scored before and after."""
+    """Follows one training. Its first held-out rows (else its first rows) are answered or scored before and after."""
 
-    def __init__(self, trainer, method, tokenizer, examples):
-        self.trainer, self.method, self.tokenizer = trainer, method, tokenizer
-        rendered = [(last_words(values), *render(tokenizer, values)[:2]) for _, values in examples[: 4 * SAMPLES]]
+    def __init__(self, trainer, run):
+        self.trainer, self.run, self.method, self.tokenizer = trainer, run, run.method, run.tokenizer
+        examples = run.rows.held_out or run.rows.train
+        rendered = [(last_words(values), *render(self.tokenizer, values)[:2]) for _, values in examples[: 4 * SAMPLES]]
         # nothing can be answered where there is no prompt: plain text to be continued, a chat that we begin
-        self.examples = [e for e in rendered if tokenize(tokenizer, e[1]) or method.task == "SEQ_CLS"][:SAMPLES]
+        self.examples = [e for e in rendered if tokenize(self.tokenizer, e[1]) or self.method.task == "SEQ_CLS"][
+            :SAMPLES
+        ]
         self.folder = Path(trainer.args.output_dir)
         self.main = trainer.accelerator.is_main_process
         self.before, self.bar, self.seconds, self.steps = [], None, 0.0, 0
-        self.watch = Watch(method, trainer.args)
+        self.watch = Watch(self.method, trainer.args)
         trainer.generating, trainer.scoring = self.show_generating, self.show_scoring
         for callback in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(callback)
@@ -219,22 +222,23 @@ class Report(TrainerCallback):
         """The tokens that the log says were seen so far; a run that goes on has those of before in it."""
         return max((line.get("num_tokens") or 0 for line in read_lines(self.folder / "metrics.jsonl")), default=0)
 
-    def write_run_card(self, argv, common, config, name, rows, train, held_out, after):
+    def write_run_card(self, after):
         """run_card.json: everything needed to do this run again and to judge it."""
+        run, config, rows = self.run, self.run.config, self.run.rows
         held, launch = self.held_out(), environment.describe_launch()
         variables = [f"{key}={launch[key]}" for key in ("LAUNCH", "NUM_PROCESSES", "NNODES")]
         start = [*variables, "python", "-m", "utils.launch"] if launch["LAUNCH"] else ["python"]
         card = {
-            "method": name,
-            "command": shlex.join([*start, f"train_{self.method.entry}.py", *secrets.hide_words(argv)]),
+            "method": run.name,
+            "command": shlex.join([*start, f"train_{self.method.entry}.py", *secrets.hide_words(run.argv)]),
             **launch,
-            "arguments": {**asdict(common), **config.to_dict()},
+            "arguments": {**asdict(run.common), **config.to_dict()},
             "versions": versions(),
             "data_hash": hash_rows(rows.train + rows.held_out),
-            "train_rows": len(train.rows),
-            "eval_rows": len(held_out.rows),
+            "train_rows": len(run.train.rows),
+            "eval_rows": len(run.held_out.rows),
             "dropped_rows": count_reasons(rows.dropped),
-            "cut_answers": train.cut + held_out.cut,
+            "cut_answers": run.train.cut + run.held_out.cut,
             "world_size": config.world_size,
             "seed": config.seed,
             "peak_memory_bytes": peak_memory(),

@@ -13,14 +13,17 @@ from utils.runtime import environment
 from utils.runtime.output import say
 
 
-def say_plan(common, config, name, method, tokenizer, rows, train, held_out, further=()):
-    """What is about to happen, before a model is loaded. `further`: lines that only one script has."""
+def say_plan(run, further=()):
+    """Say what is about to happen, before a model is loaded. further: lines that only one script has."""
+    common, config, method, rows, train, held_out = (
+        run.common, run.config, run.method, run.rows, run.train, run.held_out,
+    )  # fmt: skip
     path, mode, dropped = common.model_name_or_path, common.train_mode, count_reasons(rows.dropped)
     refused = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
     held = f"{len(held_out.rows)} held out" if held_out.rows else "none held out (--eval_fraction 0.1 would)"
     count, engine = environment.processes_asked(), environment.engine()
     devices = f"{count} process{'es' * (count > 1)} on {config.device.type}{', ' * bool(engine)}{engine}"
-    say(f"method    {name}: {method.title} ({method.source})")
+    say(f"method    {run.name}: {method.title} ({method.source})")
     say(f"model     {path}")
     say(f"mode      {mode}{describe_lora(common, rows.notes)}; {common.dtype}, {devices}")
     say(f"reference {load.describe_reference(method, path, mode, config)}")
@@ -42,10 +45,10 @@ def say_plan(common, config, name, method, tokenizer, rows, train, held_out, fur
         best = f"eval_{config.metric_for_best_model.removeprefix('eval_')}"
         say(f"best      of the evaluated checkpoints the one with the {which} {best}")
     unseen = describe_cut(common, config) if method.sample_reward else ()
-    for note in [*rows.notes, *getattr(config, "notes", ()), *unseen]:
+    for note in [*rows.notes, *config.notes, *unseen]:
         say(f"note      {note}")
     say_findings(rows)
-    say(f"first row {prepare.mark(train, tokenizer, sys.stdout.isatty())}")
+    say(f"first row {prepare.mark(train, run.tokenizer, sys.stdout.isatty())}")
 
 
 def say_findings(rows):
@@ -96,11 +99,12 @@ def describe_lora(common, notes):
     return f", {'DoRA' if dora else 'LoRA'} rank {rank}, alpha {alpha}"
 
 
-def say_result(common, config, method, proof, again):
+def say_result(run, proof, again):
     """Where the result is, and what to type next. `proof`: what the process said that reopened it.
 
     `again`: the run script's variables that only this script has.
     """
+    common, config, method = run.common, run.config, run.method
     out = config.output_dir
     say(f"\nresult    {out}, with report.png and run_card.json")
     say(proof)

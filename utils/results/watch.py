@@ -114,7 +114,7 @@ class Watch:
         cause = "training does not start from the reference that is named above"
         if training and not self.config.disable_dropout:
             cause = "dropout is on. Type --disable_dropout True"
-        elif getattr(self.config, "precompute_ref_log_probs", False):
+        elif self.config.precompute_ref_log_probs:
             cause = "what was precomputed is another model's. Leave --precompute_ref_log_probs out"
         yield "begin", f"policy and reference differ before the first update ({', '.join(wrong)}): likely {cause}"
 
@@ -159,7 +159,7 @@ class Watch:
         if not early and norm > SPIKE * usual:
             advice = f"If that comes again, look at the rows, or type a lower value than {self.rate}"
             yield "spike", f"the gradient norm is {norm:.3g}, mostly it is {usual:.3g}. {advice}"
-        kinds = as_list(getattr(self.config, "loss_type", None))
+        kinds = as_list(self.config.loss_type)
         measures = self.method.begins or self.method.task == "SEQ_CLS" or kinds == ["simpo"]  # or depend on lengths
         margin = self.newest(dict(self.method.metrics).get("margin"), SOME)
         if measures and not set(kinds) & set(SUMMED) and margin > SURE:

@@ -13,12 +13,12 @@ from utils.runtime.errors import Again, Failed
 HANDOVER = "LAUNCH_AGAIN"
 
 
-def run_out(trainer, method, common, error):
+def run_out(trainer, run, error):
     """What to raise in place of an out-of-memory error: Again where --auto_batch can halve, else Failed."""
-    words = halve(trainer.args, method)
+    words = halve(run)
     restarts = trainer.args.world_size == 1 or HANDOVER in os.environ
-    if not common.auto_batch or not words or not restarts:
-        said = explain(trainer, method, common)
+    if not run.common.auto_batch or not words or not restarts:
+        said = explain(trainer, run)
         return Failed(said, f"{said}\n\n{error}")
     if trainer.in_pass and trainer.args.world_size == 1 and trainer.state.global_step:
         import gc
@@ -36,21 +36,22 @@ def run_out(trainer, method, common, error):
     return Again(words, f"out of memory in step {trainer.state.global_step + 1} with {rows} rows a pass")
 
 
-def halve(args, method):
+def halve(run):
     """Flags for half the rows a pass and twice the passes: the same rows a step. [] where a pass cannot be halved."""
+    args = run.config
     batch, passes = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    if batch % 2 or batch // 2 < method.min_batch_size:
+    if batch % 2 or batch // 2 < run.method.min_batch_size:
         return []
     words = ["--per_device_train_batch_size", str(batch // 2), "--gradient_accumulation_steps", str(2 * passes)]
-    slices = getattr(args, "steps_per_generation", None)
+    slices = args.steps_per_generation
     return words + (["--steps_per_generation", str(2 * slices)] if slices is not None else [])
 
 
-def explain(trainer, method, common):
+def explain(trainer, run):
     args, step = trainer.args, trainer.state.global_step + 1
     where = "in forward or backward" if trainer.in_pass else "outside of forward and backward"
     said = f"out of memory in step {step}, {where} ({args.per_device_train_batch_size} rows a pass)"
-    helps = "; ".join(ways_out(args, method, common))
+    helps = "; ".join(ways_out(run))
     return f"{said}: {say_owners(trainer)}. Would help, the cheapest first: {helps}"
 
 
@@ -77,18 +78,19 @@ def count(tensors):
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def ways_out(args, method, common):
-    if words := halve(args, method):
+def ways_out(run):
+    args, train_mode = run.config, run.common.train_mode
+    if words := halve(run):
         yield f"{' '.join(words)} (the same step; --auto_batch does it by itself)"
     if not args.gradient_checkpointing:
         yield "--gradient_checkpointing True"
     for flag in ("max_completion_length", "max_length"):
-        if getattr(args, flag, None):
+        if getattr(args, flag):
             yield f"--{flag} {getattr(args, flag) // 2}"
             break
-    if common.train_mode == "full":
+    if train_mode == "full":
         yield "--train_mode lora"
-    elif common.train_mode == "lora":
+    elif train_mode == "lora":
         yield "--train_mode qlora"
     yield "LAUNCH=zero3 on more GPUs, or LAUNCH=zero3_offload"
 

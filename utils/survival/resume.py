@@ -45,25 +45,26 @@ class Start:
         return str(self.checkpoint) if whole else common.model_name_or_path
 
 
-def describe_run(common, config, name, rows):
+def describe_run(run):
     """{what: value} of all that must be the same for a run to go on as if it had never stopped, and its length."""
     from transformers import TrainingArguments
 
+    common, config, rows = run.common, run.config, run.rows
     flags = asdict(common)
     chosen = [*SHARED_FLAGS, *(LORA_FLAGS if common.train_mode != "full" else ())]
-    run = {"--rlhf_type": name} | {f"--{flag}": flags[flag] for flag in chosen if flag in flags}
+    described = {"--rlhf_type": run.name} | {f"--{flag}": flags[flag] for flag in chosen if flag in flags}
     of_every_trainer = {f.name for f in fields(TrainingArguments)}
     own = [f.name for f in fields(config) if f.name not in of_every_trainer and not NO_MATTER.match(f.name)]
-    run |= {f"--{flag}": getattr(config, flag) for flag in (*TRAINER_FLAGS, *own, *LENGTH_FLAGS)}
+    described |= {f"--{flag}": getattr(config, flag) for flag in (*TRAINER_FLAGS, *own, *LENGTH_FLAGS)}
     passes = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    run |= {
+    described |= {
         "model": describe_model(common.model_name_or_path),
         "data": f"{len(rows.train)} rows {hash_rows(rows.train, in_order=True)[:12]}",
         "processes": environment.processes_asked(),
         "engine": environment.engine() or "none",
         "rows a step": passes * environment.processes_asked(),
     }
-    return json.loads(json.dumps(run, default=str))
+    return json.loads(json.dumps(described, default=str))
 
 
 def describe_model(path):
@@ -87,7 +88,7 @@ def is_of(checkpoint, run):
     return not differences(read_manifest(checkpoint)["run"], run)
 
 
-def find_start(common, config, name, rows):
+def find_start(run):
     """The Start of this run, and lines to say of it. Raises Refused where the checkpoint is not one of this run.
 
     Every process gets what the main one found.
@@ -95,9 +96,9 @@ def find_start(common, config, name, rows):
     found, problems = None, []
     if environment.is_main():
         try:
-            run = describe_run(common, config, name, rows)
-            start, said = choose_start(common, config, run)
-            found = replace(start, run=run), said
+            described = describe_run(run)
+            start, said = choose_start(run.common, run.config, described)
+            found = replace(start, run=described), said
         except Refused as refusal:
             problems = refusal.problems
     if environment.world_size() > 1:
@@ -161,7 +162,7 @@ def lacking(checkpoint, config):
         return "its run was set aside when another began from its weights"
     if not any(checkpoint.glob("rng_state*")):
         return "it holds weights alone, as --save_only_model makes it"
-    if getattr(config, "sync_ref_model", False):
+    if config.sync_ref_model:
         return "the reference has moved with the policy (--sync_ref_model), and is not in it"
     return None
 

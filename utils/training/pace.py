@@ -5,7 +5,6 @@ and what was left out: docs/speed.md.
 """
 
 import random
-from dataclasses import dataclass
 
 from utils.checks.schedule import count_batch
 from utils.data.deal import deal
@@ -25,109 +24,89 @@ PLACED_FREELY = (
 )
 
 
-@dataclass(frozen=True)
-class Job:
-    """What a choice looks at: the flags, the method's row of the table, and the text (two text.Prepared)."""
-
-    common: object
-    config: object
-    method: object
-    train: object
-    held_out: object
-
-    def may_choose(self, flag):
-        """Whether the method takes the flag, and nobody typed it."""
-        return flag in self.method.faster and flag not in self.common.typed
-
-    def base(self):
-        """The base model's config.json, what it says of its text model included."""
-        described = folders.read_base_config(self.common.model_name_or_path, self.common.model_revision)
-        return described | described.get("text_config", {})
-
-
-def choose(common, config, method, train, held_out):
-    """Sets what makes this run faster, and returns a line to say of each. Raises Refused."""
-    job = Job(common, config, method, train, held_out)
-    if common.deal_by_length and (fixed := fixed_by(job)):
+def choose(run):
+    """Sets the flags that make this run faster, and returns a line to say of each. Raises Refused."""
+    common = run.common
+    if common.deal_by_length and (fixed := fixed_by(run)):
         raise Refused(
             [f"--deal_by_length with {fixed}: there a step's rows cannot change places. Leave --deal_by_length out"]
         )
-    if not train.rows or common.plain and not common.deal_by_length:
+    if not run.train.rows or common.plain and not common.deal_by_length:
         return ["--plain: no faster default, all as TRL has it"] if common.plain else []
-    lines = [choice(job) for choice in ([deal_rows] if common.plain else CHOICES)]
+    lines = [choice(run) for choice in ([deal_rows] if common.plain else CHOICES)]
     return [line for line in lines if line]
 
 
 # ── the choices: each sets a flag and returns what is said of it, or returns None ────────────────────────────────────
 
 
-def take_flash_attention(job):
+def take_flash_attention(run):
     """It skips padding, and never holds the scores of all tokens against all."""
-    common = job.common
-    held_in_half = common.train_mode != "full" or job.config.deepspeed_plugin is not None
+    common = run.common
+    held_in_half = common.train_mode != "full" or run.config.deepspeed_plugin is not None
     # a model held in float32 would fail wherever there is no autocast, as where answers are shown
-    if common.attn_implementation or common.dtype == "float32" or not held_in_half or not has_flash_attention(job):
+    if common.attn_implementation or common.dtype == "float32" or not held_in_half or not has_flash_attention(run):
         return None
     common.attn_implementation = "flash_attention_2"
     return "--attn_implementation flash_attention_2: it is installed, and the model takes it"
 
 
-def drop_padding(job):
+def drop_padding(run):
     """The rows of a pass as one, where the attention kernel keeps them apart."""
-    common, config = job.common, job.config
-    if not job.may_choose("padding_free") or common.attn_implementation != "flash_attention_2" or config.packing:
+    common, config = run.common, run.config
+    if not may_choose(run, "padding_free") or common.attn_implementation != "flash_attention_2" or config.packing:
         return None
     limit = config.max_length
-    if limit and max(job.train.longest, job.held_out.longest) > limit:  # TRL cuts no row then
+    if limit and max(run.train.longest, run.held_out.longest) > limit:  # TRL cuts no row then
         return None
     config.padding_free, config.max_length = True, None
     return "--padding_free: flash attention keeps the rows of a pass apart (no row is longer than --max_length)"
 
 
-def take_liger(job):
+def take_liger(run):
     """Its kernels for norms, rotary positions and MLPs; TRL leaves its loss out, which would take the metrics away."""
-    if not job.may_choose("use_liger_kernel") or not environment.has_gpu() or not has_liger(job):
+    if not may_choose(run, "use_liger_kernel") or not environment.has_gpu() or not has_liger(run):
         return None
-    job.config.use_liger_kernel = True
+    run.config.use_liger_kernel = True
     return "--use_liger_kernel: it is installed, and has kernels for this model"
 
 
-def compute_reference_once(job):
+def compute_reference_once(run):
     """The reference stays as it is: asked once for all epochs, it is not asked again in each."""
-    common, config, flag = job.common, job.config, "precompute_ref_log_probs"
-    if not job.may_choose(flag) or environment.processes_asked() > 1 or draws_at_random(job):
+    common, config, flag = run.common, run.config, "precompute_ref_log_probs"
+    if not may_choose(run, flag) or environment.processes_asked() > 1 or draws_at_random(run):
         return None
     # the policy, which is asked in place of a copy, is another model than the reference then
     if config.sync_ref_model or common.resume == "weights_only" and common.train_mode == "full":
         return None
-    times = times_seen(job)
+    times = times_seen(run)
     if times < 2:
         return None
     config.precompute_ref_log_probs = True
     return f"--precompute_ref_log_probs: each row is seen {times:g} times, the reference computed once"
 
 
-def deal_rows(job):
+def deal_rows(run):
     """The same rows in each step, and so the same mean, but those of a length in one pass: less is padded."""
-    common, asked = job.common, job.common.deal_by_length
+    common, asked = run.common, run.common.deal_by_length
     common.deal_by_length = False
-    if asked is False or fixed_by(job):
+    if asked is False or fixed_by(run):
         return None
-    before, after = padding(job, dealt=False), padding(job, dealt=True)
+    before, after = padding(run, dealt=False), padding(run, dealt=True)
     idle = "padding and waiting" if environment.processes_asked() > 1 else "padding"
     gain = f"{idle} {before:.0%} -> {after:.0%}"
     if not asked and before - after < GAIN:
         return None
-    if not asked and draws_at_random(job):
+    if not asked and draws_at_random(run):
         return f"rows are not dealt by length, as dropout draws by pass; --deal_by_length would: {gain}"
     common.deal_by_length = True
     return f"--deal_by_length: a step's rows are dealt to its passes by length, {gain}"
 
 
-def trust_ddp(job):
+def trust_ddp(run):
     """DDP walks through all of a pass to find what was not used; here every trained weight is."""
-    config, flag = job.config, "ddp_find_unused_parameters"
-    if environment.processes_asked() == 1 or environment.engine() or flag in job.common.typed or has_experts(job):
+    config, flag = run.config, "ddp_find_unused_parameters"
+    if environment.processes_asked() == 1 or environment.engine() or flag in run.common.typed or has_experts(run):
         return None
     config.ddp_find_unused_parameters = False
     return "--ddp_find_unused_parameters False: every trained weight is used in every pass"
@@ -139,74 +118,85 @@ CHOICES = (take_flash_attention, drop_padding, take_liger, compute_reference_onc
 # ── what they ask ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def has_flash_attention(job):
+def may_choose(run, flag):
+    """True if the method takes the flag, and nobody typed it."""
+    return flag in run.method.faster and flag not in run.common.typed
+
+
+def base_config(run):
+    """The base model's config.json, with the entries of its text model."""
+    described = folders.read_base_config(run.common.model_name_or_path, run.common.model_revision)
+    return described | described.get("text_config", {})
+
+
+def has_flash_attention(run):
     """Whether flash attention is installed for this GPU, and the model's class takes it."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import is_flash_attn_2_available
 
-    known = job.base().get("model_type")
-    if not is_flash_attn_2_available() or not known or job.config.trust_remote_code:
+    known = base_config(run).get("model_type")
+    if not is_flash_attn_2_available() or not known or run.config.trust_remote_code:
         return False
     kind = AutoModelForCausalLM._model_mapping.get(type(AutoConfig.for_model(known)), None)
     return bool(getattr(kind, "_supports_flash_attn", False))
 
 
-def has_liger(job):
+def has_liger(run):
     from transformers.utils import is_liger_kernel_available
 
     if not is_liger_kernel_available():
         return False
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
-    return job.base().get("model_type") in MODEL_TYPE_TO_APPLY_LIGER_FN
+    return base_config(run).get("model_type") in MODEL_TYPE_TO_APPLY_LIGER_FN
 
 
-def has_experts(job):
+def has_experts(run):
     """Whether the model is a mixture of experts: some may not be used, and they are balanced over a pass."""
-    return any("expert" in name for name in job.base())
+    return any("expert" in name for name in base_config(run))
 
 
-def draws_at_random(job):
+def draws_at_random(run):
     """Whether dropout or noise is drawn in training: in a pass of another shape it is other, as with another seed."""
-    common, config = job.common, job.config
+    common, config = run.common, run.config
     if config.neftune_noise_alpha:
         return True
-    if getattr(config, "disable_dropout", False):
+    if config.disable_dropout:
         return False
     adapter = folders.read_adapter(common.model_name_or_path)
     lora = adapter.get("lora_dropout", 0) if adapter else common.lora_dropout
-    base = [value for name, value in job.base().items() if "drop" in name and isinstance(value, (int, float))]
+    base = [value for name, value in base_config(run).items() if "drop" in name and isinstance(value, (int, float))]
     return any(rate > 0 for rate in [*base, lora if common.train_mode != "full" else 0])
 
 
-def times_seen(job):
+def times_seen(run):
     """How often each row is trained on."""
-    config = job.config
+    config = run.config
     if config.max_steps < 1:
         return config.num_train_epochs
-    return config.max_steps * count_batch(config) * config.gradient_accumulation_steps / len(job.train.rows)
+    return config.max_steps * count_batch(config) * config.gradient_accumulation_steps / len(run.train.rows)
 
 
-def fixed_by(job):
+def fixed_by(run):
     """The flag, or what else of this run, for which the rows of a step cannot change places; None where they can."""
-    if job.method.by_row is None:
-        return f"this method ({job.method.title})"
-    for flag, values in (*PLACED_FREELY, *job.method.by_row):
-        asked = getattr(job.config, flag, values[0])
+    if run.method.by_row is None:
+        return f"this method ({run.method.title})"
+    for flag, values in (*PLACED_FREELY, *run.method.by_row):
+        asked = vars(run.config).get(flag, values[0])
         if not all(value in values for value in (asked if isinstance(asked, list) else [asked])):
             return f"--{flag} {asked}"
-    loader = job.config.accelerator_config
+    loader = run.config.accelerator_config
     if loader.split_batches or loader.dispatch_batches or not (loader.even_batches and loader.use_seedable_sampler):
         return "this --accelerator_config"
-    return "a mixture of experts" if has_experts(job) else None
+    return "a mixture of experts" if has_experts(run) else None
 
 
-def padding(job, dealt):
+def padding(run, dealt):
     """Share of what is computed that is no token of any row, of a sample of the rows in some order.
 
     Processes wait for the one with the longest rows of a pass, and so count as if they had padded theirs to it.
     """
-    config, sizes = job.config, job.train.sizes
+    config, sizes = run.config, run.train.sizes
     order = list(range(len(sizes)))
     if config.train_sampling_strategy == "random":
         random.Random(config.seed).shuffle(order)

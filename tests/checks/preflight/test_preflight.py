@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import train_gkd
 import train_rlhf
-from rlhf_args.methods import METHODS, PAIR
+from rlhf_args.methods import PAIR
 from tests.checks.preflight.conftest import PAIRS, pair, thumbs
 from tests.conftest import TEMPLATE, make_model, make_tokenizer, write_rows
 from utils.checks import findings, schedule
@@ -420,12 +420,13 @@ def test_trained_numbers_are_those_of_the_model_that_would_be_trained(flags, tin
     from transformers import AutoModelForCausalLM
 
     from utils.cli import arguments
-    from utils.training import run
+    from utils.cli.run import Run
+    from utils.training import chapters
 
     words = f"--model_name_or_path {tiny_model} --train_data_path x --output_dir x {flags}".split()
-    common, _ = arguments.parse(words, "DPO")
+    common, config = arguments.parse(words, "DPO")
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    lora = run.make_lora(common, METHODS["DPO"])
+    lora = chapters.make_lora(Run([], "DPO", common, config, []))
     model = get_peft_model(model, lora) if lora else model
     assert folders.count_trained(common) == sum(p.numel() for p in model.parameters() if p.requires_grad)
 

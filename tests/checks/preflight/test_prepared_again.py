@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from rlhf_args.methods import ANSWERED, DIALOGUE, EVERY, PAIR, PROMPT, RANKED, UNPAIRED
+from rlhf_args.methods import ANSWERED, DIALOGUE, PAIR, PROMPT, RANKED, UNPAIRED
 from tests.checks.preflight.conftest import PAIRS, pair, thumbs
 from tests.conftest import TEMPLATE, make_tokenizer, write_rows
 from utils.data import cache, prepare as data_prepare, template as data_template
@@ -114,12 +114,13 @@ def test_the_entry_used_longest_ago_makes_room(prepare, monkeypatch):
 
 def test_findings_stand_on_the_rows_for_the_run_card(tiny_model, tmp_path):
     from utils.cli import arguments
-    from utils.training import run
+    from utils.cli.run import Run
+    from utils.training import chapters
 
     path = write_rows(tmp_path / "rows.jsonl", [*PAIRS, PAIRS[0]])
     words = f"--model_name_or_path {tiny_model} --train_data_path {path} --output_dir {tmp_path / 'out'}"
     common, config = arguments.parse(words.split(), "DPO")
     rows = load_rows([path], None, PAIR, "DPO")
-    run.prepare_text(common, config, EVERY["DPO"], rows)
+    chapters.prepare_text(Run([], "DPO", common, config, rows))
     assert [finding.kind for finding in rows.findings] == ["pace", "weights", "lengths", "disk", "warning"]
     assert rows.findings[-1].text.startswith("1 of 17 rows repeat another")

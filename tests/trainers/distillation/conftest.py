@@ -7,7 +7,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 import train_gkd
 from tests.conftest import make_tokenizer, write_rows
 from utils.models import load as models_load
-from utils.training import run as training_run
+from utils.training import chapters
 
 
 def make_qwen(seed, vocabulary=264, hidden=16, sharp=10):
@@ -115,11 +115,11 @@ def line_with(lines, begin):
 @pytest.fixture
 def trainers(monkeypatch):
     """The trainers that the commands of a test made."""
-    made, make = [], training_run.make_trainer
+    made, make = [], chapters.make_trainer
 
     def keep(*args, **kwargs):
         made.append(make(*args, **kwargs))
         return made[-1]
 
-    monkeypatch.setattr(training_run, "make_trainer", keep)
+    monkeypatch.setattr(chapters, "make_trainer", keep)
     return made
