@@ -69,7 +69,8 @@ def parse(argv, name, planned=False):
         dtype = resolve_dtype(asked.dtype, asked.bf16, asked.fp16, name, method, typed, planned)
     except Refused as refusal:
         problems += refusal.problems
-    problems += [problem for kind in parser.dataclass_types for problem in check_ranges(kind, asked)]
+    kinds = parser.dataclass_types if planned else [config_class]  # a run has checked the shared flags: check_common
+    problems += [problem for kind in kinds for problem in check_ranges(kind, asked)]
     refuse_if(parser.problems + problems)
     defaults = {"use_cpu": True, "dataloader_pin_memory": False} if planned else environment.device_defaults()
     if asked.plain:
