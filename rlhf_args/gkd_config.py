@@ -13,7 +13,7 @@ class GKDConfig(trl.DistillationConfig, MethodConfig):
         default=False, metadata={"help": "Quantise the teacher to 4 bits (NF4): a quarter of the memory of bfloat16."}
     )
     # TRL 1.16's GKDConfig has 0.5, also with seq_kd; the SeqKD of the paper trains on the teacher's answers only.
-    lmbda: float | None = field(
+    lmbda: float = field(  # type: ignore[assignment]  # __post_init__ replaces None
         default=None,
         metadata={
             "help": "Fraction of the steps that train on the student's own answers; 0: supervised, 1: on-policy. "
@@ -57,7 +57,7 @@ class GKDConfig(trl.DistillationConfig, MethodConfig):
     def __post_init__(self) -> None:
         if self.lmbda is None:
             self.lmbda = 0.0 if self.seq_kd else 0.5
-        if self.greater_is_better is None and str(self.metric_for_best_model).endswith("_kl"):
+        if str(self.metric_for_best_model).endswith("_kl") and self.greater_is_better is None:  # type: ignore[has-type]
             self.greater_is_better = False  # transformers assumes True for every metric but the loss
         super().__post_init__()
 
@@ -67,16 +67,16 @@ class GKDConfig(trl.DistillationConfig, MethodConfig):
 
     def variables(self) -> dict[str, str]:
         """The variables of gkd_run.sh that select this kind of distillation."""
-        own = {"TEACHER": self.teacher_model_name_or_path, "LMBDA": f"{self.lmbda:g}", "BETA": f"{self.beta:g}"}
+        own = {"TEACHER": str(self.teacher_model_name_or_path), "LMBDA": f"{self.lmbda:g}", "BETA": f"{self.beta:g}"}
         return own | ({"SEQ_KD": "True"} if self.seq_kd else {})
 
     def describe(self) -> str:
         """One line: whose answers are trained on, and the divergence."""
-        own = {0: "no step", 1: "every step"}.get(self.lmbda, f"{self.lmbda:.0%} of the steps")
+        named: dict[float, str] = {0: "no step", 1: "every step"}
+        own = named.get(self.lmbda, f"{self.lmbda:.0%} of the steps")
         others = "the teacher's answers, given once" if self.seq_kd else "the answers in the data"
-        divergence = {0: "forward KL", 1: "reverse KL", 0.5: "Jensen-Shannon divergence"}
-        named = divergence.get(self.beta, "generalized Jensen-Shannon divergence")
+        named = {0: "forward KL", 1: "reverse KL", 0.5: "Jensen-Shannon divergence"}
+        divergence = named.get(self.beta, "generalized Jensen-Shannon divergence")
         rest = f", the others on {others}" if self.lmbda < 1 else ""
-        return (
-            f"{own} on the student's own answers{rest}; {named} (beta {self.beta:g}), temperature {self.temperature:g}"
-        )
+        settings = f"beta {self.beta:g}), temperature {self.temperature:g}"
+        return f"{own} on the student's own answers{rest}; {divergence} ({settings}"

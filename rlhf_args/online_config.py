@@ -3,13 +3,19 @@
 import math
 import os
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from rlhf_args.judge_config import JudgeConfig
 from utils.runtime import environment
 
+if TYPE_CHECKING:
+    from trl import GRPOConfig as Base  # what is common to TRL's RLOOConfig and GRPOConfig
+else:
+    Base = object
+
 
 @dataclass
-class OnlineConfig(JudgeConfig):
+class OnlineConfig(JudgeConfig, Base):
     """Mixin before TRL's config. `notes`: remarks that a run prints at its start."""
 
     length_flag = "max_prompt_length"
@@ -62,11 +68,12 @@ class OnlineConfig(JudgeConfig):
     )
 
     def __post_init__(self) -> None:
-        self.notes = []
+        self.notes: list[str] = []
         if self.local_rollout_forward_batch_size is not None:
             self.notes.append("--local_rollout_forward_batch_size has no effect any more")
         # The loss of a policy does not measure its answers, and TRL's is 0 in an evaluation.
-        if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
+        chosen = self.load_best_model_at_end or self.save_strategy == "best"
+        if chosen and self.metric_for_best_model is None:  # type: ignore[has-type]
             self.metric_for_best_model = "eval_reward"
         self.split_rollout()
         self.check_groups()
@@ -76,7 +83,7 @@ class OnlineConfig(JudgeConfig):
                 "usual (--gradient_accumulation_steps, --per_device_train_batch_size, more processes)"
             )
         if self.total_episodes is not None:
-            self.max_steps = self.steps_in_all()
+            self.max_steps = self.steps_for(self.total_episodes)
             self.notes.append(
                 f"--total_episodes {self.total_episodes} is --max_steps {self.max_steps} here: steps of "
                 f"{self.step_size()} answers, each answer used {self.num_iterations} times"
@@ -92,7 +99,7 @@ class OnlineConfig(JudgeConfig):
     def split_rollout(self) -> None:
         if self.num_mini_batches is None:
             return
-        if self.steps_per_generation is not None or self.generation_batch_size is not None:
+        if self.generation_batch_size is not None or self.steps_per_generation is not None:  # type: ignore[has-type]
             raise ValueError(
                 "--num_mini_batches with --steps_per_generation or --generation_batch_size: they set the same "
                 "number. Keep one of them"
@@ -112,9 +119,9 @@ class OnlineConfig(JudgeConfig):
         """Answers in one optimizer step, over all processes."""
         return self.per_device_train_batch_size * self.world_size * self.gradient_accumulation_steps
 
-    def steps_in_all(self) -> int:
-        """Optimizer steps for total_episodes, in whole rollouts of num_iterations passes each."""
-        rollouts = math.ceil(self.total_episodes / self.rollout_size())
+    def steps_for(self, episodes: int) -> int:
+        """Optimizer steps for this many answers, in whole rollouts of num_iterations passes each."""
+        rollouts = math.ceil(episodes / self.rollout_size())
         return math.ceil(rollouts * self.rollout_size() * self.num_iterations / self.step_size())
 
     def describe_rollouts(self, prompts: int) -> str:

@@ -9,6 +9,7 @@ import math
 import operator
 import re
 from dataclasses import Field, fields
+from types import MappingProxyType
 
 BOUNDS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
 
@@ -61,7 +62,7 @@ def check_ranges(kind: type, values: object) -> list[str]:
     for field in fields(kind):
         given = getattr(values, field.name)
         numbers = given if isinstance(given, list) else [given]
-        range, like = re.fullmatch("(.*?)(?:, like (.*))?", find_range(field) or "").groups()
+        range, _, like = (find_range(field) or "").partition(", like ")
         if range and not all(is_within(range, number) for number in numbers if number is not None):
             shown = " ".join(repr(number).removesuffix(".0") for number in numbers)
             like = like or (f"{field.default:g}" if field.default is not None else range.split()[2])
@@ -71,8 +72,8 @@ def check_ranges(kind: type, values: object) -> list[str]:
 
 def explain_range(field: Field) -> Field:
     """The field as argparse takes it: its range is part of its help."""
-    field, metadata = copy.copy(field), dict(field.metadata)
+    explained, metadata = copy.copy(field), dict(field.metadata)
     if range := find_range(field):
         metadata |= {"help": f"{metadata['help'].rstrip('. ')}. {range[0].upper()}{range[1:]}."}
-    field.metadata = {key: value for key, value in metadata.items() if key != "range"}
-    return field
+    explained.metadata = MappingProxyType({key: value for key, value in metadata.items() if key != "range"})
+    return explained
