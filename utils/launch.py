@@ -1,7 +1,7 @@
 """Starts a training script in one or more processes, for the run scripts: python -m utils.launch train_rlhf.py FLAGS
 
-The environment sets LAUNCH (a name in accelerate_configs/, or auto: by the visible GPUs), NUM_PROCESSES (on this node),
-and for several nodes NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, NODE_TIMEOUT (seconds). With --variables before the
+The environment sets LAUNCH (a name in accelerate_configs/, or auto: by the visible GPUs), NUM_PROCESSES (of this
+node), and for several nodes NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, NODE_TIMEOUT (seconds). With --variables before the
 script, as in the run scripts, the other variables of the scripts are read too (utils/cli/variables.py).
 A single process checks its own flags. Before several processes, one process checks them; if a process fails, its error
 is printed last.
@@ -225,7 +225,7 @@ def set_environment(plan: Plan) -> None:
     elif plan.name == "single_gpu":
         env["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     os.environ.update(env)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // plan.processes)))
 
 

@@ -121,8 +121,8 @@ def check_config(common: SharedArgs, config: Any, name: str, method: Method) -> 
         )
     if config.model_init_kwargs:
         problems.append(
-            "--model_init_kwargs: not used here. Type --dtype, --attn_implementation, --model_revision or --train_mode "
-            "instead (qlora: 4 bits; 8-bit weights are not supported)"
+            "--model_init_kwargs: not used here. Type --dtype, --attn_implementation, --model_revision or "
+            "--train_mode instead (qlora: 4 bits; 8-bit weights are not supported)"
         )
     from transformers.integrations import get_available_reporting_integrations
 
@@ -160,7 +160,7 @@ def check_rollouts(common: SharedArgs, config: Any) -> Iterator[str]:
 
     judges = len(judge.name_scorers(common, config))
     if config.reward_weights and len(config.reward_weights) != judges:
-        yield f"--reward_weights: {len(config.reward_weights)} weights for {judges} rewards. Type one weight per reward"
+        yield f"--reward_weights: {len(config.reward_weights)} weights for {judges} rewards. Type one for each"
     yield from judge.check_judge(config, "num_generations", config.num_generations)
     held_out = common.eval_data_path or common.eval_fraction
     if held_out and judges == 1 and config.judge_model and config.judge_mode == "pick":
@@ -172,7 +172,7 @@ def check_rollouts(common: SharedArgs, config: Any) -> Iterator[str]:
     if "stop_strings" in (config.generation_kwargs or {}):
         for flag in ("mask_truncated_completions", "use_transformers_continuous_batching"):
             if getattr(config, flag):
-                yield f"--{flag} with stop_strings in --generation_kwargs: TRL only handles the end token there. Remove one"
+                yield f"--{flag} with stop_strings in --generation_kwargs: TRL handles only the end token there"
     answers, batch = config.num_generations_eval or config.num_generations, config.per_device_eval_batch_size
     if (common.eval_data_path or common.eval_fraction) and batch * config.world_size % answers:
         yield (
@@ -188,8 +188,8 @@ def check_sampling(common: SharedArgs, config: Any) -> Iterator[str]:
     held = model_positions(common.model_name_or_path)
     if held and held <= config.max_completion_length:
         yield (
-            f"--max_completion_length {config.max_completion_length}: the model's context has {held} tokens, for prompt "
-            f"and answer. Type --max_completion_length {held // 2}"
+            f"--max_completion_length {config.max_completion_length}: the model holds {held} tokens, prompt and "
+            f"answer. Type --max_completion_length {held // 2}"
         )
     yield from sampling.check_settings(config)
     if config.use_vllm:
@@ -208,7 +208,7 @@ def length_limit(config: Any, path: str) -> int | None:
 
 def check_rollout_fits(run: Run) -> None:
     """Raises Refused if the prompts do not fill one rollout: TRL would train on nothing."""
-    config, prompts = run.config, len(run.train.rows)
+    config, prompts = run.config, len(run.train.rows) if run.train else 0
     needed = config.rollout_size() // config.num_generations
     if prompts < needed:
         raise Refused(
@@ -256,7 +256,7 @@ def check_critic(common: SharedArgs, config: Any, kind: str) -> Iterator[str]:
         layers = read_base_config(common.model_name_or_path, common.model_revision)
         layers = (layers.get("text_config") or layers).get("num_hidden_layers")
         if own:
-            yield f"--critic_layer {config.critic_layer}: only used with --critic head or mlp, and this is {kind}. Remove it"
+            yield f"--critic_layer {config.critic_layer}: only used with --critic head or mlp, not {kind}. Remove it"
         elif layers and not -layers <= config.critic_layer < layers:
             yield f"--critic_layer {config.critic_layer}: the policy has {layers} layers. Type 0 to {layers - 1}"
     if file is not None and not Path(file).is_file():

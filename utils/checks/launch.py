@@ -42,7 +42,11 @@ def check_launch(common: SharedArgs, config: Any) -> list[str]:
             f"--use_dora with qlora under {engine}: DoRA needs whole weights, and 4-bit weights are sharded. "
             "Type LAUNCH=zero2, or --train_mode lora"
         )
-    if engine == "zero3" and mode == "full" and (Path(common.model_name_or_path) / "adapter_config.json").exists():
+    if (
+        engine == "zero3"
+        and mode == "full"
+        and (Path(str(common.model_name_or_path)) / "adapter_config.json").exists()
+    ):
         path = common.model_name_or_path
         problems.append(
             f"{path}: an adapter, and {engine} shards its base, so they cannot be merged. "
