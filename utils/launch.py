@@ -1,8 +1,8 @@
 """Starts a training script in one or more processes, for the run scripts: python -m utils.launch train_rlhf.py FLAGS
 
 The environment sets LAUNCH (a name in accelerate_configs/, or auto: by the visible GPUs), NUM_PROCESSES (of this
-node), and for several nodes NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, NODE_TIMEOUT (seconds). With --variables before the
-script, as in the run scripts, the other variables of the scripts are read too (utils/cli/variables.py).
+node), and for several nodes NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, NODE_TIMEOUT (seconds). With --variables
+before the script, as in the run scripts, the other variables of the scripts are read too (utils/cli/variables.py).
 A single process checks its own flags. Before several processes, one process checks them; if a process fails, its error
 is printed last.
 
