@@ -83,7 +83,7 @@ def check_rewards(common: RewardArgs, name: str, method: Method, judged: JudgeCo
         )
     names = functions.name_rewards(common) + judge.name_numbers(judged)
     for twice in sorted({one for one in names if names.count(one) > 1}):
-        problems.append(f"two rewards are called {twice}, and the log would add them. Rename one")
+        problems.append(f"two rewards are called {twice}, which the log would add up. Rename one")
     return problems + (models.check_reward_model(common.reward_model_path) if common.reward_model_path else [])
 
 
@@ -160,7 +160,7 @@ def check_rollouts(common: SharedArgs, config: Any) -> Iterator[str]:
 
     judges = len(judge.name_scorers(common, config))
     if config.reward_weights and len(config.reward_weights) != judges:
-        yield f"--reward_weights: {len(config.reward_weights)} weights for {judges} rewards. Type one for each"
+        yield f"--reward_weights: {len(config.reward_weights)} of them for {judges} rewards. Give each its weight"
     yield from judge.check_judge(config, "num_generations", config.num_generations)
     held_out = common.eval_data_path or common.eval_fraction
     if held_out and judges == 1 and config.judge_model and config.judge_mode == "pick":
@@ -225,7 +225,7 @@ def check_vllm(flag: str = "--use_vllm") -> Iterator[str]:
     import importlib.util
 
     if importlib.util.find_spec("vllm") is None:
-        yield f"{flag}: vLLM is not installed. Type pip install -r requirements-vllm.txt, or remove the flag"
+        yield f"{flag}: vLLM is not installed. Type pip install -r requirements-vllm.txt, or leave the flag out"
         return
     from packaging.version import Version
 
