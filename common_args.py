@@ -1,14 +1,14 @@
-"""The flags that every method shares. Everything else is the method's TRL config, under TRL's names (rlhf_args/)."""
+"""The flags that every method shares. The method's own flags are those of its TRL config (rlhf_args/)."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass
 class SharedArgs:
-    """What every training script takes."""
+    """The flags of every training script."""
 
     _argument_group_name = "the flags that every method shares"
-    typed = frozenset()  # the flags that were given, be it in a recipe; not one itself
+    typed = frozenset[str]()  # not a flag: names of the flags on the command line and in recipes
 
     # ── what to train ────────────────────────────────────────────────────────────────────────────────────────────────
     model_name_or_path: str | None = field(
@@ -19,163 +19,187 @@ class SharedArgs:
     train_mode: str = field(
         default="lora",
         metadata={
-            "help": "full trains every weight, lora an adapter on all linear layers but the head, "
-            "qlora the same on a base held in 4 bits (NF4).",
+            "help": "full: train all weights. lora: train an adapter on all linear layers except the head. qlora: "
+            "lora on a base model quantised to 4 bits (NF4).",
             "choices": ["full", "lora", "qlora"],
         },
     )
     dtype: str = field(
         default="bfloat16",
         metadata={
-            "help": "What is computed in, and what frozen weights are held in; float32 is used where the hardware has "
-            "no bfloat16, and said; a CPU with AMX has it where it is typed. Fully trained weights stay float32 "
-            "beside it, as in TRL.",
+            "help": "Precision of the computation and of frozen weights. Hardware without bfloat16 uses float32, with "
+            "a message; a CPU with AMX uses bfloat16 only if this flag is given. Full training keeps float32 weights, "
+            "as TRL does.",
             "choices": ["bfloat16", "float16", "float32"],
         },
     )
     attn_implementation: str | None = field(
         default=None,
         metadata={
-            "help": "sdpa, flash_attention_2, eager, ...; unset: flash_attention_2 where it is installed and changes "
-            "no more than rounding, else what transformers picks."
+            "help": "sdpa, flash_attention_2, eager, ... Unset: flash_attention_2 if it is installed and changes "
+            "results only by rounding, otherwise the default of transformers."
         },
     )
 
     # ── LoRA ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-    lora_rank: int = field(default=32, metadata={"help": "Rank of the adapter, 1 or more."})
-    lora_alpha: int = field(default=16, metadata={"help": "The adapter's output is scaled by lora_alpha / lora_rank."})
+    lora_rank: int = field(default=32, metadata={"help": "Rank of the adapter.", "range": "at least 1"})
+    lora_alpha: int = field(
+        default=16, metadata={"help": "Scale of the adapter: lora_alpha / lora_rank.", "range": "at least 1"}
+    )
     lora_dropout: float = field(
-        default=0.05, metadata={"help": "Dropout before the adapter, 0 to 1; TRL's disable_dropout turns it off."}
+        default=0.05,
+        metadata={
+            "help": "Dropout on the adapter's input. TRL's disable_dropout turns it off.",
+            "range": "at least 0 and below 1",
+        },
     )
     lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Names of the layers to adapt; unset: all linear layers but the head."}
+        default=None, metadata={"help": "Names of the layers to adapt. Unset: all linear layers except the head."}
     )
     use_dora: bool = field(
-        default=False, metadata={"help": "DoRA: also trains the weights' magnitude. Not with full."}
+        default=False, metadata={"help": "DoRA: also train the magnitude of the weights. Needs lora or qlora."}
     )
 
     # ── data ─────────────────────────────────────────────────────────────────────────────────────────────────────────
     train_data_path: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Files (jsonl, json, csv, parquet), folders, globs or Hub dataset ids (OWNER/NAME:split), "
-            "one or several. Required."
+            "help": "One or more files (jsonl, json, csv, parquet), folders, globs or Hub dataset ids "
+            "(OWNER/NAME:split). Required."
         },
     )
     eval_data_path: list[str] | None = field(
-        default=None, metadata={"help": "Held-out data, in the same forms. The result is measured on it."}
+        default=None, metadata={"help": "Held-out data to evaluate on, in the same forms."}
     )
     eval_fraction: float = field(
-        default=0.0, metadata={"help": "Share of the training data to hold out instead, 0 (none) to below 1."}
+        default=0.0,
+        metadata={
+            "help": "Fraction of the training data to hold out instead; 0: none, 0.1: a tenth.",
+            "range": "at least 0 and below 1, like 0.1",
+        },
     )
     max_samples: int | None = field(
-        default=None, metadata={"help": "Use the first so many rows of the data only; unset: all."}
+        default=None,
+        metadata={"help": "Use only this many rows, from the start. Unset: all.", "range": "at least 1, like 1000"},
     )
     max_drop_fraction: float = field(
-        default=0.1, metadata={"help": "Refuse to run when a larger share of the rows cannot be used, 0 to 1."}
+        default=0.1,
+        metadata={
+            "help": "Refuse to train if a larger fraction of the rows is unusable.",
+            "range": "at least 0 and at most 1",
+        },
     )
 
     # ── the run ──────────────────────────────────────────────────────────────────────────────────────────────────────
     check: bool = field(
-        default=False, metadata={"help": "Check flags, model folder and every data row, print the findings, and stop."}
+        default=False, metadata={"help": "Check the flags, the model folder and all rows, report, and exit."}
     )
     plan: str | None = field(
         default=None,
         metadata={
-            "help": "Say what would lie in each GPU's memory, and stop: as launched, under a launch of that name "
-            "(zero2, ...), or all. Takes no GPU, weights or data; the model may be a size, as qwen2-7b.",
+            "help": "Print the memory per GPU and exit. Without a value: for the current launch; zero2, ...: for that "
+            "launch; all: for every launch. Needs no GPU, weights or data; the model may be a size, like "
+            "qwen2-7b.",
             "nargs": "?",
             "const": "launched",
         },
     )
     num_processes: int | None = field(
         default=None,
-        metadata={"help": "With --plan: GPUs, one process each; unset: NUM_PROCESSES, or those that are here, or 1."},
+        metadata={
+            "help": "With --plan: number of GPUs, one process each. Unset: NUM_PROCESSES, or the visible GPUs, or 1.",
+            "range": "at least 1",
+        },
     )
     gpu_memory: str | None = field(
-        default=None, metadata={"help": "With --plan: what each is sold as, as 80GB; unset: as those here, or 40GB."}
+        default=None,
+        metadata={
+            "help": "With --plan: nominal memory of each GPU, like 80GB. Unset: that of the visible GPUs, or 40GB."
+        },
     )
     probe: bool = field(
         default=False,
         metadata={
-            "help": "Make two steps of the longest rows (or two rollouts of the longest answers), say what memory and "
-            "time they take and the whole run would, and stop."
+            "help": "Run two steps on the longest rows (online: two rollouts of the longest answers), print their "
+            "memory and time and those of the full run, and exit."
         },
     )
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Delete what an earlier run left in output_dir, then start afresh."}
+        default=False, metadata={"help": "Delete the contents of output_dir before the run."}
     )
     resume: str = field(
         default="exact",
         metadata={
-            "help": "What --resume_from_checkpoint takes of a checkpoint: exact goes on as if the run had never "
-            "stopped, and refuses one of another run; weights_only then starts anew from its weights.",
+            "help": "How --resume_from_checkpoint resumes. exact: continue as if the run had never stopped; refuse a "
+            "checkpoint of a different run. weights_only: in that case start a new run from its weights.",
             "choices": ["exact", "weights_only"],
         },
     )
     max_bad_steps: int = field(
         default=1,
         metadata={
-            "help": "Stop at the step whose loss or gradient is nan or infinite, if it is the so-manieth, 1 or more; "
-            "those before it are left out."
+            "help": "Stop after this many steps with a nan or infinite loss or gradient (1: at the first). Earlier "
+            "bad steps are skipped.",
+            "range": "at least 1",
         },
     )
     auto_batch: bool = field(
         default=False,
         metadata={
-            "help": "When memory runs out, go on from the newest checkpoint with half the rows a pass and twice the "
-            "passes a step."
+            "help": "When memory runs out, halve the batch size, double the accumulation steps and continue from the "
+            "newest checkpoint."
         },
     )
     plain: bool = field(
         default=False,
         metadata={
-            "help": "Take none of the defaults that make a run faster and change its result by rounding alone: "
-            "all as TRL has it, but for the flags that are typed."
+            "help": "Use TRL's defaults for all flags that are not given, instead of the faster defaults here, which "
+            "change results only by rounding."
         },
     )
-    # TRL pads the rows of a pass as they come: where their lengths differ, a third is padding.
+    # TRL batches rows in the order of the data: with mixed lengths a third of the tokens is padding.
     deal_by_length: bool | None = field(
         default=None,
         metadata={
-            "help": "Sort the rows of each step among its passes and processes, so that less is padded; the rows of a "
-            "step stay the same. Unset: where that changes no more than rounding."
+            "help": "Sort the rows of each step by length across its batches and processes: less padding, the same "
+            "rows per step. Unset: on if it changes results only by rounding."
         },
     )
 
 
 @dataclass
 class RewardArgs(SharedArgs):
-    """What a script takes in which answers are judged."""
+    """The flags of scripts that score answers."""
 
     reward_model_path: str | None = field(
         default=None,
         metadata={
-            "help": "A trained reward model that scores the model's answers: a folder, a Hub id, or an adapter made "
-            "by --rlhf_type Reward. It may be of another family than the model: it reads text, in its own template; "
-            "an encoder (BERT, RoBERTa, DeBERTa) without one reads prompt and answer as a pair of texts."
+            "help": "A trained reward model that scores the answers: a folder, a Hub id, or an adapter trained with "
+            "--rlhf_type Reward. It may belong to another model family: it reads text, in its own chat template. An "
+            "encoder (BERT, RoBERTa, DeBERTa) without a template reads prompt and answer as a text pair."
         },
     )
     reward_funcs: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Functions that score answers, one or several, as FILE.py:FUNCTION, called as TRL calls them: "
-            "data/rewards.py has one. Their sum is the reward, each by its --reward_weights."
+            "help": "One or more reward functions as FILE.py:FUNCTION, with TRL's signature; see data/rewards.py. "
+            "The reward is their sum, weighted by --reward_weights."
         },
     )
     reward_timeout: float | None = field(
         default=None,
         metadata={
-            "help": "Seconds that one call of a function of --reward_funcs may take, above 0: after that the run ends "
-            "with status 1. Each function then runs in a thread of its own. Unset: no limit."
+            "help": "Time limit in seconds for one call of a function in --reward_funcs; a longer call ends the run "
+            "with status 1. Each function then runs in its own thread. Unset: no limit.",
+            "range": "above 0, like 60",
         },
     )
 
 
 @dataclass
 class CommonArgs(RewardArgs):
-    """What train_rlhf.py takes."""
+    """The flags of train_rlhf.py."""
 
     rlhf_type: str = field(
-        default="DPO", metadata={"help": "The method, a row of rlhf_args/methods.py, in any letter case."}
+        default="DPO", metadata={"help": "The method, a row of rlhf_args/methods.py; case does not matter."}
     )

@@ -7,5 +7,5 @@ from rlhf_args.simpo_config import SimPOConfig
 class CPOSimPOConfig(SimPOConfig):
     """CPO-SimPO: SimPO's loss plus CPO's likelihood of the chosen answer."""
 
-    # Between SimPO (0) and TRL's default (1): half a likelihood term already keeps the chosen answer likely.
-    cpo_alpha: float = field(default=0.5, metadata={"help": "Weight of the likelihood term; 0 is SimPO."})
+    # Between SimPO (0) and CPO (1, TRL's default): a weight of 0.5 already keeps the chosen answer likely.
+    cpo_alpha: float = field(default=0.5, metadata={"help": "Weight of CPO's likelihood term; 0: SimPO."})

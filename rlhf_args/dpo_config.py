@@ -7,4 +7,4 @@ from rlhf_args.method_config import MethodConfig
 
 @dataclass
 class DPOConfig(trl.DPOConfig, MethodConfig):
-    """DPO as TRL has it: `--loss_type` also takes ipo, hinge, robust, exo_pair, apo_zero, ... and several at once."""
+    """DPO as TRL has it: `--loss_type` also takes ipo, hinge, robust, exo_pair, apo_zero, ... and combinations."""

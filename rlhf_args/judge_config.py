@@ -10,56 +10,67 @@ class JudgeConfig:
     judge_model: str | None = field(
         default=None,
         metadata={
-            "help": "A language model that judges the answers, by its server's name for it. Its numbers join "
-            "--reward_funcs and --reward_model_path."
+            "help": "Name of the language model, on its server, that judges the answers. Its score is added to those "
+            "of --reward_funcs and --reward_model_path."
         },
     )
     judge_base_url: str | None = field(
-        default=None, metadata={"help": "The judge's server, like http://localhost:8000/v1 (OpenAI's API)."}
+        default=None, metadata={"help": "Address of the judge's server (OpenAI's API), like http://localhost:8000/v1."}
     )
     judge_key_variable: str | None = field(
         default=None,
-        metadata={"help": "The environment variable that holds the judge's key; unset: OPENAI_API_KEY."},
+        metadata={"help": "Environment variable with the judge's API key. Unset: OPENAI_API_KEY."},
     )
     # One request per answer, and a number that compares answers to different prompts.
     judge_mode: str = field(
         default="score",
         metadata={
-            "help": "score: a number for each answer. pick: the best of a prompt's answers, shown in random order and "
-            "once more in reverse; an answer scores the share of the two passes that it won.",
+            "help": "score: rate each answer. pick: choose the best answer to a prompt, twice: in random order and in "
+            "reverse; an answer's score is the fraction of the two passes that it wins.",
             "choices": ["score", "pick"],
         },
     )
     judge_template: str | None = field(
         default=None,
         metadata={
-            "help": "A text file with {prompt} and {completion} (score) or {completions} (pick) in it; unset: "
-            "data/judge_score.txt or data/judge_pick.txt. The judge ends with its verdict in double brackets: "
-            "[[7]], [[B]]. A rubric begins with its criteria, as data/judge_rubric.txt does."
+            "help": "Text file of the judge's prompt, with {prompt} and {completion} (score) or {completions} (pick). "
+            "It must ask for a verdict in double brackets: [[7]], [[B]]. A rubric starts with its criteria, as in "
+            "data/judge_rubric.txt. Unset: data/judge_score.txt or data/judge_pick.txt."
         },
     )
     # The scale that judge models know best.
     judge_scale: list[float] = field(
         default_factory=lambda: [1.0, 10.0],
-        metadata={"help": "The lowest and the highest number of --judge_mode score; a number outside is no verdict."},
+        metadata={
+            "help": "Lowest and highest score of --judge_mode score; a score outside is not a verdict.",
+            "range": "finite, like 1 10",
+        },
     )
-    # Room for a few sentences before the verdict; a judge that thinks first needs more.
-    judge_max_tokens: int = field(default=512, metadata={"help": "Longest reply of the judge, in tokens."})
-    # As many requests as a small server answers at once.
-    api_concurrency: int = field(default=8, metadata={"help": "Requests to a server at once, in each process."})
+    # Enough for a few sentences before the verdict; a judge that reasons first needs more.
+    judge_max_tokens: int = field(
+        default=512, metadata={"help": "Maximum length of the judge's reply, in tokens.", "range": "at least 1"}
+    )
+    # A small server handles this many at once.
+    api_concurrency: int = field(
+        default=8, metadata={"help": "Concurrent requests to a server, per process.", "range": "at least 1"}
+    )
     # A long reply of a large model takes a minute.
-    api_timeout: float = field(default=120.0, metadata={"help": "Seconds to wait for one reply."})
-    # A minute in all, after which a busy server mostly answers.
-    api_retries: int = field(default=4, metadata={"help": "Further attempts, waiting 1, 2, 4, ... seconds before."})
-    # Servers fail now and then; a template that does not work fails nearly always.
+    api_timeout: float = field(default=120.0, metadata={"help": "Seconds to wait for a reply.", "range": "above 0"})
+    # About a minute in total, which a busy server usually needs to recover.
+    api_retries: int = field(
+        default=4,
+        metadata={"help": "Retries of a failed request, after 1, 2, 4, ... seconds.", "range": "at least 0"},
+    )
+    # Servers fail occasionally; a template that does not work fails nearly always.
     max_failed_fraction: float = field(
         default=0.1,
         metadata={
-            "help": "Exit status 1 where more than this share failed, 0 to 1: of answers and scores in rejection "
-            "sampling, of the judge's verdicts in online training."
+            "help": "Exit with status 1 if a larger fraction fails: of answers and scores in rejection sampling, of "
+            "the judge's verdicts in online training.",
+            "range": "at least 0 and at most 1",
         },
     )
 
-    def judge_server(self):
-        """(the flag that gives the address, the address or None, the environment variable of the key)."""
+    def judge_server(self) -> tuple[str, str | None, str]:
+        """(flag of the judge's address, that address, environment variable of its key)."""
         return "judge_base_url", self.judge_base_url, self.judge_key_variable or "OPENAI_API_KEY"

@@ -1,21 +1,22 @@
-"""The table of methods: what differs between them is a column here, or stands in the method's config or trainer.
+"""The table of methods. Methods differ in its columns, in their configs and in their trainers, nowhere else.
 
-A new method is one row, one config file beside this one, and one sample file if its data columns are new.
+A new method is one row, one config file in this folder, and one sample file if its data columns are new.
 `python -m rlhf_args.methods` prints the table of README.md and README_zh.md.
-Standard library only: rows hold dotted paths, so that choosing DPO never imports PPO.
+Standard library only: rows hold import paths, so DPO never imports PPO.
 """
 
 import importlib
 from dataclasses import dataclass
+from typing import Any
 
 PAIR = ("prompt", "chosen", "rejected")
 UNPAIRED = ("prompt", "completion", "label")
 RANKED = ("chosen", "rejected")
 DIALOGUE = ("messages",)
 PROMPT = ("prompt",)
-ANSWERED = ("prompt", "completion")  # the completion may be missing where the student or its teacher answers
+ANSWERED = ("prompt", "completion")  # no completion is needed if the student or the teacher answers
 
-# What is shown of a run, and what its log calls it.
+# The metrics that a run prints: (label, name in the log).
 PAIRWISE = (("accuracy", "rewards/accuracies"), ("margin", "rewards/margins"))
 ROLLOUT = (
     ("reward", "reward"),
@@ -35,7 +36,7 @@ DIVERGENCE = (
 CRITIC = (("value loss", "value_loss"), ("explained variance", "explained_variance"))
 CLIPPED = (("clipped", "clip_ratio/region_mean"),)
 
-# What an evaluation logs beside its loss; * stands for names that the run gives. By one the best checkpoint is chosen.
+# The metrics of an evaluation besides its loss, for --metric_for_best_model; * stands for names from the run.
 SIDES = tuple(f"{what}/{side}" for what in ("rewards", "logps", "logits") for side in ("chosen", "rejected"))
 COUNTED = ("num_tokens", "entropy", "aux_loss")
 LIKE_CPO = (*SIDES, "rewards/accuracies", "rewards/margins", "nll_loss")
@@ -43,7 +44,7 @@ ROLLED_OUT = (
     "reward", "reward_std", "rewards/*", "kl", "completions/*", "clip_ratio/*", "frac_reward_zero_std", "sampling/*",
 )  # fmt: skip
 
-# What older PPO and RLOO trainers call a flag -> what TRL's current ones call it.
+# Flags of older PPO and RLOO trainers -> their names in current TRL.
 OLD_NAMES = {
     "num_ppo_epochs": "num_iterations",
     "response_length": "max_completion_length",
@@ -59,32 +60,31 @@ class Method:
     source: str  # where the method is described
     config: str  # "module:Class", the dataclass with its flags
     trainer: str  # "module:Class"
-    columns: tuple[str, ...]  # the data columns that it trains on; utils/data/columns.py converts between them
-    sample_data: str  # a file of such rows that ships with the project
+    columns: tuple[str, ...]  # its data columns; utils/data/columns.py converts other ones into them
+    sample_data: str  # a file with such rows in this repository
     entry: str = "rlhf"  # train_ENTRY.py and ENTRY_run.sh run it,
     arguments: str = "common_args:CommonArgs"  # with these shared flags
-    models: tuple[str, ...] = ()  # frozen models beside the policy, by the trainer's keyword
+    models: tuple[str, ...] = ()  # frozen models that the trainer needs, by its keyword arguments
     task: str = "CAUSAL_LM"  # or SEQ_CLS: one score a sequence (PEFT's names)
     train_modes: tuple[str, ...] = ("full", "lora", "qlora")
     precisions: tuple[str, ...] = ("bfloat16", "float16", "float32")
-    losses: tuple[str, ...] = ()  # what --loss_type takes; none where there is no such flag
-    min_batch_size: int = 1  # rows a device and step that the loss needs
-    batch: tuple[int, int] = (2, 2)  # rows a device and pass, passes a step, that rlhf_run.sh takes unless told
-    metrics: tuple[tuple[str, str], ...] = PAIRWISE  # (label, name in the log) of what is shown of a run, and
-    curves: tuple[tuple[str, str], ...] = ()  # of what report.png alone shows beside it
-    evaluated: tuple[str, ...] = LIKE_CPO  # what an evaluation logs beside its loss
-    begins: tuple[tuple[str, float | str], ...] = ()  # (name in the log, value while policy and reference are one, or
-    # "module:function" of the config that knows it); none without a reference
-    sample_reward: str | None = None  # a reward function that ships; None: the data say what is good, not a reward
-    sample_flags: tuple[str, ...] = ("--max_steps", "12")  # what rlhf_run.sh adds to the sample data: ends in minutes
+    losses: tuple[str, ...] = ()  # the values of --loss_type; empty without that flag
+    min_batch_size: int = 1  # minimum --per_device_train_batch_size of the loss
+    batch: tuple[int, int] = (2, 2)  # defaults of rlhf_run.sh: rows per device, gradient accumulation steps
+    metrics: tuple[tuple[str, str], ...] = PAIRWISE  # (label, name in the log) that a run prints,
+    curves: tuple[tuple[str, str], ...] = ()  # and further ones in report.png
+    evaluated: tuple[str, ...] = LIKE_CPO  # metrics of an evaluation besides its loss
+    # (name in the log, its value while the policy equals the reference, or the "module:function" of the config that
+    # computes it); empty without a reference
+    begins: tuple[tuple[str, float | str], ...] = ()
+    sample_reward: str | None = None  # a reward function in this repository; None: needs no reward
+    sample_flags: tuple[str, ...] = ("--max_steps", "12")  # rlhf_run.sh adds them for the sample data: takes minutes
     check: str | None = None  # "module:function": problems of flags that only this method has
     check_text: str | None = None  # "module:function" that refuses prepared text that this method cannot train on
-    renamed: tuple[tuple[str, str], ...] = ()  # flags of its ancestors -> what they are called here
-    by_row: tuple[tuple[str, tuple], ...] | None = None  # (flag, values) under which a row's loss does not depend on
-    # the others of its pass; None: it does, or the policy answers itself
-    faster: tuple[
-        str, ...
-    ] = ()  # flags that utils/training/pace.py may choose: the trainer takes them, and loses no metric
+    renamed: tuple[tuple[str, str], ...] = ()  # flags of older trainers -> their names here
+    # (flag, values) with which a row's loss is independent of the other rows in its batch; None: never
+    by_row: tuple[tuple[str, tuple], ...] | None = None
+    faster: tuple[str, ...] = ()  # flags that utils/training/pace.py may turn on without losing a metric
 
 
 DPO_LOSSES = (
@@ -92,13 +92,13 @@ DPO_LOSSES = (
     "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
 )  # fmt: skip
 CPO_LOSSES = ("sigmoid", "hinge", "ipo", "simpo")
-NO_LIKELIHOOD = (("cpo_alpha", (0.0,)),)  # that term is a mean over the tokens of a pass
+NO_LIKELIHOOD = (("cpo_alpha", (0.0,)),)  # the likelihood term is a mean over the tokens of a batch
 
 # float16 makes summed log-probabilities overflow (trl#878)
 NO_FLOAT16 = ("bfloat16", "float32")
 
-# What the online methods share: prompts alone, answered by the policy itself and judged by a reward.
-ONLINE = {
+# Shared by the online methods: the policy answers prompts, and a reward scores the answers.
+ONLINE: dict[str, Any] = {
     "columns": PROMPT,
     "sample_data": "data/prompts.jsonl",
     "sample_reward": "data/rewards.py:brevity",
@@ -181,7 +181,7 @@ METHODS = {
         sample_data="data/kto.jsonl",
         models=("ref_model",),
         losses=("kto", "apo_zero_unpaired"),
-        by_row=(("loss_type", ("apo_zero_unpaired",)),),  # the other's KL is a mean over a pass
+        by_row=(("loss_type", ("apo_zero_unpaired",)),),  # the KL of the other loss is a mean over a batch
         faster=("precompute_ref_log_probs", "use_liger_kernel"),
         min_batch_size=2,  # its KL term pairs each prompt with another row's answer (trl#2554)
         metrics=(("margin", "rewards/margins"),),
@@ -235,7 +235,7 @@ METHODS = {
         source="arXiv 1707.06347, 2403.17031",
         config="rlhf_args.ppo_config:PPOConfig",
         trainer="trainers.ppo_trainer:PPOTrainer",
-        losses=("dapo",),  # a mean over a step's tokens, the same however they are spread; the others are GRPO's
+        losses=("dapo",),  # a mean over a step's tokens, however they are batched; the other losses are GRPO's
         **{
             **ONLINE,
             "curves": (*CLIPPED, *CRITIC),
@@ -245,7 +245,7 @@ METHODS = {
 }
 
 
-# What train_gkd.py trains.
+# The method of train_gkd.py.
 DISTILLATION = {
     "GKD": Method(
         title="Knowledge distillation: supervised, SeqKD, GKD, on-policy",
@@ -267,7 +267,7 @@ DISTILLATION = {
 }
 EVERY = METHODS | DISTILLATION
 
-# What rejection_sampling.py asks of its model, data and rewards. It trains by the rows of METHODS, if at all.
+# The requirements of rejection_sampling.py. Its --then trains with a row of METHODS.
 REJECTION = Method(
     title="Rejection sampling: sample, score, select",
     source="arXiv 2304.06767, 2309.06657",
@@ -281,19 +281,19 @@ REJECTION = Method(
 )
 
 
-def find_method(name):
-    """The table's own spelling of `name`, whatever its letter case; None where there is no such method."""
+def find_method(name: str | None) -> str | None:
+    """The method's name as the table spells it, for `name` in any letter case; None if there is no such method."""
     return next((known for known in METHODS if known.lower() == str(name).lower()), None)
 
 
-def load(path):
-    """The object behind "module:name", imported now."""
+def load(path: str) -> Any:
+    """The object of "module:name", imported on demand."""
     module, name = path.split(":")
     return getattr(importlib.import_module(module), name)
 
 
-def method_table():
-    """The table as Markdown, as it stands in README.md and README_zh.md."""
+def method_table() -> str:
+    """The table in Markdown, for README.md and README_zh.md."""
     lines = ["| `--rlhf_type` | what it is | data columns | sample | `--train_mode` | reference model | source |"]
     lines.append("|---|---|---|---|---|---|---|")
     for name, method in METHODS.items():

@@ -7,4 +7,4 @@ from rlhf_args.method_config import MethodConfig
 
 @dataclass
 class SFTConfig(trl.SFTConfig, MethodConfig):
-    """TRL's own. utils/data/template.py labels the rows beforehand: only the assistant's turns are trained."""
+    """SFT as TRL has it. utils/data/template.py labels the rows: only the assistant's turns enter the loss."""

@@ -108,14 +108,14 @@ def test_the_devices_decide_unless_told(gpus, env, name, processes):
 @pytest.mark.parametrize(
     ("gpus", "env", "said"),
     [
-        (1, {"NUM_PROCESSES": "2"}, "one process a GPU, and 1 can be seen. Type NUM_PROCESSES=1"),
-        (8, {"MASTER_PORT": "99999"}, "MASTER_PORT=99999: a whole number from 0 to 65535"),
+        (1, {"NUM_PROCESSES": "2"}, "1 are visible. Type NUM_PROCESSES=1"),
+        (8, {"MASTER_PORT": "99999"}, "MASTER_PORT=99999: must be a whole number from 0 to 65535"),
         (8, {"NNODES": "a", "NODE_RANK": "b"}, "NODE_RANK=b: a whole number"),
-        (2, {"LAUNCH": "zero3", "NUM_PROCESSES": "8"}, "one process a GPU, and 2 can be seen. Type NUM_PROCESSES=2"),
+        (2, {"LAUNCH": "zero3", "NUM_PROCESSES": "8"}, "2 are visible. Type NUM_PROCESSES=2"),
         (8, {"LAUNCH": "zero33"}, "LAUNCH=zero33: no such file in accelerate_configs/"),
         (8, {"LAUNCH": "zero33"}, "Did you mean zero3?"),
-        (8, {"NUM_PROCESSES": "two"}, "NUM_PROCESSES=two: a whole number from 1"),
-        (8, {"NUM_PROCESSES": "0"}, "NUM_PROCESSES=0: a whole number from 1"),
+        (8, {"NUM_PROCESSES": "two"}, "NUM_PROCESSES=two: must be a whole number from 1"),
+        (8, {"NUM_PROCESSES": "0"}, "NUM_PROCESSES=0: must be a whole number from 1"),
         (0, {"LAUNCH": "multi_gpu"}, "no GPU is visible. Type LAUNCH=cpu"),
         (0, {"LAUNCH": "single_gpu"}, "no GPU is visible. Type LAUNCH=cpu"),
         (2, {"LAUNCH": "single_gpu", "NUM_PROCESSES": "2"}, "Type LAUNCH=multi_gpu"),
@@ -319,7 +319,7 @@ def test_a_failure_in_training_is_the_last_line(warm, tiny_model, tmp_path):
     [
         ("raise ValueError('rank one is ill')", 1, "failed: process 1 of 2: ValueError: rank one is ill"),
         ("os._exit(7)", 7, "failed: process 1 of 2: exit status 7"),
-        ("os.kill(os.getpid(), 9)", 137, "failed: process 1 of 2: killed by signal 9, which is what the system does"),
+        ("os.kill(os.getpid(), 9)", 137, "failed: process 1 of 2: killed by signal 9"),
     ],
 )
 def test_a_process_that_dies_is_named_last(action, status, said, warm, tmp_path):

@@ -1,12 +1,12 @@
-"""Starts a training script on one or many processes, as the run scripts do: python -m utils.launch train_rlhf.py FLAGS
+"""Starts a training script in one or more processes, for the run scripts: python -m utils.launch train_rlhf.py FLAGS
 
-Read from the environment: LAUNCH (a name in accelerate_configs/, or auto: by the GPUs that are there), NUM_PROCESSES
-(on this node), and for several nodes NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, NODE_TIMEOUT (seconds). With
---variables before the script, as the run scripts type it, their other variables too (utils/cli/variables.py).
-One process checks its own flags. Several are preceded by a check in one process; when one of them fails, its error
-comes last.
+The environment sets LAUNCH (a name in accelerate_configs/, or auto: by the visible GPUs), NUM_PROCESSES (of this
+node), and for several nodes NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, NODE_TIMEOUT (seconds). With --variables
+before the script, as in the run scripts, the other variables of the scripts are read too (utils/cli/variables.py).
+A single process checks its own flags. Before several processes, one process checks them; if a process fails, its error
+is printed last.
 
-Exit status: that of the training script; 2 also where this launch cannot start.
+Exit status: that of the training script, or 2 if this launch cannot start.
 """
 
 import difflib
@@ -21,20 +21,25 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 from utils.cli import recipes, variables
-from utils.runtime.errors import Refused
+from utils.runtime.errors import Refused, refuse_if
 from utils.runtime.paths import DEMO_MODEL, DEMO_STUDENT
 from utils.survival import memory
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 CONFIGS = Path("accelerate_configs")
 
 
 @dataclass
 class Plan:
-    """One launch. `described`: the accelerate config, as a dict."""
+    """One launch. described: the accelerate config as a dict."""
 
     name: str
     described: dict
@@ -46,21 +51,21 @@ class Plan:
     timeout: int
 
     @property
-    def world(self):
+    def world(self) -> int:
         return self.processes * self.nodes
 
     @property
-    def is_plain(self):
+    def is_plain(self) -> bool:
         """True for one process without an engine."""
         return self.world == 1 and self.described["distributed_type"] == "NO"
 
 
-def main(job):
+def main(job: list[str]) -> int:
     try:
         if job[:1] == ["--variables"]:
             job = variables.fill(job[1:], os.environ)
             make_demo_models(job)
-        if recipes.asks_plan(job):  # of a launch that this machine need not be able to start
+        if recipes.asks_plan(job):  # the planned launch may need GPUs that are not here
             return subprocess.call([sys.executable, *job])
         given = recipes.given_flags(job)
         if "then" in given:  # rejection sampling in rounds starts its own launches
@@ -81,34 +86,34 @@ def main(job):
         return 130
 
 
-def make_demo_models(job):
-    """Makes the models of utils/demo_model.py that `job` names and that are not there. Exits with 1 if it cannot."""
+def make_demo_models(job: list[str]) -> None:
+    """Makes the models of utils/demo_model.py that `job` names, unless they exist. Exits with 1 if it cannot."""
     for folder, flags in ((DEMO_MODEL, []), (DEMO_STUDENT, ["--student"])):
         if folder in job and not Path(folder).exists() and not recipes.asks_help(job):
             if subprocess.call([sys.executable, "-m", "utils.demo_model", *flags]):
                 sys.exit(1)
 
 
-def become(command, env):
-    """This process becomes `command`, so that a signal or an exit status is the command's own."""
+def become(command: list[str], env: Mapping[str, str]) -> NoReturn:
+    """Replaces this process by `command`, which then receives the signals and sets the exit status."""
     sys.stdout.flush()
     os.execvpe(command[0], command, env)
 
 
-# ── what was asked for ───────────────────────────────────────────────────────────────────────────────────────────────
+# ── the requested launch ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def read_plan(env, gpus):
-    """The Plan that `env` asks for on a machine with so many visible GPUs. Raises Refused."""
+def read_plan(env: Mapping[str, str], gpus: int) -> Plan:
+    """The Plan of the variables in `env`, on a machine with this many visible GPUs. Raises Refused."""
     import yaml
 
-    problems = []
+    problems: list[str] = []
 
-    def number(name, default, least=1, most=10**6):
+    def number(name: str, default: int, least: int = 1, most: int = 10**6) -> int:
         value = env.get(name) or str(default)
         if value.isdecimal() and least <= int(value) <= most:
             return int(value)
-        problems.append(f"{name}={value}: a whole number from {least} to {most}")
+        problems.append(f"{name}={value}: must be a whole number from {least} to {most}")
         return default
 
     name, nodes = env.get("LAUNCH") or "auto", number("NNODES", 1)
@@ -132,26 +137,25 @@ def read_plan(env, gpus):
         timeout=number("NODE_TIMEOUT", 600),
     )
     problems += [*check_processes(plan, gpus), *check_nodes(plan), *check_compiler(plan, gpus)]
-    if problems:
-        raise Refused(problems)
+    refuse_if(problems)
     return plan
 
 
-def check_processes(plan, gpus):
+def check_processes(plan: Plan, gpus: int) -> Iterator[str]:
     asked = f"LAUNCH={plan.name} with NUM_PROCESSES={plan.processes}"
     if plan.name == "cpu":
         return
     if plan.name in ("single_gpu", "multi_gpu") and not gpus:
         yield f"LAUNCH={plan.name}: no GPU is visible. Type LAUNCH=cpu; NUM_PROCESSES=2 with it is DDP on the CPU"
     elif gpus and plan.processes > gpus:
-        yield f"{asked}: one process a GPU, and {gpus} can be seen. Type NUM_PROCESSES={gpus}"
+        yield f"{asked}: one process per GPU, and {gpus} are visible. Type NUM_PROCESSES={gpus}"
     elif plan.name == "single_gpu" and plan.world > 1:
-        yield f"LAUNCH=single_gpu with {plan.world} processes: one GPU is one process. Type LAUNCH=multi_gpu"
+        yield f"LAUNCH=single_gpu with {plan.world} processes: it runs one process. Type LAUNCH=multi_gpu"
     elif plan.name == "multi_gpu" and plan.world == 1:
-        yield f"{asked}: DDP needs two processes or more. Type LAUNCH=single_gpu"
+        yield f"{asked}: DDP needs at least two processes. Type LAUNCH=single_gpu"
 
 
-def check_nodes(plan):
+def check_nodes(plan: Plan) -> Iterator[str]:
     if plan.node >= plan.nodes:
         yield f"NODE_RANK={plan.node} with NNODES={plan.nodes}: ranks count from 0 to {plan.nodes - 1}"
     if plan.nodes > 1 and not (plan.address and plan.port):
@@ -161,7 +165,7 @@ def check_nodes(plan):
         yield f"MASTER_PORT={plan.port}: in use here. Name another, the same on every node{free}"
 
 
-def is_taken(port):
+def is_taken(port: int) -> bool:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -171,43 +175,43 @@ def is_taken(port):
     return False
 
 
-def check_compiler(plan, gpus):
-    """DeepSpeed compiles what it runs on the CPU when it is first used: the offloaded optimizer, its communication."""
+def check_compiler(plan: Plan, gpus: int) -> Iterator[str]:
+    """DeepSpeed compiles its CPU code at the first use: the offloaded optimizer, and communication on a CPU."""
     settings = plan.described.get("deepspeed_config")
     if settings is None or gpus and settings.get("offload_optimizer_device", "none") != "cpu":
         return
     missing = [tool for tool in ("c++", "ninja") if not shutil.which(tool, path=search_path())]
     if missing:
         yield (
-            f"LAUNCH={plan.name}: DeepSpeed compiles what runs on the CPU, and {' and '.join(missing)} is not here. "
+            f"LAUNCH={plan.name}: DeepSpeed compiles its CPU code, and {' and '.join(missing)} is not installed. "
             f"Install it (apt-get install g++; pip install ninja), or type "
             f"LAUNCH={plan.name.removesuffix('_offload') if gpus else 'cpu'}"
         )
     from torch.utils.cpp_extension import get_default_build_root
 
     for lock in Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()).glob("**/lock"):
-        if time.time() - lock.stat().st_mtime > 600:  # whoever comes next would wait for it for ever
+        if time.time() - lock.stat().st_mtime > 600:  # every later run would wait for this lock forever
             yield f"{lock}: left by a run that was killed while DeepSpeed compiled. Type rm {lock}"
 
 
-def count_gpus():
+def count_gpus() -> int:
     import torch
 
     return 0 if os.environ.get("LAUNCH") == "cpu" else torch.cuda.device_count()
 
 
-def search_path():
-    """PATH with this Python's own programs (ninja) in front, also where its environment is not activated."""
+def search_path() -> str:
+    """PATH with the programs of this Python (ninja) in front, also if its environment is not activated."""
     return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
 
-# ── start, and say how it ended ──────────────────────────────────────────────────────────────────────────────────────
+# ── the start, and how it ended ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def set_environment(plan):
-    """What the check and every process inherit; the engine's variables are those that accelerate sets again later."""
+def set_environment(plan: Plan) -> None:
+    """Sets the variables for the check and all processes; accelerate later sets those of the engine again."""
     env = {"LAUNCH_NAME": plan.name, "LAUNCH_PROCESSES": str(plan.world), "PATH": search_path()}
-    # seconds that a large checkpoint has once a signal came; a second signal does not wait
+    # seconds to save a checkpoint after a signal; a second signal does not wait
     env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "1800")
     for name in ("zero_stage", "offload_optimizer_device"):
         if name in plan.described.get("deepspeed_config", {}):
@@ -215,18 +219,18 @@ def set_environment(plan):
     if "fsdp_config" in plan.described:
         env["FSDP_VERSION"] = str(plan.described["fsdp_config"].get("fsdp_version", 2))
     if not count_gpus():
-        # Large tensors come and go at every step: keep their memory instead of returning it (a fifth of the time).
+        # Each step allocates large tensors: malloc keeps their memory, which saves a fifth of the time.
         env |= {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
         env |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     elif plan.name == "single_gpu":
         env["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     os.environ.update(env)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // plan.processes)))
 
 
-def launch_until_it_fits(plan, job):
-    """launch, and again in smaller passes as often as the processes ask for it; one process does that by itself."""
+def launch_until_it_fits(plan: Plan, job: list[str]) -> int:
+    """launch, repeated with smaller batches if the processes ask for it; a single process restarts itself."""
     if plan.world == 1 or plan.nodes > 1:
         return launch(plan, job)
     with tempfile.NamedTemporaryFile() as handover:
@@ -236,15 +240,15 @@ def launch_until_it_fits(plan, job):
     return launch_until_it_fits(plan, memory.add_words(job, words)) if words else status
 
 
-def launch(plan, job):
-    """Runs the job under accelerate and returns its exit status; after a failure the last line names its reason."""
+def launch(plan: Plan, job: list[str]) -> int:
+    """Runs the job under accelerate and returns its exit status; after a failure the last line is its reason."""
     from accelerate.commands.launch import _validate_launch_command, launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_simple_launcher_cmd_env
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    for chatter in ("torch.distributed", "accelerate"):  # forty lines, none of which says why
+    for chatter in ("torch.distributed", "accelerate"):  # forty lines without the reason
         logging.getLogger(chatter).setLevel(logging.CRITICAL)
     words = ["--config_file", str(CONFIGS / f"{plan.name}.yaml"), "--num_processes", str(plan.world)]
     words += ["--num_machines", str(plan.nodes), "--machine_rank", str(plan.node)]
@@ -252,7 +256,7 @@ def launch(plan, job):
     if plan.nodes > 1:
         words += ["--main_process_ip", plan.address, "--same_network", "--rdzv_conf", f"timeout={plan.timeout}"]
     if plan.name == "cpu" and plan.world > 1:
-        words.append("--multi_gpu")  # accelerate's word for a process group of its own making
+        words.append("--multi_gpu")  # accelerate then creates a process group
     args = launch_command_parser().parse_args([*words, *job])
     if plan.is_plain:
         become(*prepare_simple_launcher_cmd_env(_validate_launch_command(args)[0]))
@@ -268,35 +272,35 @@ def launch(plan, job):
         print(f"failed: the nodes did not find each other within {plan.timeout} s ({where}): {error}", file=sys.stderr)
         return 1
     except SignalException as error:
-        kill_children()  # of a second signal: after the first one they were waited for
+        kill_children()  # after a second signal; after the first one they were waited for
         return 128 + error.sigval
     return 0
 
 
-def kill_children():
+def kill_children() -> None:
     import psutil
 
     for child in psutil.Process().children(recursive=True):
         child.kill()
 
 
-def when(failure):
-    """When a process failed, in seconds, as far as it tells who failed first: what follows from another comes last."""
-    if failure.exitcode == -signal.SIGTERM:  # ended by the launcher, because of another
+def when(failure: "ProcessFailure") -> float:
+    """Time of a failure in seconds, later for failures that follow from another one. The smallest was the first."""
+    if failure.exitcode == -signal.SIGTERM:  # terminated by the launcher because another process failed
         return math.inf
-    if isinstance(failure.message, dict):  # what environment.record_failure left
+    if isinstance(failure.message, dict):  # from environment.record_failure
         return failure.message["extraInfo"]["exactly"]
-    # an abort is how NCCL and gloo end a process that lost touch with another; the rest was killed, or left
+    # NCCL and gloo abort a process that lost the connection to another one
     return failure.timestamp + 3600 * (failure.exitcode == -signal.SIGABRT)
 
 
-def say_failure(failure):
-    """What a failed process left in its error file, on one line; or the signal that ended it."""
+def say_failure(failure: "ProcessFailure") -> str:
+    """One line: the error that the process recorded, or the signal that ended it."""
     if failure.exitcode == -9:
-        return "killed by signal 9, which is what the system does when memory runs out"
+        return "killed by signal 9: the system does this when memory runs out"
     if failure.exitcode < 0:
         return f"killed by signal {-failure.exitcode}"
-    if isinstance(failure.message, dict):  # what environment.record_failure left
+    if isinstance(failure.message, dict):  # from environment.record_failure
         return " ".join(failure.message["message"].split())[:500]
     return f"exit status {failure.exitcode}"
 

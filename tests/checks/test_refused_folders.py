@@ -132,7 +132,7 @@ BAD_ROW = f'BAD:2: "prompt" is a number. {FORM}'
 
 FAST = {
     "--rlhf_type DPOO": [f"--rlhf_type DPOO: no such method. There are {METHODS}. Did you mean DPO?"],
-    "--lora_rank 0": ["--lora_rank 0: a rank is 1 or more. Type --lora_rank 32", BAD_ROW],
+    "--lora_rank 0": ["--lora_rank 0: must be at least 1. Type --lora_rank 32", BAD_ROW],
     "--model_name_or_path utils": [
         "--model_name_or_path utils: no config.json (nor adapter_config.json) in it, so not a model folder",
         BAD_ROW,

@@ -38,21 +38,21 @@ def test_answers_that_are_no_whole_number_of_prompts_are_refused_with_what_works
 
 # flags: what is said
 NUMBERS = {
-    "--total_episodes 0": "--total_episodes 0: 1 or more",
-    "--num_iterations 0": "--num_iterations 0: 1 or more",
-    "--num_mini_batches 0": "--num_mini_batches 0: 1 or more",
-    "--steps_per_generation 0": "--steps_per_generation 0: 1 or more",
-    "--generation_batch_size 0": "--generation_batch_size 0: 1 or more",
-    "--num_generations_eval 0": "--num_generations_eval 0: 1 or more",
-    "--per_device_train_batch_size 0 --total_episodes 8": "--per_device_train_batch_size 0: 1 or more",
-    "--per_device_train_batch_size -1": "--per_device_train_batch_size -1: 1 or more",
-    "--gradient_accumulation_steps 0": "--gradient_accumulation_steps 0: 1 or more",
-    "--beta -1": "--beta -1: 0 or more",
-    "--temperature nan": "--temperature nan: answers are sampled, so above 0",
-    "--reward_weights nan": "--reward_weights nan: a finite number for each reward",
-    "--max_completion_length 0": "--max_completion_length 0: 1 or more",
-    "--max_prompt_length 0": "--max_prompt_length 0: 1 or more",
-    "--missing_eos_penalty -1": "--missing_eos_penalty -1: it is taken off, so 0 or more",
+    "--total_episodes 0": "--total_episodes 0: must be ",
+    "--num_iterations 0": "--num_iterations 0: must be ",
+    "--num_mini_batches 0": "--num_mini_batches 0: must be ",
+    "--steps_per_generation 0": "--steps_per_generation 0: must be ",
+    "--generation_batch_size 0": "--generation_batch_size 0: must be ",
+    "--num_generations_eval 0": "--num_generations_eval 0: must be ",
+    "--per_device_train_batch_size 0 --total_episodes 8": "--per_device_train_batch_size 0: must be ",
+    "--per_device_train_batch_size -1": "--per_device_train_batch_size -1: must be ",
+    "--gradient_accumulation_steps 0": "--gradient_accumulation_steps 0: must be ",
+    "--beta -1": "--beta -1: must be ",
+    "--temperature nan": "--temperature nan: must be ",
+    "--reward_weights nan": "--reward_weights nan: must be ",
+    "--max_completion_length 0": "--max_completion_length 0: must be ",
+    "--max_prompt_length 0": "--max_prompt_length 0: must be ",
+    "--missing_eos_penalty -1": "--missing_eos_penalty -1: must be ",
 }
 
 

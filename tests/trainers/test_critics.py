@@ -553,20 +553,9 @@ def test_what_a_critic_can_do_is_not_refused(tiny, judge, tmp_path):
     assert not refused(tiny, "full", "head", critic_layer=1)
 
 
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        ({"critic_warmup_steps": -1}, "--critic_warmup_steps -1"),
-        ({"critic_warmup_steps": 1, "weight_decay": 0.1}, "--weight_decay 0"),
-        ({"critic_lam": 1.5}, "--critic_lam 1.5"),
-        ({"critic_learning_rate": 0}, "--critic_learning_rate 0"),
-        ({"critic_learning_rate": math.nan}, "--critic_learning_rate nan"),
-        ({"vf_coef": math.nan}, "--vf_coef nan"),
-    ],
-)
-def test_a_number_out_of_its_range_is_refused(flags, said, tmp_path):
-    with pytest.raises(ValueError, match=said):
-        make_config(tmp_path, **flags)
+def test_weight_decay_would_move_the_policy_while_the_critic_warms_up(tmp_path):
+    with pytest.raises(ValueError, match="--weight_decay 0"):
+        make_config(tmp_path, critic_warmup_steps=1, weight_decay=0.1)
 
 
 def test_the_step_of_the_bigram_model_is_what_it_is_with_a_fixed_scale(tmp_path):

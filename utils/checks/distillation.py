@@ -18,8 +18,6 @@ def check_distillation(common, config, rows):
             "--seq_kd True with --lmbda 1: every step would be on the student's own answers, and none on the "
             "teacher's. Type --lmbda 0 for SeqKD, or leave --seq_kd out"
         )
-    if config.answers_batch_size < 1:
-        yield f"--answers_batch_size {config.answers_batch_size}: 1 or more"
     if config.teacher_model_init_kwargs:
         yield "--teacher_model_init_kwargs: not used here. --dtype and --teacher_load_in_4bit say how it is held"
     yield from flags.check_sampling(common, config)

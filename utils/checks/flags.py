@@ -1,44 +1,39 @@
-"""What is refused before anything is loaded. Each check returns its problems, one line each; the caller shows all."""
+"""Checks before a model is loaded. Each returns its problems, one line each; the caller prints all of them."""
 
 import difflib
-import math
+from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
-from rlhf_args.methods import METHODS
+from common_args import RewardArgs, SharedArgs
+from rlhf_args.judge_config import JudgeConfig
+from rlhf_args.methods import METHODS, Method
 from utils.checks.folders import check_model, check_output_dir, check_value_model
-from utils.checks.launch import check_launch, check_versions
+from utils.checks.launch import check_launch, check_oldest_versions
+from utils.cli.ranges import check_ranges
+from utils.cli.run import Run
 from utils.models import sampling
 from utils.models.folders import ModelFolder, read_header
 from utils.runtime import environment
 from utils.runtime.errors import Refused
 
-VLLM = "0.22.0", "0.31.0"  # the versions that trl 1.16.0 takes (trl/import_utils.py)
+VLLM = "0.22.0", "0.31.0"  # oldest and newest version for trl 1.16.0 (trl/import_utils.py)
 
 
-def check_common(common, name, method):
-    """Problems of the shared flags and the model folder. Needs no library: answers at once."""
-    problems = [*check_versions(), *check_mode(common, name, method)]
+def check_common(common: SharedArgs, name: str, method: Method) -> list[str]:
+    """Problems of the shared flags and the model folder. Imports no heavy library."""
+    problems = [*check_oldest_versions(), *check_mode(common, name, method), *check_ranges(type(common), common)]
     for flag in ("num_processes", "gpu_memory"):
         if getattr(common, flag) is not None:
-            problems.append(f"--{flag} {getattr(common, flag)}: of what --plan plans for. Add --plan, or leave it out")
-    if common.lora_rank < 1:
-        problems.append(f"--lora_rank {common.lora_rank}: a rank is 1 or more. Type --lora_rank 32")
-    if not 0 <= common.lora_dropout < 1:
-        problems.append(f"--lora_dropout {common.lora_dropout}: a dropout is from 0 to below 1")
-    if not 0 <= common.eval_fraction < 1:
-        problems.append(f"--eval_fraction {common.eval_fraction}: a share from 0 to below 1, 0.1 holds out a tenth")
+            problems.append(f"--{flag} {getattr(common, flag)}: only used with --plan. Add --plan, or remove it")
     if common.eval_fraction and common.eval_data_path:
-        problems.append("--eval_fraction and --eval_data_path together: held-out rows come from one of them")
+        problems.append("--eval_fraction and --eval_data_path together: choose one of the two")
     twice = sorted(set(common.train_data_path or ()) & set(common.eval_data_path or ()))
     if twice:
         problems.append(
-            f"--eval_data_path {twice[0]}: the training data again. Type --eval_fraction 0.1, or OWNER/NAME:test"
+            f"--eval_data_path {twice[0]}: is also the training data. Type --eval_fraction 0.1, or OWNER/NAME:test"
         )
-    if not 0 <= common.max_drop_fraction <= 1:
-        problems.append(f"--max_drop_fraction {common.max_drop_fraction}: a share from 0 to 1")
-    if common.max_samples is not None and common.max_samples < 1:
-        problems.append(f"--max_samples {common.max_samples}: 1 or more; leave it out for all rows")
     if not common.train_data_path:
         problems.append(f"--train_data_path: missing. Type --train_data_path {method.sample_data} to try")
     if not common.model_name_or_path:
@@ -49,17 +44,18 @@ def check_common(common, name, method):
     return problems + check_model(common.model_name_or_path, name, method)
 
 
-def check_mode(common, name, method):
+def check_mode(common: SharedArgs, name: str, method: Method) -> Iterator[str]:
+    """Problems of --train_mode and --use_dora."""
     if common.train_mode not in method.train_modes:
         yield f"--train_mode {common.train_mode}: {name} takes {', '.join(method.train_modes)}"
     if common.use_dora and common.train_mode == "full":
         yield "--use_dora with --train_mode full: DoRA is a kind of adapter. Type --train_mode lora"
 
 
-def check_rewards(common, name, method, judged):
-    """Problems of the rewards asked for: of a method that has none, none where there should be, files that are not.
+def check_rewards(common: RewardArgs, name: str, method: Method, judged: JudgeConfig) -> list[str]:
+    """Problems of the rewards: for a method without rewards, of a missing reward, of files that do not exist.
 
-    `judged`: a JudgeConfig, which may be the method's own config.
+    judged: a JudgeConfig, for example the method's config.
     """
     flags = ("reward_model_path", "reward_funcs", "reward_timeout")
     asked = [flag for flag in flags if getattr(common, flag) is not None]
@@ -74,30 +70,27 @@ def check_rewards(common, name, method, judged):
             f"no reward: {name} needs one. Type --reward_funcs {method.sample_reward} to try, "
             "--reward_model_path FOLDER or --judge_model NAME"
         ]
-    from utils.rewards import functions, judge, models  # they build upon this module
+    from utils.rewards import functions, judge, models  # imported only if needed
 
-    problems = [*functions.check_reward_functions(common.reward_funcs or ()), *functions.check_timeout(common)]
+    problems = [*functions.check_reward_functions(common.reward_funcs or ())]
+    if common.reward_timeout is not None and not common.reward_funcs:
+        problems.append(
+            "--reward_timeout: only used with --reward_funcs. Add --reward_funcs FILE.py:FUNCTION, or remove it"
+        )
     names = functions.name_rewards(common) + judge.name_numbers(judged)
     for twice in sorted({one for one in names if names.count(one) > 1}):
         problems.append(f"two rewards are called {twice}, which the log would add up. Rename one")
     return problems + (models.check_reward_model(common.reward_model_path) if common.reward_model_path else [])
 
 
-def check_config(common, config, name, method):
+def check_config(common: SharedArgs, config: Any, name: str, method: Method) -> list[str]:
     """Problems of the method's own flags and of the output folder."""
     problems = []
-    for flag in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-        if getattr(config, flag) < 1:
-            problems.append(f"--{flag} {getattr(config, flag)}: 1 or more")
-    if config.max_steps < 1 and config.num_train_epochs <= 0:
-        problems.append(
-            f"--num_train_epochs {config.num_train_epochs:g}: nothing would be trained. More than 0, 0.1 is a tenth"
-        )
     batch = config.per_device_train_batch_size
-    if 1 <= batch < method.min_batch_size:
+    if batch < method.min_batch_size:
         problems.append(
-            f"--per_device_train_batch_size {batch}: {name} compares rows of a batch and needs "
-            f"{method.min_batch_size} or more a device"
+            f"--per_device_train_batch_size {batch}: {name} compares the rows of a batch and needs "
+            f"at least {method.min_batch_size} per device"
         )
     if config.eval_strategy != "no" and not (common.eval_data_path or common.eval_fraction):
         problems.append(
@@ -108,21 +101,15 @@ def check_config(common, config, name, method):
     for loss in [asked] if isinstance(asked, str) else asked:
         if loss not in method.losses:
             problems.append(f"--loss_type {loss}: {name} takes {', '.join(method.losses)}")
-    if config.max_length is not None and config.max_length < 2:
-        problems.append(
-            f"--max_length {config.max_length}: too short for a prompt and an answer. TRL's default is 1024"
-        )
     if method.sample_reward:
         problems += check_rollouts(common, config)
-    # SFT has no such flag, and its dropout is on
+    # SFT has no disable_dropout: its dropout is on
     if common.lora_dropout and "lora_dropout" in common.typed and config.disable_dropout:
         problems.append(
-            f"--lora_dropout {common.lora_dropout:g}: has no effect, as {name} switches dropout off. Leave it out, or "
+            f"--lora_dropout {common.lora_dropout:g}: has no effect, because {name} turns dropout off. Remove it, or "
             "add --disable_dropout False"
         )
     problems += check_best(config, name, method)
-    if not math.isfinite(config.learning_rate) or config.learning_rate <= 0:
-        problems.append(f"--learning_rate {config.learning_rate}: a positive number, like 1e-5")
     if config.n_gpu > 1 and not common.check:
         problems.append(
             f"{config.n_gpu} GPUs are visible to one process. Start it with bash {method.entry}_run.sh, or with "
@@ -130,8 +117,8 @@ def check_config(common, config, name, method):
         )
     if config.model_init_kwargs:
         problems.append(
-            "--model_init_kwargs: not used here. --dtype, --attn_implementation, --model_revision and --train_mode "
-            "say how the model is loaded (qlora: in 4 bits; 8-bit weights are not supported)"
+            "--model_init_kwargs: not used here. Type --dtype, --attn_implementation, --model_revision or "
+            "--train_mode instead (qlora: 4 bits; 8-bit weights are not supported)"
         )
     from transformers.integrations import get_available_reporting_integrations
 
@@ -146,13 +133,13 @@ def check_config(common, config, name, method):
             "in output_dir, or leave the flag out to start afresh"
         )
     problems += check_launch(common, config)
-    # of several processes the first one owns the folder, and may have begun to write
+    # rank 0 owns the folder, and may already be writing while the others check
     writes = environment.is_main() and not common.probe
     return problems + check_output_dir(common, config) if writes else problems
 
 
-def check_best(config, name, method):
-    """Problems of the number that the best checkpoint is chosen by."""
+def check_best(config: Any, name: str, method: Method) -> Iterator[str]:
+    """Problems of --metric_for_best_model."""
     asked, known = config.metric_for_best_model, ("loss", *method.evaluated)
     if not asked or any(fnmatch(asked.removeprefix("eval_"), pattern) for pattern in known):
         return
@@ -160,76 +147,64 @@ def check_best(config, name, method):
     near = dict(method.metrics).get(asked.removeprefix("eval_"), asked.removeprefix("eval_"))
     near = difflib.get_close_matches(f"eval_{near}", names, 1)
     guess = f". Did you mean {near[0]}?" if near else ""
-    yield f"--metric_for_best_model {asked}: no evaluation of {name} has it. There are {', '.join(names)}{guess}"
+    yield f"--metric_for_best_model {asked}: {name} does not log it. It logs {', '.join(names)}{guess}"
 
 
-def check_rollouts(common, config):
-    """Problems of how answers are sampled and judged."""
-    from utils.rewards import judge, server  # they build upon this module
+def check_rollouts(common: SharedArgs, config: Any) -> Iterator[str]:
+    """Problems of the sampling of answers and of their rewards."""
+    from utils.rewards import judge  # imported only if needed
 
     judges = len(judge.name_scorers(common, config))
     if config.reward_weights and len(config.reward_weights) != judges:
         yield f"--reward_weights: {len(config.reward_weights)} of them for {judges} rewards. Give each its weight"
     yield from judge.check_judge(config, "num_generations", config.num_generations)
-    yield from server.check_failed_fraction(config)
     held_out = common.eval_data_path or common.eval_fraction
     if held_out and judges == 1 and config.judge_model and config.judge_mode == "pick":
         yield (
-            "--judge_mode pick with held-out prompts: what it gives the answers to a prompt always adds up to 1 and "
-            "measures no model. Type --eval_fraction 0, or --judge_mode score"
+            "--judge_mode pick with held-out prompts: the scores of a prompt's answers always add up to 1, so they "
+            "measure no model. Type --eval_fraction 0, or --judge_mode score"
         )
     yield from check_sampling(common, config)
     if "stop_strings" in (config.generation_kwargs or {}):
         for flag in ("mask_truncated_completions", "use_transformers_continuous_batching"):
             if getattr(config, flag):
-                yield f"--{flag} with stop_strings in --generation_kwargs: TRL knows the end token alone there"
-    if config.max_prompt_length is not None and config.max_prompt_length < 1:
-        yield f"--max_prompt_length {config.max_prompt_length}: 1 or more"
-    if not config.beta >= 0:
-        yield f"--beta {config.beta:g}: 0 or more; 0: nothing holds the policy near the reference"
-    for weight in config.reward_weights or ():
-        if not math.isfinite(weight):
-            yield f"--reward_weights {weight}: a finite number for each reward"
+                yield f"--{flag} with stop_strings in --generation_kwargs: TRL handles only the end token there"
     answers, batch = config.num_generations_eval or config.num_generations, config.per_device_eval_batch_size
     if (common.eval_data_path or common.eval_fraction) and batch * config.world_size % answers:
         yield (
             f"--num_generations_eval {answers}: an evaluation batch has {batch * config.world_size} answers, which is "
-            f"no whole number of prompts. Type --per_device_eval_batch_size {answers}"
+            f"not a whole number of prompts. Type --per_device_eval_batch_size {answers}"
         )
     if kind := config.critic_kind(common.train_mode):
         yield from check_critic(common, config, kind)
 
 
-def check_sampling(common, config):
-    """Problems of how the model that is trained answers prompts itself."""
+def check_sampling(common: SharedArgs, config: Any) -> Iterator[str]:
+    """Problems of sampling answers from the model that is trained."""
     held = ModelFolder.at(common.model_name_or_path).positions
-    if config.max_completion_length < 1:
-        yield f"--max_completion_length {config.max_completion_length}: 1 or more"
-    elif held and held <= config.max_completion_length:
+    if held and held <= config.max_completion_length:
         yield (
             f"--max_completion_length {config.max_completion_length}: the model holds {held} tokens, prompt and "
             f"answer. Type --max_completion_length {held // 2}"
         )
-    if not config.temperature > 0:
-        yield f"--temperature {config.temperature:g}: answers are sampled, so above 0"
     yield from sampling.check_settings(config)
     if config.use_vllm:
         yield from check_vllm()
 
 
-def length_limit(config, path):
-    """The tokens that a row may have: prompt and answer, or the prompt alone where the policy is to answer."""
+def length_limit(config: Any, path: str) -> int | None:
+    """Maximum tokens of a row: of prompt and answer, or of the prompt if the policy samples the answer."""
     if config.length_flag == "max_length":
         return config.max_length
     held = ModelFolder.at(path).positions
-    # what leaves no room at all is refused by check_sampling
+    # check_sampling refuses a max_completion_length that leaves no room
     room = [held - config.max_completion_length] if held and held > config.max_completion_length else []
     return min([*room, *([config.max_prompt_length] if config.max_prompt_length else [])], default=None)
 
 
-def check_rollout_fits(run):
-    """Raises Refused where the prompts do not fill one rollout: TRL would train on nothing."""
-    config, prompts = run.config, len(run.train.rows)
+def check_rollout_fits(run: Run) -> None:
+    """Raises Refused if the prompts do not fill one rollout: TRL would train on nothing."""
+    config, prompts = run.config, len(run.train.rows) if run.train else 0
     needed = config.rollout_size() // config.num_generations
     if prompts < needed:
         raise Refused(
@@ -241,7 +216,8 @@ def check_rollout_fits(run):
         )
 
 
-def check_vllm(flag="--use_vllm"):
+def check_vllm(flag: str = "--use_vllm") -> Iterator[str]:
+    """Problems of the installed vLLM."""
     import importlib.util
 
     if importlib.util.find_spec("vllm") is None:
@@ -251,41 +227,41 @@ def check_vllm(flag="--use_vllm"):
 
     found = importlib.metadata.version("vllm")
     if not Version(VLLM[0]) <= Version(Version(found).base_version) <= Version(VLLM[1]):
-        yield (f"{flag}: vLLM {found} is installed; this TRL takes {VLLM[0]} to {VLLM[1]}. See requirements-vllm.txt")
+        yield (f"{flag}: vLLM {found} is installed; this TRL needs {VLLM[0]} to {VLLM[1]}. See requirements-vllm.txt")
 
 
-def check_critic(common, config, kind):
-    """Problems of PPO's critic; `kind`: the one that is meant."""
+def check_critic(common: SharedArgs, config: Any, kind: str) -> Iterator[str]:
+    """Problems of PPO's critic. kind: as in OnlineConfig.critic_kind."""
     from rlhf_args.ppo_config import OWN_TRUNK, SCALE
 
     path, file, own = config.value_model_path, config.critic_path, kind in OWN_TRUNK
     adapted = common.train_mode != "full"
     if kind == "lora" and not adapted:
-        yield "--critic lora: an adapter on a frozen base, and --train_mode full has none. Type --critic model"
+        yield "--critic lora: needs a frozen base, and --train_mode full has none. Type --critic model"
     if kind == "model" and adapted and path is None:
         yield (
-            f"--critic model with --train_mode {common.train_mode}: the policy's base would be held twice. Type "
-            "--critic lora, an adapter of its own on that base, or name another model: --value_model_path MODEL"
+            f"--critic model with --train_mode {common.train_mode}: the policy's base would be loaded twice. Type "
+            "--critic lora (an adapter on that base), or another model with --value_model_path MODEL"
         )
     if path is not None and not own:
-        yield f"--value_model_path {path}: --critic {kind} has no such weights. Type --critic model, or leave it out"
+        yield f"--value_model_path {path}: not used by --critic {kind}. Type --critic model, or remove it"
     elif path is not None:
         yield from check_value_model(path, common, kind)
     if config.critic_layer is not None:
         layers = ModelFolder.at(common.model_name_or_path, common.model_revision).config
         layers = (layers.get("text_config") or layers).get("num_hidden_layers")
         if own:
-            yield f"--critic_layer {config.critic_layer}: --critic {kind} reads tokens. It is for --critic head or mlp"
+            yield f"--critic_layer {config.critic_layer}: only used with --critic head or mlp, not {kind}. Remove it"
         elif layers and not -layers <= config.critic_layer < layers:
             yield f"--critic_layer {config.critic_layer}: the policy has {layers} layers. Type 0 to {layers - 1}"
     if file is not None and not Path(file).is_file():
         yield f"--critic_path {file}: no such file. A run with --save_critic True leaves OUTPUT_DIR/critic.safetensors"
     elif file is not None and SCALE not in (read_header(file) or {}):
-        yield f"--critic_path {file}: not a critic that a run of PPO saved"
+        yield f"--critic_path {file}: not a critic saved by PPO"
     elif file is not None and path is not None and kind == "lora":
-        yield f"--value_model_path {path} with --critic_path: the whole adapter is in {file}. Leave out one of them"
+        yield f"--value_model_path {path} with --critic_path: {file} contains the whole adapter. Remove one of the two"
     if 0 < config.max_steps <= config.critic_warmup_steps:
         yield (
             f"--critic_warmup_steps {config.critic_warmup_steps}: the run has {config.max_steps} steps, so the policy "
-            f"would never learn. Type at most {config.max_steps - 1}"
+            f"would never train. Type at most {config.max_steps - 1}"
         )

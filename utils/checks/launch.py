@@ -1,34 +1,37 @@
-"""Versions of libraries, and methods and models that an engine cannot train."""
+"""Library versions, and flags and models that an engine cannot train."""
 
 import importlib.metadata
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from common_args import SharedArgs
 from utils.runtime import environment
 
-# (package, the first version with what is used here of it, what that is)
+# (package, its oldest version that works, the feature that needs it)
 OLDEST = (
     ("transformers", "5.0", "train_sampling_strategy and warm-up as a share"),
     ("trl", "1.0", "trl.experimental as it is imported here"),
 )
 
 
-def check_versions():
-    """Problems of libraries that are too old for what is used of them."""
+def check_oldest_versions() -> Iterator[str]:
+    """Problems of libraries that are too old."""
     from packaging.version import Version
 
     for name, oldest, used in OLDEST:
         found = importlib.metadata.version(name)
         if Version(found) < Version(oldest):
-            yield f"{name} {found}: has no {used}. Type pip install -r requirements.txt, which pins what was tested"
+            yield f"{name} {found}: too old, has no {used}. Type pip install -r requirements.txt"
 
 
-def check_launch(common, config):
-    """Problems of these flags under the engine and the processes that are asked for, with the nearest that works."""
+def check_launch(common: SharedArgs, config: Any) -> list[str]:
+    """Problems of these flags with the requested engine and processes, with the nearest that works."""
     engine, processes, mode = environment.engine(), environment.processes_asked(), common.train_mode
     problems = []
     if not common.check and config.world_size != processes:
         problems.append(
-            f"{processes} processes were asked for, and {config.world_size} found each other. Type the same "
+            f"{processes} processes were requested, and {config.world_size} connected. Type the same "
             "NUM_PROCESSES on every node"
         )
     for flag in ("deepspeed", "fsdp", "fsdp_config"):
@@ -36,30 +39,32 @@ def check_launch(common, config):
             problems.append(f"--{flag}: the launch chooses the engine. Type LAUNCH=zero3 (or zero2, fsdp2, ...)")
     if engine in ("zero3", "fsdp2") and mode == "qlora" and common.use_dora:
         problems.append(
-            f"--use_dora with qlora under {engine}: DoRA needs whole weights, and 4-bit ones are in pieces there. "
+            f"--use_dora with qlora under {engine}: DoRA needs whole weights, and 4-bit weights are sharded. "
             "Type LAUNCH=zero2, or --train_mode lora"
         )
-    if engine == "zero3" and mode == "full" and (Path(common.model_name_or_path) / "adapter_config.json").exists():
+    if (
+        engine == "zero3"
+        and mode == "full"
+        and (Path(str(common.model_name_or_path)) / "adapter_config.json").exists()
+    ):
         path = common.model_name_or_path
         problems.append(
-            f"{path}: an adapter, and {engine} holds its base in pieces, into which it cannot be merged. "
-            f"Type python -m utils.merge_lora {path} {path}-merged, and give that; or LAUNCH=zero2"
+            f"{path}: an adapter, and {engine} shards its base, so they cannot be merged. "
+            f"Type python -m utils.merge_lora {path} {path}-merged and train that model, or type LAUNCH=zero2"
         )
     if processes > 1 and config.precompute_ref_log_probs:
         problems.append(
-            f"--precompute_ref_log_probs with {processes} processes: each would look for the values in a cache of its "
-            "own. Leave it out (LAUNCH=zero3 shards the reference), or type NUM_PROCESSES=1"
+            f"--precompute_ref_log_probs with {processes} processes: each would use a cache of its "
+            "own. Remove it (LAUNCH=zero3 shards the reference), or type NUM_PROCESSES=1"
         )
-    if common.max_bad_steps < 1:
-        problems.append(f"--max_bad_steps {common.max_bad_steps}: 1 or more; 1 stops at the first")
-    elif common.max_bad_steps > 1 and engine.startswith("zero"):
+    if common.max_bad_steps > 1 and engine.startswith("zero"):
         problems.append(
-            f"--max_bad_steps {common.max_bad_steps} under {engine}: DeepSpeed has taken the step before it can be "
-            "left out. Leave the flag out, or type LAUNCH=multi_gpu"
+            f"--max_bad_steps {common.max_bad_steps} under {engine}: DeepSpeed takes the step before it could be "
+            "skipped. Remove the flag, or type LAUNCH=multi_gpu"
         )
     if environment.offloads() and config.optim not in ("adamw_torch", "adamw_torch_fused"):
         problems.append(
             f"--optim {config.optim.value} with the optimizer offloaded: DeepSpeed's CPU optimizer is AdamW. "
-            f"Leave --optim out, or type LAUNCH={engine}"
+            f"Remove --optim, or type LAUNCH={engine}"
         )
     return problems

@@ -1,28 +1,31 @@
-"""The command line: flags and --config recipe.yaml, strict, with the method's own flags beside the shared ones."""
+"""The command line: shared flags and the method's own flags, typed or in --config recipe.yaml. Strict."""
 
 import argparse
 import difflib
 import json
 import re
-from dataclasses import fields
+from collections.abc import Container
+from dataclasses import Field, fields
+from typing import Any, NoReturn
 
 from common_args import CommonArgs
 from rlhf_args.method_config import MethodConfig
-from rlhf_args.methods import DISTILLATION, EVERY, METHODS, REJECTION, find_method, load
+from rlhf_args.methods import DISTILLATION, EVERY, METHODS, REJECTION, Method, find_method, load
+from utils.cli.ranges import check_ranges, explain_range
 from utils.cli.recipes import typed_flags
 from utils.runtime import environment
 from utils.runtime.errors import Refused, refuse_if
 from utils.runtime.output import one_line
 
-# Flags that others have and we do not -> what to type.
+# Flags of other projects that do not exist here -> what to type.
 ELSEWHERE = {
     "load_in_4bit": "Type --train_mode qlora",
-    "load_in_8bit": "Type --train_mode qlora, which holds the weights in 4 bits; 8-bit ones are not supported",
+    "load_in_8bit": "Type --train_mode qlora, which quantises to 4 bits; 8-bit weights are not supported",
 }
 
 
-def parse_common(argv):
-    """The shared flags alone, before anything heavy is imported: (CommonArgs, name of the method). Raises Refused."""
+def parse_common(argv: list[str]) -> tuple[CommonArgs, str]:
+    """(shared flags, name of the method), without importing a heavy library. Raises Refused."""
     common, problems = peek(argv, CommonArgs)
     name = find_method(common.rlhf_type)
     if name is None:
@@ -31,20 +34,20 @@ def parse_common(argv):
         guess = ". That is train_gkd.py" if common.rlhf_type.upper() in DISTILLATION else guess
         problems.append(f"--rlhf_type {common.rlhf_type}: no such method. There are {', '.join(METHODS)}{guess}")
     refuse_if(problems)
-    return common, name
+    return common, str(name)
 
 
-def peek(argv, shared):
-    """The flags of the dataclass `shared` alone: (it, problems)."""
+def peek(argv: list[str], shared: type) -> tuple[Any, list[str]]:
+    """(an instance of the dataclass `shared`, problems), from the words that are its flags."""
     parser = make_parser([shared], add_help=False)
     common, _ = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     return common, parser.problems
 
 
-def parse(argv, name, planned=False):
-    """All flags of the method `name`: (its shared flags, its TRL config). Raises Refused; --help prints and exits.
+def parse(argv: list[str], name: str, planned: bool = False) -> tuple[Any, Any]:
+    """(shared flags, TRL config) of the method `name`. Raises Refused; --help prints and exits.
 
-    `planned`: for a GPU with bfloat16, whatever there is here.
+    planned: as on a GPU with bfloat16, whatever this machine has.
     """
     method = EVERY[name]
     config_class = load(method.config)
@@ -62,12 +65,14 @@ def parse(argv, name, planned=False):
     problems = [no_such_flag(word, name, known) for word in unknown if word.startswith("--")]
     if unknown and not problems:
         problems = [f"{' '.join(unknown)}: not a flag. Every value follows its --flag"]
-    # TRL's configs switch bf16 on by themselves and then refuse to exist without the hardware: decide it before.
+    # TRL's configs default to bf16, and without the hardware raise in their constructor: choose the dtype first.
     typed = typed_flags(argv)
     try:
         dtype = resolve_dtype(asked.dtype, asked.bf16, asked.fp16, name, method, typed, planned)
     except Refused as refusal:
         problems += refusal.problems
+    kinds = parser.dataclass_types if planned else [config_class]  # a run has checked the shared flags: check_common
+    problems += [problem for kind in kinds for problem in check_ranges(kind, asked)]
     refuse_if(parser.problems + problems)
     defaults = {"use_cpu": True, "dataloader_pin_memory": False} if planned else environment.device_defaults()
     if asked.plain:
@@ -89,8 +94,8 @@ def parse(argv, name, planned=False):
     return common, config
 
 
-def parse_rejection(argv):
-    """The flags of rejection sampling: (RewardArgs, RejectionConfig, words that are left for --then's method)."""
+def parse_rejection(argv: list[str]) -> tuple[Any, Any, list[str]]:
+    """(RewardArgs, RejectionConfig, remaining words for the method of --then). Raises Refused."""
     kinds = [load(REJECTION.arguments), load(REJECTION.config)]
     kinds[1]._argument_group_name = "the flags of rejection sampling"
     parser = make_parser(
@@ -106,29 +111,34 @@ def parse_rejection(argv):
     problems = [no_such_flag(word, None, known) for word in left if word.startswith("--") and not config.then]
     if left and not config.then and not problems:
         problems = [f"{' '.join(left)}: not a flag. Every value follows its --flag"]
+    problems += check_ranges(kinds[0], common) + check_ranges(kinds[1], config)
     refuse_if(parser.problems + problems)
     common.dtype = resolve_dtype(common.dtype, None, None, "rejection sampling", REJECTION)
     return common, config, left
 
 
-def make_parser(dataclass_types, **kwargs):
-    from trl.scripts.utils import TrlParser  # this module of TRL imports nothing heavy
+def make_parser(dataclass_types: list[type], **kwargs: Any) -> Any:
+    from trl.scripts.utils import TrlParser  # imports no heavy library
 
     class Parser(TrlParser):
-        """Goes on after a bad value, so that all of them are refused at once; `problems` holds them."""
+        """Collects bad values in `problems`, to refuse all of them at once."""
 
-        problems = []
+        problems: list[str] = []
 
-        def _get_values(self, action, words):
+        @staticmethod
+        def _parse_dataclass_field(parser: argparse.ArgumentParser, field: Field) -> None:
+            TrlParser._parse_dataclass_field(parser, explain_range(field))
+
+        def _get_values(self, action: argparse.Action, words: list[str]) -> Any:
             try:
                 return super()._get_values(action, words)
             except argparse.ArgumentError as error:
                 self.problems = [*self.problems, flag_first(error)]
 
-        def error(self, message):
+        def error(self, message: str) -> NoReturn:
             raise Refused([*self.problems, flag_first(message)])
 
-    # allow_abbrev would read --lora_r as --lora_rank, and any typo that is a prefix as something else
+    # allow_abbrev would accept any unique prefix of a flag, so typos too
     parser = Parser(dataclass_types, allow_abbrev=False, **kwargs)
     for action in parser._actions:
         if getattr(action.type, "__name__", "") == "string_to_bool":
@@ -139,18 +149,19 @@ def make_parser(dataclass_types, **kwargs):
 
 
 def to_bool(word: str | bool) -> bool:
-    """transformers' own reading of a switch, and YAML's on and off. Raises ArgumentTypeError."""
+    """A switch as transformers reads it, and YAML's on and off. Raises ArgumentTypeError."""
     from transformers.hf_argparser import string_to_bool
 
     return string_to_bool({"on": True, "off": False}.get(str(word).lower(), word))
 
 
-def flag_first(message):
+def flag_first(message: object) -> str:
     """argparse's "argument --dtype/--d-type: invalid ..." as "--dtype: invalid ..."."""
     return re.sub(r"^argument (--\w+)[^:]*: ", r"\1: ", one_line(message))
 
 
-def no_such_flag(flag, name, known):
+def no_such_flag(flag: str, name: str | None, known: set[str]) -> str:
+    """The refusal of an unknown flag of the method `name` (None: rejection sampling)."""
     bare = flag[2:].replace("-", "_")
     choice = f" --rlhf_type {name}" if name in METHODS else ""
     script = f"train_{EVERY[name].entry}.py" if name else "rejection_sampling.py"
@@ -170,15 +181,22 @@ def no_such_flag(flag, name, known):
     return f"{flag}: no such flag for {name or 'rejection sampling'}. {way_out}"
 
 
-def flags_of(method):
+def flags_of(method: Method) -> list[str]:
     return [field.name for field in fields(load(method.config))]
 
 
-def resolve_dtype(dtype, bf16, fp16, name, method, typed=(), planned=False):
-    """One answer from --dtype, --bf16 and --fp16: bfloat16, float16 or float32. Raises Refused.
+def resolve_dtype(
+    dtype: str,
+    bf16: bool | None,
+    fp16: bool | None,
+    name: str,
+    method: Method,
+    typed: Container[str] = (),
+    planned: bool = False,
+) -> str:
+    """The precision that --dtype, --bf16 and --fp16 select: bfloat16, float16 or float32. Raises Refused.
 
-    bfloat16 on a CPU is for one that multiplies it in hardware (AMX), and only where it is `typed`: by default a run
-    is in float32 on every CPU, so that it gives the same on all of them.
+    On a CPU bfloat16 needs AMX and the typed flag: by default all CPUs use float32, for the same results on each.
     """
     has_gpu, has_bf16 = planned or environment.has_gpu(), planned or environment.has_bf16()
     if bf16 and fp16:
@@ -195,9 +213,7 @@ def resolve_dtype(dtype, bf16, fp16, name, method, typed=(), planned=False):
         )
     if wanted == "float16" and (has_bf16 or not has_gpu):
         better = "bfloat16" if has_bf16 else "float32"
-        raise Refused(
-            [f"float16: this machine does better with {better}, which does not overflow. Type --dtype {better}"]
-        )
+        raise Refused([f"float16: use {better} on this machine, which does not overflow. Type --dtype {better}"])
     if wanted == "bfloat16" and not has_bf16 and not ("dtype" in typed and environment.has_amx()):
         return "float32"
     return wanted

@@ -1,34 +1,39 @@
-"""Words before they are parsed: recipes (--config FILE) as flags, and old or foreign names of flags translated."""
+"""The command line before it is parsed: recipes (--config FILE) become flags, old names of flags are translated."""
 
 import contextlib
 import json
 import os
 import re
 import sys
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from utils.runtime import environment
 from utils.runtime.errors import Refused
 from utils.runtime.paths import near_path
 
-# What the flag is called elsewhere -> what it is called here.
+if TYPE_CHECKING:
+    from yaml import Node, SafeLoader
+
+# The name of a flag in other projects -> its name here.
 RENAMED = {
     "dataset_name": "train_data_path",
     "lora_r": "lora_rank",
     "torch_dtype": "dtype",
 }
 
-OFF = "false", "f", "no", "n", "off", "0"  # how a switch is typed that is off
+OFF = "false", "f", "no", "n", "off", "0"  # the values that turn a switch off
 
 
-def expand(argv, quiet=False):
-    """`argv` with --config files put before the other flags (which win), and old flag names translated.
+def expand(argv: list[str], quiet: bool = False) -> list[str]:
+    """The words with the flags of --config files in front (typed flags win) and old names translated.
 
-    Translations are noted on stderr unless `quiet`. Raises Refused if a recipe cannot be read.
+    Notes each translation on stderr unless `quiet`. Raises Refused if a recipe cannot be read.
     """
     argv = [part for word in argv for part in (word.split("=", 1) if re.match(r"--[\w-]+=", word) else [word])]
-    recipe = []
+    recipe: list[str] = []
     while "--config" in argv:
         at = argv.index("--config")
         if at + 1 == len(argv):
@@ -38,8 +43,8 @@ def expand(argv, quiet=False):
     return translate(read_use_peft(recipe + argv, quiet), RENAMED, quiet)
 
 
-def read_recipe(path):
-    """A yaml mapping of flags as command-line words. Raises Refused, with the file named."""
+def read_recipe(path: str) -> list[str]:
+    """The flags of a YAML file as command-line words. Raises Refused."""
     import yaml
 
     try:
@@ -50,7 +55,7 @@ def read_recipe(path):
         loader.flatten_mapping(recipe)
         return [word for flag, value in recipe.value for word in read_flag(path, loader, flag, value)]
     except OSError as error:
-        raise Refused([f"--config {path}: {error.strerror.lower()}{near_path(path)}"]) from None
+        raise Refused([f"--config {path}: {str(error.strerror).lower()}{near_path(path)}"]) from None
     except UnicodeDecodeError as error:
         raise Refused([f"--config {path}: not UTF-8 (byte {error.start}). Save the file as UTF-8"]) from None
     except yaml.YAMLError as error:
@@ -58,21 +63,21 @@ def read_recipe(path):
         raise Refused([f"{path}:{line.line + 1 if line else 1}: not valid yaml"]) from None
 
 
-def read_flag(path, loader, flag, value):
-    """The words of one line of a recipe. Values stay as written (YAML would make `no` False); mappings become JSON."""
+def read_flag(path: str, loader: "SafeLoader", flag: "Node", value: "Node") -> list[str]:
+    """The words of one line of a recipe. Values stay as written (YAML reads `no` as False); mappings become JSON."""
     import yaml
 
     where = f"{path}:{flag.start_mark.line + 1}: {flag.value}"
     if flag.value == "config":
-        raise Refused([f"{where}: a recipe cannot name another. Type both: --config OTHER.yaml --config {path}"])
+        raise Refused([f"{where}: a recipe cannot include another. Type both: --config OTHER.yaml --config {path}"])
     words = [f"--{flag.value}"]
     for item in value.value if isinstance(value, yaml.SequenceNode) else [value]:
         if item.tag == "tag:yaml.org,2002:null":
             quoted = f'"{item.value or "null"}"'
             raise Refused(
                 [
-                    f"{where}: {item.value or 'no value'}. Delete the line to take the default, or write a value; "
-                    f"type {quoted} in quotes where the word itself is meant"
+                    f"{where}: {item.value or 'no value'}. Delete the line for the default, or write a value; "
+                    f"for the word itself type {quoted} in quotes"
                 ]
             )
         scalar = isinstance(item, yaml.ScalarNode)
@@ -80,8 +85,8 @@ def read_flag(path, loader, flag, value):
     return words
 
 
-def read_use_peft(words, quiet=False):
-    """`words` with TRL's own --use_peft as --train_mode lora; --use_peft False as full."""
+def read_use_peft(words: list[str], quiet: bool = False) -> list[str]:
+    """The words with TRL's --use_peft as --train_mode lora; --use_peft False as full."""
     if "--use_peft" not in words:
         return words
     at = words.index("--use_peft")
@@ -91,15 +96,14 @@ def read_use_peft(words, quiet=False):
     return [*words[:at], "--train_mode", mode, *words[at + 1 + len(value) :]]
 
 
-def say_note(quiet, text):
-    if (
-        not quiet and environment.is_main() and "LAUNCH_CHECKED" not in os.environ
-    ):  # said when utils/launch.py had it checked
+def say_note(quiet: bool, text: str) -> None:
+    # the check that utils/launch.py starts has printed the note already
+    if not quiet and environment.is_main() and "LAUNCH_CHECKED" not in os.environ:
         print(f"note: {text}", file=sys.stderr)
 
 
-def translate(words, renamed, quiet=False):
-    """`words` with the flags of {old name: name here} under their names here, each noted unless `quiet`."""
+def translate(words: list[str], renamed: dict[str, str], quiet: bool = False) -> list[str]:
+    """The words with flags renamed by {old name: new name}. Notes each on stderr unless `quiet`."""
     translated = []
     for word in words:
         name = word[2:].replace("-", "_")
@@ -111,14 +115,15 @@ def translate(words, renamed, quiet=False):
     return translated
 
 
-def typed_flags(words):
-    """Names of the flags in `words`; of one that is switched off, as --no_plain, the flag's."""
+def typed_flags(words: list[str]) -> frozenset[str]:
+    """Names of the flags in `words`; --no_plain counts as plain."""
     return frozenset(word[2:].replace("-", "_").removeprefix("no_") for word in words if word.startswith("--"))
 
 
-def read_flags(words):
-    """{flag: its first value, "" without one} of `words`; --no_plain is {"plain": "False"}."""
-    flags, flag = {}, None
+def read_flags(words: Iterable[str]) -> dict[str, str]:
+    """{flag: its first value, "" without one}; --no_plain is {"plain": "False"}."""
+    flags: dict[str, str] = {}
+    flag = None
     for word in words:
         if word.startswith("--"):
             name = word[2:].replace("-", "_")
@@ -129,28 +134,28 @@ def read_flags(words):
     return flags
 
 
-def given_flags(argv, renamed=None):
-    """read_flags of what is typed and what stands in its recipes. Raises Refused if a recipe cannot be read."""
+def given_flags(argv: list[str], renamed: dict[str, str] | None = None) -> dict[str, str]:
+    """read_flags of the typed words and their recipes. Raises Refused if a recipe cannot be read."""
     return read_flags(translate(expand(argv, quiet=True), renamed or {}, quiet=True))
 
 
-def is_on(value):
-    """True if a boolean flag of this `value` is on; "" stands for a flag without a value, None for no flag."""
+def is_on(value: str | None) -> bool:
+    """True if a switch with this value is on. "": a switch without a value, which is on; None: no such flag."""
     return value is not None and value.lower() not in OFF
 
 
 def recipes_in(words: list[str]) -> list[str]:
-    """The files that --config names on a command line."""
+    """The files of --config on a command line."""
     given = [part for word in words for part in word.split("=", 1)]
     return [file for flag, file in pairwise(given) if flag == "--config"]
 
 
-def asks_help(words):
+def asks_help(words: list[str]) -> bool:
     return "--help" in words or "-h" in words
 
 
 def asks_plan(words: list[str]) -> bool:
     """True if --plan is on, typed or in a recipe."""
-    with contextlib.suppress(Refused):  # a recipe that cannot be read is refused where it is expanded
+    with contextlib.suppress(Refused):  # an unreadable recipe is refused later, by expand
         return is_on(given_flags(words).get("plan")) and not asks_help(words)
     return False

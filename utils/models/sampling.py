@@ -50,15 +50,7 @@ class Sampling:
 
 
 def check_settings(config: "TrainingArguments") -> Iterator[str]:
-    """Problems of the flags for sampling the policy's answers."""
-    if not 0 < config.top_p <= 1:
-        yield f"--top_p {config.top_p:g}: above 0, up to 1 (all tokens)"
-    if config.top_k < 0:
-        yield f"--top_k {config.top_k}: 0 (all tokens) or more"
-    if config.min_p is not None and not 0 <= config.min_p <= 1:
-        yield f"--min_p {config.min_p:g}: from 0 (all tokens) to 1"
-    if not config.repetition_penalty > 0:
-        yield f"--repetition_penalty {config.repetition_penalty:g}: above 0; 1 is none"
+    """Problems of the flags that the trained model's answers are sampled by."""
     given = config.generation_kwargs or {}
     if not isinstance(given, dict):
         yield f'--generation_kwargs {given}: not a JSON object. Type it as \'{{"stop_strings": ["###"]}}\''

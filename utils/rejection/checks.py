@@ -1,7 +1,6 @@
 """What a rejection sampling refuses before anything is sampled, and what it compares with an earlier run's folder."""
 
 import hashlib
-import math
 from pathlib import Path
 
 from rlhf_args.methods import METHODS, REJECTION, find_method
@@ -13,7 +12,7 @@ from utils.models.folders import ModelFolder
 from utils.rejection import selection
 from utils.rejection.folder import compare_settings, read_settings
 from utils.rewards import judge
-from utils.rewards.server import check_failed_fraction, check_server
+from utils.rewards.server import check_server
 from utils.runtime import environment
 from utils.runtime.errors import Refused
 from utils.runtime.paths import check_overwrite, check_writable
@@ -38,7 +37,6 @@ def check_flags(common, config, words):
     unknown = [stage for stage in config.stages if stage not in STAGES]
     if unknown or not config.stages:
         problems.append(f"--stages {','.join(config.stages)}: takes {', '.join(STAGES)}, some or all")
-    problems += check_failed_fraction(config)
     if "generate" in config.stages:
         problems += check_data(common, config)
     if environment.engine():
@@ -71,27 +69,13 @@ def check_data(common, config):
 
 
 def check_generation(common, config):
-    if config.num_completions < 1:
-        yield f"--num_completions {config.num_completions}: 1 or more"
-    if config.max_prompt_length is not None and config.max_prompt_length < 1:
-        yield f"--max_prompt_length {config.max_prompt_length}: 1 or more"
     if config.held_out_prompts and not common.eval_fraction:
         yield "--held_out_prompts: no prompt is held out. Add --eval_fraction 0.1"
-    if config.max_new_tokens < 1:
-        yield f"--max_new_tokens {config.max_new_tokens}: 1 or more"
-    if not config.temperature >= 0:
-        yield f"--temperature {config.temperature:g}: 0 (the likeliest token) or more"
-    elif config.temperature == 0 and config.num_completions > 1:
+    if config.temperature == 0 and config.num_completions > 1:
         yield (
             f"--temperature 0 with --num_completions {config.num_completions}: the same answer so many times. Type "
             "--temperature 1, or --num_completions 1"
         )
-    if not 0 < config.top_p <= 1:
-        yield f"--top_p {config.top_p:g}: above 0, up to 1"
-    if config.top_k < 0:
-        yield f"--top_k {config.top_k}: 0 (all tokens) or more"
-    if config.generate_batch_size is not None and config.generate_batch_size < 1:
-        yield f"--generate_batch_size {config.generate_batch_size}: 1 or more"
     if config.engine == "openai":
         if not config.api_base_url:
             yield "--engine openai: no server. Type --api_base_url http://localhost:8000/v1"
@@ -128,10 +112,6 @@ def check_scorers(common, config):
         yield from flags.check_rewards(common, "Rejection sampling", REJECTION, config)
     if config.reward_weights and len(config.reward_weights) != len(names):
         yield f"--reward_weights: {len(config.reward_weights)} of them for {len(names)} rewards. Give each its weight"
-    if not all(abs(weight) < float("inf") for weight in config.reward_weights or ()):
-        yield f"--reward_weights {' '.join(map(str, config.reward_weights))}: finite numbers"
-    if config.score_batch_size < 1:
-        yield f"--score_batch_size {config.score_batch_size}: 1 or more"
     answers = config.num_completions + bool(config.reference_column)
     yield from judge.check_judge(config, "num_completions", answers, unused="judge_")
 
@@ -142,16 +122,8 @@ def check_selection(config):
             yield f"--write {name}: takes {', '.join(selection.FILES.values())}"
     if not config.write:
         yield f"--write: names no file. It takes {', '.join(selection.FILES.values())}"
-    if config.threshold is not None and not math.isfinite(config.threshold):
-        yield f"--threshold {config.threshold}: a finite number"
     if (config.select == "threshold") != (config.threshold is not None):
         yield "--select threshold and --threshold NUMBER belong together: give both, or neither"
-    if config.select_k < 1:
-        yield f"--select_k {config.select_k}: 1 or more"
-    if not config.min_margin >= 0:
-        yield f"--min_margin {config.min_margin:g}: 0 or more"
-    if config.chunk_size is not None and config.chunk_size < 1:
-        yield f"--chunk_size {config.chunk_size}: 1 or more rows a file"
 
 
 def check_then(common, config):
@@ -160,8 +132,6 @@ def check_then(common, config):
     if name not in able:
         why = "it samples for itself, with --rlhf_type" if name else "no such method"
         yield f"--then {config.then}: {why}. It takes {', '.join(able)}"
-    if config.rounds < 1:
-        yield f"--rounds {config.rounds}: 1 or more"
     if config.rounds > 1 and config.engine == "openai":
         yield "--rounds with --engine openai: the server's model would be the same in each. Type --rounds 1"
     if name and METHODS[name].task != "CAUSAL_LM" and config.rounds > 1:

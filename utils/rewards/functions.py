@@ -57,17 +57,6 @@ def check_reward_functions(specs):
                 yield f"--reward_funcs {spec}: no function {name} in {path}. {guess}"
 
 
-def check_timeout(common):
-    """Problems of --reward_timeout."""
-    seconds = common.reward_timeout
-    if seconds is None:
-        return
-    if not 0 < seconds < math.inf:
-        yield f"--reward_timeout {seconds:g}: seconds, above 0. Leave it out for no limit"
-    elif not common.reward_funcs:
-        yield f"--reward_timeout {seconds:g}: limits the calls of --reward_funcs, and there are none. Leave it out"
-
-
 def names_in(tree):
     """The names that a module's top level defines: functions, classes, assignments, imports ("*": whatever it has)."""
     for node in tree.body:

@@ -5,7 +5,6 @@ each criterion. A reply without one, with two different ones or outside the scal
 again, and in the end the answer is counted as failed.
 """
 
-import math
 import random
 import re
 import string
@@ -124,10 +123,8 @@ def check_judge(config, flag, answers, unused=""):
         yield "--judge_model: no server. Type --judge_base_url http://localhost:8000/v1"
     yield from check_server(config, *config.judge_server())
     yield from check_template(template_of(config), config.judge_mode)
-    if config.judge_max_tokens < 1:
-        yield f"--judge_max_tokens {config.judge_max_tokens}: 1 or more"
     least, most = config.judge_scale if len(config.judge_scale) == 2 else (1, 0)
-    if not -math.inf < least < most < math.inf:
+    if least >= most:
         yield f"--judge_scale {' '.join(map(str, config.judge_scale))}: the least number and the highest, like 1 10"
     elif config.judge_mode == "pick" and config.judge_scale != JudgeConfig().judge_scale:
         yield "--judge_scale with --judge_mode pick: a pick has no scale. Leave it out, or type --judge_mode score"

@@ -167,17 +167,6 @@ def check_server(config, flag, url, variable):
         yield f"{variable}: holds a line break or a letter that no key has. Set it anew"
     if url and not is_address(url):
         yield f"--{flag} {url}: no address of a server. It is like http://localhost:8000/v1"
-    if config.api_concurrency < 1:
-        yield f"--api_concurrency {config.api_concurrency}: 1 or more"
-    if not config.api_timeout > 0:
-        yield f"--api_timeout {config.api_timeout:g}: seconds, above 0"
-    if config.api_retries < 0:
-        yield f"--api_retries {config.api_retries}: 0 or more"
-
-
-def check_failed_fraction(config):
-    if not 0 <= config.max_failed_fraction <= 1:
-        yield f"--max_failed_fraction {config.max_failed_fraction:g}: a share from 0 to 1"
 
 
 def is_address(url):

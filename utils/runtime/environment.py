@@ -1,4 +1,4 @@
-"""The machine and the process: what hardware there is, which rank this is, and libraries that keep quiet."""
+"""The machine and the process: hardware, ranks and launch, and quiet libraries."""
 
 import contextlib
 import io
@@ -10,14 +10,19 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from utils.runtime import secrets
+from utils.runtime.errors import Again, Failed
 
-abandoned = []  # names of reward functions that did not return within --reward_timeout
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+abandoned: list[str] = []  # names of reward functions that did not return within --reward_timeout
 
 
-def calm_libraries():
-    """No ping at construction, no bars but ours, no warnings about what is pinned and tested here. Call it first."""
+def calm_libraries() -> None:
+    """Turns off telemetry, progress bars and warnings of the libraries, whose versions are pinned. Call it first."""
     for asked in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK", "VLLM_NO_USAGE_STATS"):
         os.environ.setdefault(asked, "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -25,12 +30,12 @@ def calm_libraries():
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # what cannot be downloaded is said once, when the attempts are over
+    # a failed download is reported once, after the last attempt
     for name in ("bitsandbytes", "accelerate", "huggingface_hub.utils._http"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # DeepSpeed sets its logger's level when it is imported; a filter stays
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
-    # an answer without a judge's verdict is counted and said here; without a judge such an answer ends the run
+    # answers without a verdict of the judge are counted elsewhere; without a judge such an answer ends the run
     for name in ("grpo", "rloo"):
         logger = logging.getLogger(f"trl.trainer.{name}_trainer")
         logger.addFilter(lambda record: "reward functions returned None" not in record.getMessage())
@@ -46,89 +51,85 @@ def calm_libraries():
         warnings.filterwarnings("ignore", module=module.replace(".", r"\."))
 
 
-def is_main():
-    """Whether this process is the one that speaks and writes, of those that accelerate launched."""
+def is_main() -> bool:
+    """True in rank 0, the process that prints and writes files."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
-def has_the_word():
-    """Whether this process says why it refuses. The main one does; another waits to be ended with it.
+def has_the_word() -> bool:
+    """True if this process should print the refusal. Rank 0 prints; the others wait to be terminated.
 
-    Where the main one did not refuse the same, the first process of a node speaks after all.
+    If rank 0 did not refuse, the first process of each node prints after the wait.
     """
     if not is_main():
         time.sleep(30)
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-def leave(status: int):
-    """Ends the process with this exit status, whatever a reward function that was given up still does."""
-    if abandoned:  # Python itself would wait for the threads and pools of such a function
+def leave(status: int) -> None:
+    """Exits with this status, also while an abandoned reward function still runs."""
+    if abandoned:  # sys.exit would wait for its threads and pools
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
 
 
-def record_failure(error):
-    """Leaves what went wrong, and exactly when, for utils/launch.py to say last."""
+def record_failure(error: BaseException) -> None:
+    """Writes the error and its exact time to a file, from which utils/launch.py prints it last."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:
         extra = {"timestamp": str(int(time.time())), "exactly": time.time()}
-        said = (
-            str(error) if hasattr(error, "details") else f"{type(error).__name__}: {error}"
-        )  # checks.Failed says all
+        said = str(error) if isinstance(error, Failed | Again) else f"{type(error).__name__}: {error}"
         message = {"message": secrets.hide(said), "extraInfo": extra}
         Path(file).write_text(json.dumps({"message": message}), encoding="utf-8")
 
 
-def other_failed():
-    """Whether another process of this node has left what went wrong: the launcher then ends all of them."""
+def other_failed() -> bool:
+    """True if another process of this node recorded a failure: the launcher then terminates all of them."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    return bool(file) and any(Path(file).parent.parent.glob("*/error.json"))
+    return file is not None and any(Path(file).parent.parent.glob("*/error.json"))
 
 
-def has_gpu():
+def has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
 
 
-def has_bf16():
+def has_bf16() -> bool:
     import torch
 
     # a T4 or V100 emulates bfloat16, slowly
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def has_amx():
-    """Whether this CPU multiplies bfloat16 in tiles, several times as fast as float32."""
+def has_amx() -> bool:
+    """True if this CPU has AMX: bfloat16 matrix products are several times as fast as float32."""
     import torch
 
     return not torch.cuda.is_available() and torch.cpu._is_amx_tile_supported()
 
 
-def engine():
-    """What this process runs under, or is checked for: zero1, zero2, zero3, fsdp2, or "" (DDP, or one process)."""
+def engine() -> str:
+    """The engine of this launch: zero1, zero2, zero3, fsdp2, or "" (DDP, or one process)."""
     if "ACCELERATE_DEEPSPEED_ZERO_STAGE" in os.environ or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        return "zero" + os.environ.get(
-            "ACCELERATE_DEEPSPEED_ZERO_STAGE", "3"
-        )  # unsaid in a DeepSpeed file of one's own
+        return "zero" + os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")  # unset with a user's DeepSpeed file
     return "fsdp2" if "FSDP_VERSION" in os.environ else ""
 
 
-def offloads():
-    """Whether DeepSpeed is to keep the optimizer in host memory."""
+def offloads() -> bool:
+    """True if DeepSpeed keeps the optimizer state in host memory."""
     return os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none") != "none"
 
 
-def local_device():
-    """The torch device of this process, of those on its node."""
+def local_device() -> str:
+    """The torch device of this process."""
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if has_gpu() else "cpu"
 
 
-def wait_for_everyone():
-    """Until every process is here, be it days: they share the work, and only then look at what came of it."""
+def wait_for_everyone() -> None:
+    """Barrier with a time-out of 7 days: ranks that share work may finish hours apart."""
     if world_size() > 1:
         import datetime
 
@@ -138,23 +139,23 @@ def wait_for_everyone():
         PartialState(timeout=datetime.timedelta(days=7), **cpu).wait_for_everyone()
 
 
-def world_size():
-    """How many processes there are, on all nodes together."""
+def world_size() -> int:
+    """Number of processes on all nodes."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def processes_asked():
-    """How many processes utils/launch.py, or accelerate launch itself, was asked for, on all nodes together."""
+def processes_asked() -> int:
+    """Number of processes on all nodes that utils/launch.py or accelerate launch was asked for."""
     return int(os.environ.get("LAUNCH_PROCESSES") or os.environ.get("WORLD_SIZE") or 1)
 
 
-def is_launched_alone():
-    """True in the one process of utils/launch.py, which nothing has checked before."""
+def is_launched_alone() -> bool:
+    """True in the single process of utils/launch.py, which no separate check precedes."""
     return os.environ.get("LAUNCH_PROCESSES") == "1"
 
 
 def describe_launch() -> dict[str, str | int | None]:
-    """What it takes to start such a run again; LAUNCH is None where utils/launch.py did not start it."""
+    """The settings to repeat this launch; LAUNCH is None if utils/launch.py did not start it."""
     import torch
 
     nodes = int(os.environ.get("NNODES") or 1) if "LAUNCH_NAME" in os.environ else 1
@@ -167,46 +168,47 @@ def describe_launch() -> dict[str, str | int | None]:
     }
 
 
-def check_world(accelerator):
-    """Raises RuntimeError where not all the processes asked for train together, under the engine asked for."""
+def check_world(accelerator: "Accelerator") -> None:
+    """Raises RuntimeError if the processes do not all train together under the requested engine."""
     wanted = {"zero": "DEEPSPEED", "fsdp": "FSDP"}.get(engine()[:4], "MULTI" if processes_asked() > 1 else "")
     seen, kind = accelerator.num_processes, accelerator.distributed_type.value
     if seen != processes_asked() or not kind.startswith(wanted):
         asked = f"{processes_asked()} processes ({engine() or 'DDP'})"
-        raise RuntimeError(f"{asked} were asked for, but the trainer sees {seen} ({kind}): each would train alone")
+        raise RuntimeError(f"{asked} were requested, but the trainer sees {seen} ({kind}): each would train alone")
 
 
-def device_defaults():
-    """TrainingArguments that follow from the machine, not from the method."""
+def device_defaults() -> dict[str, object]:
+    """TrainingArguments that depend on the machine, not on the method."""
     if has_gpu():
         return {}
-    # checkpointing buys GPU memory with time; here there is memory enough
-    defaults = {"use_cpu": True, "dataloader_pin_memory": False, "gradient_checkpointing": False}
+    # gradient checkpointing saves GPU memory at the cost of time; host memory suffices
+    defaults: dict[str, object] = {"use_cpu": True, "dataloader_pin_memory": False, "gradient_checkpointing": False}
     if "LOCAL_RANK" in os.environ:
         join_processes()
         defaults |= {"ddp_backend": "gloo", "accelerator_config": {"use_configured_state": True}}
     return defaults
 
 
-def join_processes():
-    """Joins the launched processes over gloo, under DeepSpeed and FSDP as well, which need a GPU as accelerate has it.
+def join_processes() -> None:
+    """Joins the launched processes over gloo on a CPU, also under DeepSpeed and FSDP.
 
-    It takes use_cpu for "no engine", and knows FSDP on accelerators only: left alone each process would train by
-    itself and say nothing. Source: accelerate 1.15.0, state.py, PartialState and AcceleratorState.
+    accelerate ignores the engine with use_cpu, and supports FSDP on accelerators only: without this each process
+    would silently train alone. Source: accelerate 1.15.0, state.py, PartialState and AcceleratorState.
     """
     from accelerate import DistributedType, PartialState
 
-    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints what it compiled
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its compilation
         state = PartialState(cpu=not engine(), backend="gloo")
     if engine() == "fsdp2":
         state.distributed_type = DistributedType.MULTI_GPU
 
 
-def fsdp_precision(dtype):
-    """The Trainer's FSDP arguments for mixed precision: computed in `dtype`, reduced and handed out in float32.
+def fsdp_precision(dtype: str) -> dict[str, object]:
+    """The Trainer's FSDP arguments for mixed precision: computation in `dtype`, reduction and outputs in float32.
 
-    accelerate hands out logits in `dtype`: log-probabilities summed in bfloat16 come in steps of 4, and under KTO
-    ranks disagree on a tensor's type. Source: accelerate 1.15.0, FullyShardedDataParallelPlugin.set_mixed_precision.
+    By default accelerate returns logits in `dtype`: log-probabilities summed in bfloat16 are multiples of 4, and with
+    KTO ranks disagree on a tensor's type.
+    Source: accelerate 1.15.0, FullyShardedDataParallelPlugin.set_mixed_precision.
     """
     import torch
     from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -216,8 +218,8 @@ def fsdp_precision(dtype):
     return {"fsdp_version": 2, "mixed_precision_policy": policy}
 
 
-def peak_memory():
-    """Bytes: the GPU's peak where there is one, otherwise the process's."""
+def peak_memory() -> int:
+    """Peak memory in bytes: of the GPU, or of the process on a CPU."""
     import torch
 
     if torch.cuda.is_available():
@@ -228,7 +230,7 @@ def peak_memory():
 GIB = 1024**3
 
 
-def is_out_of_memory(error):
+def is_out_of_memory(error: BaseException) -> bool:
     import torch
 
     said = str(error)

@@ -3,66 +3,61 @@
 import contextlib
 import signal
 import sys
+from collections.abc import Iterable, Iterator
 
 from utils.runtime import secrets
 
 
 class Refused(ValueError):
-    """The run cannot work as asked. `problems`: one line each, what was given, what is accepted, what to type."""
+    """The run cannot work as asked. problems: one line each: the given value, the accepted values, what to type."""
 
-    def __init__(self, problems):
-        super().__init__("\n".join(problems))
-        self.problems = problems
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems = list(problems)
+        super().__init__("\n".join(self.problems))
 
-    def say(self):
+    def say(self) -> None:
         print("\n".join(f"refused: {secrets.hide(problem)}" for problem in self.problems), file=sys.stderr)
 
 
 class Failed(RuntimeError):
-    """The run ended for a reason that one line says; `details` is the whole of it, for error.log."""
+    """The run failed. message: one line; details: the full text, for error.log."""
 
-    def __init__(self, message, details=None):
+    def __init__(self, message: str, details: str | None = None) -> None:
         super().__init__(message)
         self.details = details or message
 
 
 class Stopped(Exception):
-    """Signal `number` ended the run after `step` steps; a checkpoint of the last one is saved, if there was one."""
+    """Signal `number` ended the run after `step` steps; after at least one step, a checkpoint is saved."""
 
-    def __init__(self, number, step):
+    def __init__(self, number: int, step: int) -> None:
         super().__init__(number, step)
         self.number, self.step = number, step
 
-    def __str__(self):
+    def __str__(self) -> str:
         saved = f"after step {self.step}, saved as checkpoint-{self.step}" if self.step else "before the first step"
         return f"stopped by {signal.Signals(self.number).name} {saved}"
 
 
 class Again(Exception):
-    """Start again from the newest checkpoint, with `words` added to the command line; `message` says why."""
+    """Start again from the newest checkpoint, with `words` added to the command line; message: the reason."""
 
-    def __init__(self, words, message):
+    def __init__(self, words: list[str], message: str) -> None:
         super().__init__(message)
         self.words, self.details = words, message
 
 
-def refuse_if(problems):
+def refuse_if(problems: list[str] | None) -> None:
     if problems:
         raise Refused(problems)
 
 
 @contextlib.contextmanager
-def collecting(problems):
-    """With a list, what is refused inside joins it and the caller goes on; with None it is raised as ever.
-
-    Of a run that is refused already, an error of another kind follows from that, and is no further problem.
-    """
+def collecting(problems: list[str] | None) -> Iterator[None]:
+    """Collect refusals in `problems` instead of raising (None: raise)."""
     try:
         yield
     except Refused as refusal:
         if problems is None:
             raise
         problems += [problem for problem in refusal.problems if problem not in problems]
-    except Exception:
-        if not problems:
-            raise

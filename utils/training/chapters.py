@@ -97,7 +97,8 @@ def from_words(argv: list[str], name: str | None = None) -> Run:
         found += [*check_folders(common, config), *check_recipes(common, config, argv)]
         refuse_if(found)
     with collecting(problems):
-        hold_out(rows, common.eval_fraction, config.seed)
+        if rows.train:  # empty if the files are refused
+            hold_out(rows, common.eval_fraction, config.seed)
         check_labels(rows.train, name)
     if not config.learns_from_data():
         rows.train = [(where, {"prompt": values["prompt"]}) for where, values in rows.train]
