@@ -84,6 +84,6 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows]) + "\n"
 
 
-def finish(bench: str, **result: Any) -> None:
+def finish(bench: str, /, **result: Any) -> None:
     """Print the last line."""
     print(json.dumps({"bench": bench, **result}))

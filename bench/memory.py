@@ -54,11 +54,10 @@ def main():
     asked, flags = parser.parse_known_args()
     if asked.again:
         return plan_again(Path(asked.again).read_text().splitlines())
-    shape, device = read_shape(asked.shape), "cuda" if gpu else "cpu"
+    device = "cuda" if gpu else "cpu"
     flags = ["--dtype", "bfloat16" if gpu else "float32", "--gradient_checkpointing", str(gpu), *flags]
     with TemporaryDirectory() as folder, ThreadPoolExecutor(asked.jobs) as pool:
-        make_weights(folder, make_folder(folder, shape))
-        found = {}
+        shape, found = make_model(folder, asked.shape), {}
         for method in asked.methods:
             write_rows(Path(folder, f"{method}.jsonl"), method, asked.length - PROMPT)
             for mode in asked.modes:
@@ -76,7 +75,7 @@ def plan_again(lines):
     errors = {}
     for found in map(json.loads, lines):
         with TemporaryDirectory() as folder:
-            make_folder(folder, found["shape"])
+            make_model(folder, json.dumps(found["shape"]), weights=False)
             for name, cell in found["cells"].items():
                 method, mode, launch = name.split("-")
                 write_rows(Path(folder, f"{method}.jsonl"), method, found["length"] - PROMPT)
@@ -91,51 +90,37 @@ def plan_again(lines):
 
 
 def print_cell(name, cell, peak, phases, error):
-    print(f"{name}  measured {describe(cell['measured'], cell['phases'])}")
-    print(f"    planned {describe(peak, phases)}: {error:+.1%}", flush=True)
+    for label, total, parts in (("measured", cell["measured"], cell["phases"]), ("planned", peak, phases)):
+        each = ", ".join(f"{phase} {size / 1e6:.0f}" for phase, size in parts.items())
+        print(f"{name}  {label} {total / 1e6:.1f} MB ({each})")
+    print(f"{name}  error {error:+.1%}", flush=True)
 
 
-def read_shape(given):
-    return dict(zip(FIELDS, SHAPES[given], strict=True)) if given in SHAPES else json.loads(given)
+def make_model(folder, shape, weights=True):
+    """Writes folder/model with a byte-level tokenizer and random weights, and folder/teacher with links to its files.
 
-
-def make_folder(folder, shape):
-    """Writes folder/model without weights, with a byte-level tokenizer, and folder/teacher, which links to the same
-    files. Returns the config."""
-    from transformers import Qwen2Config
+    shape: as --shape. Without weights only the config is written, for a plan.
+    """
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
 
     from tests.conftest import make_tokenizer
 
-    tokenizer = make_tokenizer()
+    shape = dict(zip(FIELDS, SHAPES[shape], strict=True)) if shape in SHAPES else json.loads(shape)
+    model, teacher, tokenizer = Path(folder, "model"), Path(folder, "teacher"), make_tokenizer()
     ends = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None, "pad_token_id": tokenizer.pad_token_id}
     config = Qwen2Config(**shape, **ends, max_position_embeddings=4096, dtype="bfloat16")
-    for saved in (config, tokenizer):
-        saved.save_pretrained(Path(folder, "model"))
-    link_files(folder)
-    return config
-
-
-def link_files(folder):
-    Path(folder, "teacher").mkdir(exist_ok=True)
-    for file in Path(folder, "model").iterdir():
-        if not (there := Path(folder, "teacher", file.name)).exists():
-            there.symlink_to(file)
-
-
-def make_weights(folder, config):
-    import torch
-    from transformers import Qwen2ForCausalLM
-
     torch.manual_seed(0)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        Qwen2ForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(Path(folder, "model"))
-    torch.cuda.empty_cache()  # the cells need this memory
-    link_files(folder)
-
-
-def make_random_model(folder, shape):
-    """folder/model with random weights; shape: as --shape."""
-    make_weights(folder, make_folder(folder, read_shape(shape)))
+    if weights:
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            Qwen2ForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(model)
+        torch.cuda.empty_cache()  # the cells need this memory
+    for saved in (config, tokenizer):
+        saved.save_pretrained(model)
+    teacher.mkdir()
+    for file in model.iterdir():
+        (teacher / file.name).symlink_to(file)
+    return shape
 
 
 def write_rows(path, method, answer):
@@ -193,10 +178,6 @@ def measure(words, name, folder, launch, device):
     cell |= {"planned": peak, "error": round(peak / cell["measured"] - 1, 4)}
     print_cell(name, cell, peak, phases, cell["error"])
     return cell
-
-
-def describe(peak, phases):
-    return f"{peak / 1e6:.1f} MB ({', '.join(f'{phase} {size / 1e6:.0f}' for phase, size in phases.items())})"
 
 
 def split_launch(launch):

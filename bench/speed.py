@@ -16,7 +16,6 @@ Needs the demo model (python -m utils.demo_model), another --model, or --random.
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
 import venv
@@ -88,16 +87,14 @@ def main():
     parser.add_argument("--batch", type=int, default=2, help="rows per forward pass")
     parser.add_argument("--accumulation", type=int, default=2, help="forward passes per step")
     parser.add_argument("--envs", default="~/.cache/rlhf_bench", help="folder of the peers' virtual environments")
-    parser.add_argument(
-        "--random", metavar="SHAPE", help="random weights instead of --model: --shape of bench/memory.py"
-    )
+    parser.add_argument("--random", metavar="SHAPE", help="random weights, not --model: a --shape of bench/memory.py")
     parser.add_argument("--from", dest="kept", nargs="+", help="saved outputs of earlier runs; nothing is measured")
     parser.add_argument("--write", action="store_true", help="write docs/benchmarks.md")
     asked = parser.parse_args()
     results = [harness.last_json(Path(file).read_text()) for file in asked.kept or ()] or [run_all(asked)]
     if asked.write:
         PAGE.write_text(make_page(results), encoding="utf-8")
-    harness.finish("speed", **{name: value for name, value in results[-1].items() if name != "bench"})
+    harness.finish("speed", **results[-1])
 
 
 def run_all(asked):
@@ -108,7 +105,7 @@ def run_all(asked):
     shape = asked.steps, asked.batch, asked.accumulation
     with TemporaryDirectory() as folder:
         if asked.random:
-            harness.call(memory.make_random_model, folder, asked.random)
+            harness.call(memory.make_model, folder, asked.random)
         model = f"{folder}/model" if asked.random else asked.model
         tokens, longest = write_rows(Path(folder), model, asked.methods, asked.steps, asked.batch * asked.accumulation)
         max_length = -(-(longest + 1) // 512) * 512  # no row is cut
@@ -261,7 +258,6 @@ def write_rows(folder, model, methods, steps, width):
 
     tokenizer, tokens, known, longest, count = load_tokenizer(model), {}, {}, 0, steps * width
     template.fit_tokenizer(tokenizer, chat=True)
-    eos = tokenizer.eos_token
     for method in methods:
         file = ROOT / "data" / f"{METHODS[method]}.jsonl"
         lines = file.read_text(encoding="utf-8").splitlines()
@@ -272,22 +268,21 @@ def write_rows(folder, model, methods, steps, width):
         for chat in chats:
             prompt, answers, _ = template.render(tokenizer, {k: v for k, v in chat.items() if k != "label"})
             sizes.append([len(tokenizer(prompt + answer)["input_ids"]) for answer in answers])
-            bare = [answer.removesuffix(eos) for answer in answers]  # ms-swift adds the end of turn
-            asked = [{"role": "user", "content": prompt}]
-            swift = {"messages": [*asked, {"role": "assistant", "content": bare[0]}]}
-            factory = {"messages": asked}
+            bare = [answer.removesuffix(tokenizer.eos_token) for answer in answers]  # ms-swift adds the end of turn
+            user = {"role": "user", "content": prompt}
+            said = [{"role": "assistant", "content": answer} for answer in answers]
+            swift = {"messages": [user, {"role": "assistant", "content": bare[0]}]}
             if "label" in chat:
-                texts.append({"prompt": prompt, "completion": answers[0], "label": chat["label"]})
-                swifts.append(swift | {"label": chat["label"]})
-                said = {"role": "assistant", "content": answers[0]}
-                factories.append({"messages": [*asked, said], "label": chat["label"]})
+                label = {"label": chat["label"]}
+                texts.append({"prompt": prompt, "completion": answers[0], **label})
+                swifts.append(swift | label)
+                factories.append({"messages": [user, said[0]], **label})
             else:
-                pair = dict(zip(("chosen", "rejected"), answers, strict=True))
-                ranked = {name: prompt + answer for name, answer in pair.items()}
-                texts.append(ranked if method == "Reward" else {"prompt": prompt, **pair})
+                chosen, rejected = (prompt + answer if method == "Reward" else answer for answer in answers)
+                pair = {"chosen": chosen, "rejected": rejected}
+                texts.append(pair if method == "Reward" else {"prompt": prompt, **pair})
                 swifts.append(swift | {"rejected_response": bare[1]})
-                said = {name: {"role": "assistant", "content": answer} for name, answer in pair.items()}
-                factories.append(factory | said)
+                factories.append({"messages": [user], "chosen": said[0], "rejected": said[1]})
         tokens[method] = [sum(map(sum, sizes[start : start + width])) for start in range(0, count, width)]
         longest = max(longest, *map(max, sizes))
         if METHODS[method] == "kto":
@@ -339,22 +334,23 @@ def measure(side, job):
 
 def make_environment(folder, pins):
     """None if the peer's virtual environment is ready, else the reason."""
-    made = folder / "made.txt"
+    made, python = folder / "made.txt", folder / "bin" / "python"
     if made.exists() and made.read_text() == " ".join(pins):
         return None
     venv.create(folder, with_pip=True)
-    pip = [str(folder / "bin" / "pip")]
-    done = subprocess.run([*pip, "install", *pins], capture_output=True, text=True)
-    if done.returncode:
-        return f"not installed: {done.stderr.strip().splitlines()[-1]}"
+    try:
+        harness.run([python, "-m", "pip", "install", *pins])
+    except RuntimeError as failure:
+        return f"not installed: {str(failure).splitlines()[-1]}"
     for name, imported in UNUSED.items():
-        there = subprocess.run(
-            [str(folder / "bin" / "python"), "-c", f"import {name}"], capture_output=True, text=True
-        )
-        if there.returncode and "No module" not in there.stderr.strip().splitlines()[-1]:
-            subprocess.run([*pip, "uninstall", "-y", name], capture_output=True)
+        try:
+            harness.run([python, "-c", f"import {name}"])
+        except RuntimeError as failure:
+            if "No module" in str(failure).splitlines()[-1]:
+                continue
+            harness.run([python, "-m", "pip", "uninstall", "-y", name])
             if imported:
-                next(folder.glob("lib/python*/site-packages"), folder).joinpath(f"{name}.py").touch()
+                next(folder.glob("lib/python*/site-packages")).joinpath(f"{name}.py").touch()
     made.write_text(" ".join(pins))
     return None
 
@@ -391,13 +387,12 @@ def step_times(ends, accumulation):
 
 
 def versions(side, envs):
-    """{package: version} in the side's environment."""
+    """{package: version} in the side's environment; empty for a peer that is not installed."""
     packages = (side, *LIBRARIES) if side in PEERS else LIBRARIES
     code = "import json, sys; from importlib.metadata import version; "
     code += "print(json.dumps({name: version(name) for name in sys.argv[1:]}))"
-    python = str(envs / side / "bin" / "python") if side in PEERS else sys.executable
-    done = subprocess.run([python, "-c", code, *packages], capture_output=True, text=True)
-    return {} if done.returncode else json.loads(done.stdout)
+    python = envs / side / "bin" / "python" if side in PEERS else Path(sys.executable)
+    return harness.last_json(harness.run([python, "-c", code, *packages])) if python.exists() else {}
 
 
 def describe_device(gpu):

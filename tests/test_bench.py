@@ -1,5 +1,6 @@
 """The arithmetic and the pages of bench/: python -m pytest tests/test_bench.py"""
 
+import json
 import sys
 
 import pytest
@@ -20,6 +21,12 @@ def test_a_command_that_fails_is_reported_with_its_status_and_the_end_of_its_std
 
 def test_odd_rounds_reverse_the_sides():
     assert [harness.order_of(["ours", "trl"], number)[0] for number in range(3)] == ["ours", "trl", "ours"]
+
+
+def test_a_saved_output_is_printed_again_as_the_last_line(tmp_path):
+    saved = {"bench": "speed", "cells": {}, "steps": 3}
+    (tmp_path / "cpu.txt").write_text("DPO lora ours {}\n" + json.dumps(saved))
+    assert harness.last_json(harness.run([sys.executable, "bench/speed.py", "--from", tmp_path / "cpu.txt"])) == saved
 
 
 def run(*ends, losses=(0.7, 0.6, 0.5)):
