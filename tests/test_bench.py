@@ -1,11 +1,13 @@
 """The arithmetic and the pages of bench/: python -m pytest tests/test_bench.py"""
 
 import json
+import re
 import sys
 
 import pytest
 
 from bench import harness, speed
+from tests.conftest import ROOT
 
 
 def test_a_function_of_a_benchmark_runs_in_a_process_of_its_own_and_returns_json():
@@ -27,6 +29,16 @@ def test_a_saved_output_is_printed_again_as_the_last_line(tmp_path):
     saved = {"bench": "speed", "cells": {}, "steps": 3}
     (tmp_path / "cpu.txt").write_text("DPO lora ours {}\n" + json.dumps(saved))
     assert harness.last_json(harness.run([sys.executable, "bench/speed.py", "--from", tmp_path / "cpu.txt"])) == saved
+
+
+def test_every_benchmark_command_of_the_docs_has_a_script_that_knows_its_flags():
+    text = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs").rglob("*.md"))
+    commands = re.findall(r"`(?:python )?(bench/\w+\.py)([^`]*)`", text)
+    scripts = {script for script, _ in commands}
+    assert len(scripts) == 7
+    help_of = {script: harness.run([sys.executable, script, "--help"]) for script in scripts}
+    for script, words in commands:
+        assert [flag for flag in re.findall(r"--\w+", words) if flag not in help_of[script]] == [], script
 
 
 def run(*ends, losses=(0.7, 0.6, 0.5)):
