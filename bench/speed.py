@@ -402,9 +402,9 @@ def describe_device(gpu):
         return torch.cuda.get_device_name(0)
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     kernels = torch.backends.cpu.get_cpu_capability()
-    return f"{name} ({kernels}), {os.cpu_count()} cores, {torch.get_num_threads()} threads per run, {memory:.0f} GiB"
+    return f"{name} ({kernels}), {os.cpu_count()} cores, {torch.get_num_threads()} threads per run, {size:.0f} GiB"
 
 
 # ── docs/benchmarks.md ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -422,16 +422,11 @@ DIFFERENT = {  # why losses differ
     ("llamafactory", "Reward"): "its score head has other random initial weights and dropout before it, and the head "
     "of the language model is computed as well",
 }
-MEASURES = (  # title, key, unit of our numbers, how the others are compared
-    ("Tokens per second: ours / the other's (above 1: ours is faster)", "tokens_per_s", "{:.1f} /s", "ours / other"),
-    ("Start-up: the other's / ours (above 1: ours starts sooner)", "start_s", "{:.1f} s", "other / ours"),
-    (
-        "Peak memory, {memory}: the other's / ours (above 1: ours needs less)",
-        "peak_bytes",
-        "{:.2f} GB",
-        "other / ours",
-    ),
-    ("Loss of the last step", "final_loss", "{:.6f}", ""),
+MEASURES = (  # title, key, format of our numbers, exponent of the ratio ours / other (0: the other's number)
+    ("Tokens per second: ours / the other's (above 1: ours is faster)", "tokens_per_s", "{:.1f} /s", 1),
+    ("Start-up: the other's / ours (above 1: ours starts sooner)", "start_s", "{:.1f} s", -1),
+    ("Peak memory ({resident}): the other's / ours (above 1: ours needs less)", "peak_bytes", "{:.2f} GB", -1),
+    ("Loss of the last step", "final_loss", "{:.6f}", 0),
 )
 INTRODUCTION = """# Benchmarks
 
@@ -469,30 +464,28 @@ def make_chapter(result):
     cells, sides = result["cells"], list(result["versions"])
     others = [side for side in sides if side != "ours"]
     versions = {side: ", ".join(map(" ".join, found.items())) for side, found in result["versions"].items()}
-    memory = "allocated on the GPU" if result["gpu"] else "resident memory of the process, libraries included"
+    resident = "allocated on the GPU" if result["gpu"] else "resident, libraries included"
     described = [[side, KINDS[side], versions[side]] for side in sides]
     parts = [HEADER.format(**result), harness.table(["side", "what it is", "versions"], described)]
-    for title, measure, unit, compare in MEASURES:
-        parts += [f"### {title.format(memory=memory)}\n", table(cells, others, measure, unit, compare)]
+    for title, measure, unit, exponent in MEASURES:
+        parts += [f"### {title.format(resident=resident)}\n", table(cells, others, measure, unit, exponent)]
     notes = {"Ours is slower": slower(cells, others), "Not equal": unequal(cells, others, TOLERANCE[result["dtype"]])}
     notes["A dash"] = missing(cells, sides)
     parts += [f"{title}:\n\n" + "".join(f"- {line}\n" for line in lines) for title, lines in notes.items() if lines]
     return "\n".join(parts)
 
 
-def table(cells, others, measure, unit, compare):
-    """Our numbers with a unit, the others' as ratios (compare "": as numbers), a dash where one has not run."""
+def table(cells, others, measure, unit, exponent):
+    """A row per cell: our number, the others' as ratios. A dash: one of the two has not run."""
     rows, scale = [], 1e9 if measure == "peak_bytes" else 1
     for cell, found in cells.items():
-        mine, row = found.get("ours", {}).get(measure), [cell]
-        row.append("–" if mine is None else unit.format(mine / scale))
-        for other in (found.get(side, {}).get(measure) for side in others):
-            if mine is None or other is None:
+        mine, *theirs = (found.get(side, {}).get(measure) for side in ("ours", *others))
+        row = [cell, "–" if mine is None else unit.format(mine / scale)]
+        for its in theirs:
+            if mine is None or its is None:
                 row.append("–")
-            elif compare:
-                row.append(f"{mine / other if compare == 'ours / other' else other / mine:.2f}")
             else:
-                row.append(unit.format(other))
+                row.append(f"{(mine / its) ** exponent:.2f}" if exponent else unit.format(its))
         rows.append(row)
     return harness.table(["method, mode", "ours", *others], rows)
 
