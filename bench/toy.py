@@ -120,26 +120,23 @@ ROLLOUT, MICRO, PASSES, MINI_BATCHES, BETA, RATE = 128, 32, 4, 4, 0.003, 1e-3
 
 def run_ours(method, toy, out, rollouts, seed, *flags, rate=RATE, reward="share", beta=BETA):
     """Numbers of one training with train_rlhf.py. "rewards": one per rollout; "reward": mean of the last three."""
-    answers = [] if method == "PPO" else ["--num_generations", "8"]
-    words = ["--rlhf_type", method, "--train_mode", "full", "--model_name_or_path", toy / "policy"]
-    words += ["--train_data_path", toy / "prompts.jsonl", "--reward_funcs", f"{ROOT}/bench/toy.py:{reward}"]
-    words += ["--output_dir", out, "--overwrite_output_dir", "--logging_steps", 1, "--save_strategy", "no"]
-    words += ["--max_completion_length", TOKENS, "--beta", beta, "--learning_rate", rate]
-    words += ["--eval_data_path", toy / "held_out.jsonl", "--num_generations_eval", 8]
-    words += ["--per_device_eval_batch_size", 128]
-    words += ["--per_device_train_batch_size", MICRO, "--num_mini_batches", MINI_BATCHES, "--num_iterations", PASSES]
-    words += ["--total_episodes", rollouts * ROLLOUT, "--seed", seed, "--dtype", "float32", *answers, *flags]
-    harness.run([sys.executable, "train_rlhf.py", *words], **ONE_THREAD)
+    words = {"rlhf_type": method, "train_mode": "full", "model_name_or_path": toy / "policy", "dtype": "float32"}
+    words |= {"train_data_path": toy / "prompts.jsonl", "reward_funcs": f"{ROOT}/bench/toy.py:{reward}"}
+    words |= {"eval_data_path": toy / "held_out.jsonl", "num_generations_eval": 8, "per_device_eval_batch_size": 128}
+    words |= {"max_completion_length": TOKENS, "beta": beta, "learning_rate": rate, "seed": seed, "output_dir": out}
+    words |= {"per_device_train_batch_size": MICRO, "num_mini_batches": MINI_BATCHES, "num_iterations": PASSES}
+    words |= {"total_episodes": rollouts * ROLLOUT, "logging_steps": 1, "save_strategy": "no"}
+    words |= {} if method == "PPO" else {"num_generations": 8}
+    command = [sys.executable, "train_rlhf.py", "--overwrite_output_dir", *harness.as_flags(words), *flags]
+    harness.run(command, **ONE_THREAD)
     lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
     sampled = [line for line in lines if "reward" in line]
     card = json.loads((Path(out) / "run_card.json").read_text())
-    last = sampled[-3:]
-    held = card["held_out"]
+    last, held = sampled[-3:], card["held_out"]
     per_answer = [line["reward"] - beta * line["kl"] * line["completions/mean_length"] for line in last]
-    explained = [line["explained_variance"] for line in sampled if "explained_variance" in line]
     return {
         "rewards": [line["reward"] for line in sampled],
-        "explained_variance": explained or None,
+        "explained_variance": [line["explained_variance"] for line in sampled if "explained_variance" in line],
         "reward": sum(line["reward"] for line in last) / len(last),
         "reward_minus_kl": sum(per_answer) / len(last),
         "held_out": [held["before"]["reward"], held["after"]["reward"]],
