@@ -1,35 +1,32 @@
-"""Our distillation and TRL 1.16's GKDTrainer: the same models, rows, seed and batches, in one run: python bench/gkd.py
+"""Our distillation and TRL 1.16's GKDTrainer on the same models, rows, seed and batches.
 
-Each measurement is a process of its own, on all cores, in float32, both trainers called directly.
+    python bench/gkd.py [--parts on_policy seq_kd memory kinds]
 
-    on_policy    lmbda 1, answers of exactly --new_tokens tokens, gradient checkpointing on, as is TRL's default:
-                 completions a second of a whole step (sampling, both forward passes, backward), and how far apart the
-                 gradients of the two are for the same fixed completions
-    seq_kd       --seq_epochs epochs on the teacher's answers, which TRL samples anew at every step: seconds in all
-    memory       one step of batch 4, length 512, with a vocabulary of 151936 on small hidden sizes: the peak of the
-                 process above what it held before the step
-    kinds        the shipped job of gkd_run.sh once for each kind, --kind_steps steps of 4 rows from the same start:
-                 the held-out figures before and after, and the seconds of the steps
+Each measurement runs in a new process, in float32; both trainers are called from Python.
 
-Prints a line a measurement and, last, one JSON object with the ratios. Needs the demo pair:
-python -m utils.demo_model --student
+on_policy: lmbda 1, answers of exactly --new_tokens tokens, gradient checkpointing on (TRL's default): completions per
+    second of whole steps (sampling, both forward passes, backward), and the largest difference of the gradients of
+    both trainers on the same completions.
+seq_kd: --seq_epochs epochs on the teacher's answers; TRL samples them again in each step. Seconds, sampling included.
+memory: peak of one step above the memory before it; batch 4, length 512, vocabulary 151936, small hidden sizes.
+kinds: gkd_run.sh as shipped, for each kind, --kind_steps steps of 4 rows from the same start: held-out numbers before
+    and after, and seconds of the steps.
+
+Needs the demo student and teacher: python -m utils.demo_model --student
 """
 
-import argparse
 import json
-import os
-import resource
-import subprocess
 import sys
-import tempfile
-import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-TEACHER, STUDENT = "models/SmolLM2-135M-Instruct", "models/SmolLM2-106M-student"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench import harness
+from bench.harness import MODEL as TEACHER, ROOT
+
+STUDENT = "models/SmolLM2-106M-student"
 SHARED = {
-    "per_device_train_batch_size": 8,  # as is transformers' default
+    "per_device_train_batch_size": 8,  # transformers' default
     "learning_rate": 1e-5,
     "logging_steps": 1,
     "seed": 42,
@@ -43,7 +40,6 @@ SHARED = {
     "temperature": 1.0,
     "disable_dropout": True,
 }
-SIDES = ("ours", "trl")
 KINDS = {
     "KD (lmbda 0)": {"LMBDA": "0"},
     "GKD (lmbda 0.5)": {"LMBDA": "0.5"},
@@ -53,52 +49,48 @@ KINDS = {
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--new_tokens", type=int, default=128)
-    parser.add_argument("--seq_tokens", type=int, default=32)
+    parser = harness.make_parser(__doc__)
+    parser.add_argument("--new_tokens", type=int, default=128, help="tokens of an on-policy answer")
+    parser.add_argument("--seq_tokens", type=int, default=32, help="tokens of a SeqKD answer")
     parser.add_argument("--seq_epochs", type=int, default=3)
     parser.add_argument("--kind_steps", type=int, default=16)
     parser.add_argument("--parts", nargs="+", default=["on_policy", "seq_kd", "memory", "kinds"])
-    parser.add_argument("--side", choices=SIDES, help="(internal) one measurement")
     asked = parser.parse_args()
-    if asked.side:
-        from utils.runtime import environment
-
-        environment.calm_libraries()
-        with tempfile.TemporaryDirectory() as folder:
-            print(json.dumps(globals()[f"measure_{asked.parts[0]}"](asked.side, asked, Path(folder))))
-        return
-    compared = [part for part in asked.parts if part != "kinds"]
-    found = {part: {side: run(side, part, sys.argv[1:]) for side in SIDES} for part in compared}
-    result = {"bench": "gkd", "student": STUDENT, "teacher": TEACHER, "new_tokens": asked.new_tokens}
-    if "on_policy" in found:
-        ours, trl = (found["on_policy"][side] for side in SIDES)
-        result["on_policy"] = {
-            "completions_per_second_ratio": round(ours["completions_per_second"] / trl["completions_per_second"], 2),
-            "gradients_apart": ours["gradients_apart"],
-        }
-    if "seq_kd" in found:
-        ours, trl = (found["seq_kd"][side]["seconds"] for side in SIDES)
-        result["seq_kd"] = {"epochs": asked.seq_epochs, "speed_ratio": round(trl / ours, 2)}
-    if "memory" in found:
-        ours, trl = (found["memory"][side]["step_bytes"] for side in SIDES)
-        result["memory"] = {"peak_of_a_step_ratio": round(ours / trl, 3)}
+    result = {"student": STUDENT, "teacher": TEACHER, "new_tokens": asked.new_tokens}
+    if "on_policy" in asked.parts:
+        ours, trl = compare(measure_on_policy, asked.new_tokens)
+        speed = round(ours["completions_per_second"] / trl["completions_per_second"], 2)
+        apart = ours["gradients_apart"]
+        result["on_policy"] = {"completions_per_second_ratio": speed, "gradients_apart": apart}
+    if "seq_kd" in asked.parts:
+        ours, trl = compare(measure_seq_kd, asked.seq_tokens, asked.seq_epochs)
+        result["seq_kd"] = {"epochs": asked.seq_epochs, "speed_ratio": round(trl["seconds"] / ours["seconds"], 2)}
+    if "memory" in asked.parts:
+        ours, trl = compare(measure_memory)
+        result["memory"] = {"peak_of_a_step_ratio": round(ours["step_bytes"] / trl["step_bytes"], 3)}
     if "kinds" in asked.parts:
-        with tempfile.TemporaryDirectory() as folder:
-            kinds = {name: train_kind(Path(folder), flags, asked.kind_steps) for name, flags in KINDS.items()}
-        print_kinds(kinds)
-        result["kinds"] = {"steps": asked.kind_steps, **kinds}
-    print(json.dumps(result))
+        with TemporaryDirectory() as folder:
+            found = {name: train_kind(Path(folder), flags, asked.kind_steps) for name, flags in KINDS.items()}
+        print_kinds(found)
+        result["kinds"] = {"steps": asked.kind_steps, **found}
+    harness.finish("gkd", **result)
+
+
+def compare(measure, *args):
+    """Results of our trainer and of TRL's."""
+    found = []
+    for side in ("ours", "trl"):
+        with TemporaryDirectory() as folder:
+            found.append(harness.call(measure, side, folder, *args, **harness.CPU))
+        print(measure.__name__, side, found[-1], flush=True)
+    return found
 
 
 def train_kind(folder, variables, steps):
-    """gkd_run.sh as shipped but for the kind: its held-out figures before and after, and the seconds of its steps."""
+    """Held-out numbers before and after gkd_run.sh, and the seconds of its steps."""
     out = folder / "-".join(variables.values())
-    env = {**os.environ, **variables, "MAX_STEPS": str(steps), "OUTPUT_DIR": str(out), "PYTHON": sys.executable}
-    command = ["bash", "gkd_run.sh", "--answers_dir", str(folder / "answers"), "--save_strategy", "no"]
-    done = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True)
-    if done.returncode:
-        raise RuntimeError(done.stderr[-2000:])
+    env = variables | {"MAX_STEPS": str(steps), "OUTPUT_DIR": str(out), "PYTHON": sys.executable}
+    harness.run(["bash", "gkd_run.sh", "--answers_dir", folder / "answers", "--save_strategy", "no"], **env)
     card = json.loads((out / "run_card.json").read_text(encoding="utf-8"))
     print(variables, card["held_out"], flush=True)
     return {**card["held_out"], "train_seconds": card["throughput"]["train_seconds"]}
@@ -106,23 +98,12 @@ def train_kind(folder, variables, steps):
 
 def print_kinds(kinds):
     """The table of docs/methods/gkd.md."""
-    names = [name for name in next(iter(kinds.values()))["after"] if name != "loss"]
-    print(f"| | {' | '.join(names)} | seconds |\n|---|{'---|' * (len(names) + 1)}")
-    rows = {"before": next(iter(kinds.values()))["before"], **{name: kind["after"] for name, kind in kinds.items()}}
-    for name, row in rows.items():
-        seconds = f"{kinds[name]['train_seconds']:.0f}" if name in kinds else ""
-        print(f"| {name} | {' | '.join(f'{row[figure]:.3f}' for figure in names)} | {seconds} |")
-
-
-def run(side, part, words):
-    command = [sys.executable, "bench/gkd.py", *words, "--side", side, "--parts", part]
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True)
-    if done.returncode:
-        raise RuntimeError(f"{part} {side}: status {done.returncode}: {done.stderr[-2000:]}")
-    found = json.loads(done.stdout.splitlines()[-1])
-    print(part, side, found, flush=True)
-    return found
+    before = next(iter(kinds.values()))["before"]
+    names = [name for name in before if name != "loss"]
+    rows = [["before", *(f"{before[name]:.3f}" for name in names), ""]]
+    for kind, found in kinds.items():
+        rows.append([kind, *(f"{found['after'][name]:.3f}" for name in names), f"{found['train_seconds']:.0f}"])
+    print(harness.table(["", *names, "seconds"], rows))
 
 
 # ── the two trainers ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -181,16 +162,16 @@ def make(side, *args, **flags):
 # ── what is measured ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def measure_on_policy(side, asked, folder):
+def measure_on_policy(side, folder, new_tokens):
     tokenizer, rows = tokenizer_of(TEACHER), dialogues(SHARED["per_device_train_batch_size"])
-    trainer = make(side, load(STUDENT), load(TEACHER), tokenizer, rows, folder, asked.new_tokens, num_train_epochs=1)
-    seconds = time_training(trainer)
+    trainer = make(side, load(STUDENT), load(TEACHER), tokenizer, rows, folder, new_tokens, num_train_epochs=1)
+    seconds = harness.seconds_of(trainer.train)
     found = {"completions_per_second": round(len(rows) / seconds, 4), "step_seconds": round(seconds, 1)}
     return found | ({"gradients_apart": compare_gradients(folder)} if side == "ours" else {})
 
 
 def compare_gradients(folder):
-    """Largest difference of the two trainers' gradients for the same completions, in the size of the largest one."""
+    """Largest difference of both trainers' gradients on the same completions / the largest gradient."""
     import torch
 
     tokenizer, rows = tokenizer_of(TEACHER), dialogues(4)
@@ -224,42 +205,33 @@ def compare_gradients(folder):
     return float(f"{apart / largest:.2g}")
 
 
-def measure_seq_kd(side, asked, folder):
+def measure_seq_kd(side, folder, tokens, epochs):
     tokenizer, rows = tokenizer_of(TEACHER), dialogues(8)
     student, teacher = load(STUDENT), load(TEACHER)
-    flags = {"lmbda": 0.0, "seq_kd": True, "num_train_epochs": asked.seq_epochs}
-    began = time.perf_counter()
+    flags = {"lmbda": 0.0, "seq_kd": True, "num_train_epochs": epochs}
     if side == "trl":
-        trainer = make_trl(student, teacher, tokenizer, rows, folder, asked.seq_tokens, **flags)
-        return {"seconds": round(time_training(trainer), 1)}
+        trainer = make_trl(student, teacher, tokenizer, rows, folder, tokens, **flags)
+        return {"seconds": round(harness.seconds_of(trainer.train), 1)}
+    from datasets import Dataset
+
     from utils.models import sampling
 
-    _, made = make_ours(student, teacher, tokenizer, rows, folder, asked.seq_tokens, **flags)
-    prompts = [row["prompt_ids"] for row in made]
-    drawn = sampling.Sampling(asked.seq_tokens)
-    teacher.generation_config.eos_token_id = -1  # answers of exactly seq_tokens
-    kept = sampling.answers_folder(folder / "answers", "teacher", drawn)
-    began = time.perf_counter()
-    sampling.answer_prompts(teacher, tokenizer, sampling.missing_prompts(kept, prompts), drawn, kept, 16)
+    _, made = make_ours(student, teacher, tokenizer, rows, folder, tokens, **flags)
+    prompts, drawn = [row["prompt_ids"] for row in made], sampling.Sampling(tokens)
+    teacher.generation_config.eos_token_id = -1  # answers of exactly `tokens` tokens
+    kept = sampling.answers_folder(Path(folder, "answers"), "teacher", drawn)
+    missing = sampling.missing_prompts(kept, prompts)
+    sampled = harness.seconds_of(sampling.answer_prompts, teacher, tokenizer, missing, drawn, kept, 16)
     answers = sampling.read_answers(kept)
     for row, prompt in zip(made, prompts, strict=True):
         row["completion_ids"] = answers[sampling.prompt_key(prompt)]
-    sampled = time.perf_counter() - began
-    trainer, _ = make_ours(student, teacher, tokenizer, rows, folder, asked.seq_tokens, **flags)
-    from datasets import Dataset
-
+    trainer, _ = make_ours(student, teacher, tokenizer, rows, folder, tokens, **flags)
     trainer.train_dataset = Dataset.from_list(made)
-    return {"seconds": round(sampled + time_training(trainer), 1)}
+    return {"seconds": round(sampled + harness.seconds_of(trainer.train), 1)}
 
 
-def time_training(trainer):
-    began = time.perf_counter()
-    trainer.train()
-    return time.perf_counter() - began
-
-
-def measure_memory(side, asked, folder):
-    """Peak of the process in one supervised step above what it held before; a row of 512 tokens, half of it answer."""
+def measure_memory(side, folder):
+    """Peak of one supervised step above the memory before it; 4 rows of 512 tokens, half of them the answer's."""
     import psutil
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -275,7 +247,7 @@ def measure_memory(side, asked, folder):
     trainer = make(side, student, teacher, tokenizer, rows, folder, 8, **cut)
     before = psutil.Process().memory_info().rss
     trainer.train()
-    return {"step_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before}
+    return {"step_bytes": harness.peak_bytes() - before}
 
 
 if __name__ == "__main__":

@@ -1,34 +1,31 @@
-"""Peak memory measured beside planned, of random weights: python bench/memory.py [--methods DPO PPO] [--modes lora]
+"""Measured peak memory compared with --plan, on random weights.
 
-Each cell (method x train mode x launch) trains for two steps through the real command, in processes of its own, on
-rows of almost one length; further flags go to that command. On a GPU the peak is torch.cuda.max_memory_allocated; on a
-CPU it is the running total of torch's allocator as its profiler records it. Of several processes the largest counts.
-Planned is what --plan says of the same command. Prints a line a cell and, last, one JSON object. Nothing is
-downloaded: the model's shape is --shape, a name below or the fields of a config as JSON. Cells run --jobs at once,
-which changes no peak. On a CPU in bfloat16 torch and bitsandbytes copy weights as no GPU does: compare in float32.
+    python bench/memory.py [--methods DPO PPO] [--modes lora] [--launches zero3:2] [FLAGS OF THE TRAINING]
+    python bench/memory.py --again bench/memory_h100.jsonl       # plan again what was measured earlier; no training
 
-    python bench/memory.py --again bench/memory_h100.jsonl
+Each cell (method x train mode x launch) trains two steps with the real script in new processes, on rows of about equal
+length. On a GPU the peak is torch.cuda.max_memory_allocated; on a CPU it is the largest total of torch's allocator in
+its profiler. With several processes the largest peak counts. --jobs cells run at once; this changes no peak. Nothing
+is downloaded. On a CPU compare in float32: in bfloat16 torch and bitsandbytes make copies that a GPU does not make.
 
-measures nothing: it plans anew what was measured elsewhere, from the JSON that was printed there.
+Prints a line for each cell and, last, one JSON object.
 """
 
-import argparse
 import ctypes
 import json
 import os
 import random
 import string
-import subprocess
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-ROOT = Path(__file__).resolve().parent.parent
-ENVIRONMENT = dict(os.environ)  # before the imports that change it
-sys.path.insert(0, str(ROOT))
-PROMPT, SAMPLED = 100, 64  # tokens of a prompt, and of an answer that the policy gives itself
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench import harness
+
+PROMPT, SAMPLED = 100, 64  # tokens of a prompt and of a sampled answer
 PHASES = ("load", "rollout", "forward", "backward", "update")
 FIELDS = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
@@ -45,100 +42,91 @@ def main():
     from utils.runtime.environment import has_gpu
 
     gpu = has_gpu()
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = harness.make_parser(__doc__)
     parser.add_argument("--methods", nargs="+", default=["DPO", "KTO", "Reward", "CPO", "SFT", "RLOO", "PPO", "GKD"])
     parser.add_argument("--modes", nargs="+", default=["full", "lora", "qlora"])
     parser.add_argument("--launches", nargs="+", default=["single_gpu" if gpu else "cpu"], help="LAUNCH, or LAUNCH:2")
     parser.add_argument("--shape", default="qwen2-7b" if gpu else "small", help="a name, or a config's fields as JSON")
-    parser.add_argument("--batch", type=int, default=2, help="rows a device and pass")
-    parser.add_argument("--length", type=int, default=256, help=f"tokens of a row, {PROMPT} of them its prompt's")
-    parser.add_argument("--top", type=int, default=0, help="on a CPU: the largest that lie there at the peak, so many")
+    parser.add_argument("--batch", type=int, default=2, help="rows per device and forward pass")
+    parser.add_argument("--length", type=int, default=256, help=f"tokens of a row; its prompt has {PROMPT}")
     parser.add_argument("--jobs", type=int, default=1, help="cells at once")
-    parser.add_argument("--again", help="a file of what was printed earlier: plan those cells, measure none")
+    parser.add_argument("--again", help="file of earlier JSON lines: plan its cells again, measure none")
     asked, flags = parser.parse_known_args()
     if asked.again:
         return plan_again(Path(asked.again).read_text().splitlines())
-    shape, device = read_shape(asked.shape), "cuda" if gpu else "cpu"
+    device = "cuda" if gpu else "cpu"
     flags = ["--dtype", "bfloat16" if gpu else "float32", "--gradient_checkpointing", str(gpu), *flags]
     with TemporaryDirectory() as folder, ThreadPoolExecutor(asked.jobs) as pool:
-        make_weights(folder, make_folder(folder, shape))
-        found = {}
+        shape, found = make_model(folder, asked.shape), {}
         for method in asked.methods:
             write_rows(Path(folder, f"{method}.jsonl"), method, asked.length - PROMPT)
             for mode in asked.modes:
                 for launch in asked.launches:
                     words = command_of(folder, method, mode, launch, asked.batch, asked.length, flags)
-                    cell = method, mode, launch
-                    own = f"{folder}/{'-'.join(cell)}"
-                    found["-".join(cell)] = pool.submit(measure, words, *cell, own, asked.top, device)
+                    name = f"{method}-{mode}-{launch}"
+                    found[name] = pool.submit(measure, words, name, f"{folder}/{name}", launch, device)
         cells = {name: cell.result() for name, cell in found.items()}
-    line = {"bench": "memory", "device": device, "shape": shape, "flags": flags}
-    print(json.dumps(line | {"batch": asked.batch, "length": asked.length, "cells": cells}))
+    sizes = {"batch": asked.batch, "length": asked.length}
+    harness.finish("memory", device=device, shape=shape, flags=flags, **sizes, cells=cells)
 
 
 def plan_again(lines):
-    """Prints each cell's phases as measured and as planned now, and one JSON object of the errors of the peaks."""
+    """Print each cell's phases, measured and planned now, and the errors of the peaks."""
     errors = {}
     for found in map(json.loads, lines):
         with TemporaryDirectory() as folder:
-            make_folder(folder, found["shape"])
+            make_model(folder, json.dumps(found["shape"]), weights=False)
             for name, cell in found["cells"].items():
                 method, mode, launch = name.split("-")
                 write_rows(Path(folder, f"{method}.jsonl"), method, found["length"] - PROMPT)
                 flags = [*found["flags"], *cell.get("flags", ())]
                 words = command_of(folder, method, mode, launch, found["batch"], found["length"], flags)
                 phases = plan_cell(words, *split_launch(launch), found["device"])
-                peak = max(phases[phase] for phase in cell["phases"])  # of those that were measured
+                peak = max(phases[phase] for phase in cell["phases"])  # only measured phases
                 size = f"{found['shape']['hidden_size']} x {found['shape']['num_hidden_layers']}"
                 errors[f"{size} {name}"] = error = round(peak / cell["measured"] - 1, 4)
-                print(f"{size} {name}  measured {say(cell['measured'], cell['phases'])}")
-                print(f"    planned {say(peak, phases)}: {error:+.1%}", flush=True)
-    print(json.dumps({"bench": "memory", "errors": errors, "largest": max(errors.values(), key=abs)}))
+                print_cell(f"{size} {name}", cell, peak, phases, error)
+    harness.finish("memory", errors=errors, largest=max(errors.values(), key=abs))
 
 
-def read_shape(given):
-    return dict(zip(FIELDS, SHAPES[given], strict=True)) if given in SHAPES else json.loads(given)
+def print_cell(name, cell, peak, phases, error):
+    for label, total, parts in (("measured", cell["measured"], cell["phases"]), ("planned", peak, phases)):
+        each = ", ".join(f"{phase} {size / 1e6:.0f}" for phase, size in parts.items())
+        print(f"{name}  {label} {total / 1e6:.1f} MB ({each})")
+    print(f"{name}  error {error:+.1%}", flush=True)
 
 
-def make_folder(folder, shape):
-    """The folders of model and teacher, another model of the same weights: a config and a byte-level tokenizer, whose
-    vocabulary is smaller than the model's. Returns the config."""
-    from transformers import Qwen2Config
+def make_model(folder, shape, weights=True):
+    """Writes folder/model with a byte-level tokenizer and random weights, and folder/teacher with links to its files.
+
+    shape: as --shape. Without weights only the config is written, for a plan.
+    """
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
 
     from tests.conftest import make_tokenizer
 
-    tokenizer = make_tokenizer()
+    shape = dict(zip(FIELDS, SHAPES[shape], strict=True)) if shape in SHAPES else json.loads(shape)
+    model, teacher, tokenizer = Path(folder, "model"), Path(folder, "teacher"), make_tokenizer()
     ends = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None, "pad_token_id": tokenizer.pad_token_id}
     config = Qwen2Config(**shape, **ends, max_position_embeddings=4096, dtype="bfloat16")
-    for saved in (config, tokenizer):
-        saved.save_pretrained(Path(folder, "model"))
-    link_files(folder)
-    return config
-
-
-def link_files(folder):
-    Path(folder, "teacher").mkdir(exist_ok=True)
-    for file in Path(folder, "model").iterdir():
-        if not (there := Path(folder, "teacher", file.name)).exists():
-            there.symlink_to(file)
-
-
-def make_weights(folder, config):
-    """Random ones."""
-    import torch
-    from transformers import Qwen2ForCausalLM
-
     torch.manual_seed(0)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        Qwen2ForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(Path(folder, "model"))
-    torch.cuda.empty_cache()  # for the cells
-    link_files(folder)
+    if weights:
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            Qwen2ForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(model)
+        torch.cuda.empty_cache()  # the cells need this memory
+    for saved in (config, tokenizer):
+        saved.save_pretrained(model)
+    teacher.mkdir()
+    for file in model.iterdir():
+        (teacher / file.name).symlink_to(file)
+    return shape
 
 
 def write_rows(path, method, answer):
-    """What the method trains on, in answers of so many tokens, the end of turn counted: a letter is a token.
+    """Rows for the method, of random letters (a letter is a token).
 
-    Every other row is some tokens shorter, so that there is padding and a mask.
+    answer: tokens of an answer, its end of turn included. Every other row is shorter, so there is padding.
     """
     from rlhf_args.methods import ANSWERED, DIALOGUE, EVERY
 
@@ -161,61 +149,45 @@ def command_of(folder, method, mode, launch, batch, length, flags):
     words += ["--output_dir", f"{folder}/{method}-{mode}-{launch}/run", "--max_steps", "2", "--save_strategy", "no"]
     if EVERY[method].sample_reward:
         words += ["--reward_funcs", EVERY[method].sample_reward, "--max_completion_length", str(SAMPLED)]
-        # a rollout a step: the second has Adam's state beside it
+        # one rollout per step: in the second, Adam's state is in memory
         words += ["--num_generations", "2", "--num_iterations", "1"]
     else:
         words += ["--max_length", str(length), "--train_sampling_strategy", "sequential"]
     if method == "GKD":
         words += ["--teacher_model_name_or_path", f"{folder}/teacher", "--answers_dir", f"{folder}/answers"]
-        words += ["--max_completion_length", str(length - PROMPT)]  # as long as the data's
+        words += ["--max_completion_length", str(length - PROMPT)]  # the length in the data
     else:
         words += ["--rlhf_type", method]
     return [*words, *flags]
 
 
-def measure(words, method, mode, launch, folder, top, device):
-    """What a cell took, said on a line."""
-    name, _, processes = launch.partition(":")
+def measure(words, name, folder, launch, device):
+    """Trains and plans a cell, prints and returns both."""
+    engine, _, processes = launch.partition(":")
     Path(folder).mkdir()
     command = [sys.executable, "-m", "utils.launch", "bench/memory.py", *words]
-    env = {"LAUNCH": name, "NUM_PROCESSES": processes or "1", "MEASURED": folder, "TOP": str(top)}
-    planning = {"PLANNED": launch, "DEVICE": device, "CUDA_VISIBLE_DEVICES": ""}
-    planning = start([sys.executable, "bench/memory.py", *words], **planning)
-    measuring = start(command, **env)
-    _, errors = measuring.communicate()
-    planned, trouble = planning.communicate()
-    for process, what in (measuring, errors), (planning, trouble):
-        if process.returncode:
-            print(f"{method} {mode} {launch}  exit status {process.returncode}\n{what[-1500:]}", flush=True)
-            return {"failed": what.strip().splitlines()[-1:]}
-    phases = json.loads(planned.splitlines()[-1])
+    try:
+        harness.run(command, LAUNCH=engine, NUM_PROCESSES=processes or "1", MEASURED=folder)
+        phases = harness.call(plan_cell, words, *split_launch(launch), device, CUDA_VISIBLE_DEVICES="")
+    except RuntimeError as failure:
+        print(f"{name}  {failure}", flush=True)
+        return {"failed": str(failure).splitlines()[-1]}
     peak = max(phases.values())
     found = [json.loads(file.read_text()) for file in Path(folder).glob("measured-*")]
     cell = max(found, key=lambda one: one["measured"])
     cell |= {"planned": peak, "error": round(peak / cell["measured"] - 1, 4)}
-    print(f"{method} {mode} {launch}  measured {say(cell['measured'], cell['phases'])}")
-    print(f"    planned {say(peak, phases)}: {cell['error']:+.1%}", flush=True)
-    for size, count, where in cell.get("largest", ()):
-        print(f"    {size / 1e6:9.1f} MB  {count:4} x  {where}")
+    print_cell(name, cell, peak, phases, cell["error"])
     return cell
 
 
-def start(command, **env):
-    return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT | env, text=True, stdout=-1, stderr=-1)
-
-
-def say(peak, phases):
-    return f"{peak / 1e6:.1f} MB ({', '.join(f'{phase} {size / 1e6:.0f}' for phase, size in phases.items())})"
-
-
 def split_launch(launch):
-    """(the engine that --plan knows, processes) of a cell's launch."""
+    """(the engine's name in --plan, processes) of a cell's launch."""
     name, _, processes = launch.partition(":")
     return name.replace("cpu", "multi_gpu" if processes else "single_gpu"), int(processes or 1)
 
 
 def plan_cell(words, engine, processes, device):
-    """{phase: bytes} that --plan says of the same command."""
+    """{phase: planned bytes} of the same command."""
     from utils.plan.planner import Planner
 
     name = "GKD" if "gkd" in words[0] else None
@@ -229,20 +201,14 @@ def plan_cell(words, engine, processes, device):
 
 
 def train(words):
-    """Trains as the command does, marks the phases, and writes what it took; nothing is saved or reopened."""
+    """Trains with the real script and writes the measured memory; the result is not saved or verified."""
     import torch
 
     import train_gkd
     import train_rlhf
-    from utils.training import chapters
 
     meter = GPUMeter() if torch.cuda.is_available() else CPUMeter()
-    make_trainer = chapters.make_trainer
-
-    def make_marked(*args, **kwargs):
-        return mark_phases(make_trainer(*args, **kwargs), meter)
-
-    chapters.make_trainer, chapters.save_and_verify = make_marked, lambda *args, **kwargs: None
+    patch_run(meter)
     script = {"train_rlhf.py": train_rlhf, "train_gkd.py": train_gkd}[words[0]]
     with meter:
         status = script.main(words[1:])
@@ -252,8 +218,17 @@ def train(words):
     return status
 
 
+def patch_run(meter):
+    """The only names of utils/training/run.py that this benchmark replaces."""
+    from utils.training import chapters
+
+    make_trainer = chapters.make_trainer
+    chapters.make_trainer = lambda *args, **kwargs: mark_phases(make_trainer(*args, **kwargs), meter)
+    chapters.save_and_verify = lambda *args, **kwargs: None
+
+
 def mark_phases(trainer, meter):
-    """Tells the meter which phase begins. DeepSpeed's step is part of what accelerate calls backward."""
+    """Tell the meter when a phase begins. DeepSpeed's step runs inside accelerate's backward."""
     from accelerate.optimizer import AcceleratedOptimizer
 
     def marked(function, before, after=None):
@@ -299,7 +274,7 @@ class GPUMeter:
 
 
 class CPUMeter:
-    """The allocator tells the profiler of each block of the main thread that comes or goes, and the total."""
+    """Reads the allocator's running total from the profiler, which sees the blocks of the main thread."""
 
     def __enter__(self):
         import torch
@@ -315,7 +290,7 @@ class CPUMeter:
             return model
 
         PreTrainedModel.from_pretrained = classmethod(load_into_memory)
-        seen = "FLAGS_caffe2_report_cpu_memory_usage"  # what other threads take and give back is in its totals too
+        seen = "FLAGS_caffe2_report_cpu_memory_usage"  # the totals include other threads
         ctypes.c_bool.in_dll(ctypes.CDLL(Path(torch.__file__).parent / "lib/libc10.so"), seen).value = True
         self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
         self.profiler.__enter__()
@@ -331,47 +306,25 @@ class CPUMeter:
 
     def read(self):
         tree = self.profiler.profiler.kineto_results.experimental_event_tree()
-        events = sorted(flatten(tree), key=lambda found: found[0].start_time_ns)  # of "weights" none is the peak
-        phase, phases, blocks = "load", Counter(), []
-        for event, operation in events:
+        phase, phases = "load", Counter()
+        for event in sorted(flatten(tree), key=lambda event: event.start_time_ns):
             if event.name.startswith("phase "):
                 phase = event.name[6:]
-            elif event.name == "[memory]":
-                block = event.extra_fields
-                total = 0 if phase == "weights" else block.total_allocated
-                phases[phase] = max(phases[phase], total)
-                blocks.append((total, block.ptr, block.alloc_size, f"{phase}, {operation}"))
-        peak = max(range(len(blocks)), key=lambda place: blocks[place][0])
-        phases.pop("weights", None)
-        return {"measured": blocks[peak][0], "phases": phases, "largest": largest(blocks[: peak + 1])}
+            elif event.name == "[memory]" and phase != "weights":  # copies of own_memory are not a peak
+                phases[phase] = max(phases[phase], event.extra_fields.total_allocated)
+        return {"measured": max(phases.values()), "phases": phases}
 
 
-def flatten(events, operation=""):
-    """(event, the outermost operation that it is part of)."""
+def flatten(events):
     for event in events:
-        yield event, operation
-        yield from flatten(event.children, operation or event.name)
-
-
-def largest(blocks):
-    """[(bytes, how many blocks, where they came from)] of those alive after these events, the --top largest."""
-    alive, sums = {}, Counter()
-    for _, pointer, size, where in blocks:
-        if size > 0:
-            alive[pointer] = size, where
-        else:
-            alive.pop(pointer, None)
-    counts = Counter(where for _, where in alive.values())
-    for size, where in alive.values():
-        sums[where] += size
-    return [(size, counts[where], where) for where, size in sums.most_common(int(os.environ["TOP"]))]
+        yield event
+        yield from flatten(event.children)
 
 
 def own_memory(model):
-    """The model with all of it in the allocator's memory: what loading maps from the file, or fills in threads of its
-    own, the profiler does not see."""
+    """Copy the weights into memory of the allocator: the profiler sees neither mapped files nor other threads."""
     for tensor in [*model.parameters(), *model.buffers()]:
-        if not hasattr(tensor, "ds_id"):  # ZeRO-3 has allocated its share itself
+        if not hasattr(tensor, "ds_id"):  # ZeRO-3 has allocated its shard itself
             tensor.data = tensor.data.clone()
         state = getattr(tensor, "quant_state", None)
         for part in (state, state and state.state2) if state else ():
@@ -380,9 +333,6 @@ def own_memory(model):
 
 
 if __name__ == "__main__":
-    if "PLANNED" in os.environ:
-        print(json.dumps(plan_cell(sys.argv[1:], *split_launch(os.environ["PLANNED"]), os.environ["DEVICE"])))
-    elif "MEASURED" in os.environ:
+    if "MEASURED" in os.environ:
         sys.exit(train(sys.argv[1:]))
-    else:
-        main()
+    main()

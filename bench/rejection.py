@@ -1,172 +1,139 @@
-"""Rejection sampling against plain loops, and its memory: python bench/rejection.py
+"""Rejection sampling compared with plain loops, and its memory.
 
-    speed     --prompts prompts of data/prompts.jsonl, --completions answers each, --new_tokens at most, float32, all
-              cores, one model: completions a second of the engine "transformers" as the command uses it, against
-              model.generate for one prompt at a time with num_return_sequences, and for one completion at a time
-    scoring   a reward model (the demo model with a made-up head) on made-up answers of 5 to 60 words: answers a
-              second in batches of 16, against one at a time
-    memory    the peak of a whole run, all stages, with an engine and a reward that cost nothing, over 1,000 prompts,
-              8 answers each, and over 100,000; what Python and its libraries take is in both
+    python bench/rejection.py [--parts speed scoring memory]
 
-Prints a line a measurement and, last, one JSON object with the ratios. Needs python -m utils.demo_model.
+speed: completions per second of the command's engine "transformers" on --prompts prompts of data/prompts.jsonl with
+    --completions answers each, in float32; compared with model.generate for one prompt at a time with
+    num_return_sequences, and for one completion at a time.
+scoring: answers per second of a reward model (SmolLM2 with a random head) in batches of 16 and one at a time, on
+    random answers of 5 to 60 words.
+memory: peak of a whole run with all stages and 8 answers per prompt, for both numbers of --memory_prompts, with a stub
+    engine and a stub reward; Python and its libraries are included.
+
+Needs the demo model: python -m utils.demo_model
 """
 
-import argparse
 import json
-import os
 import random
-import resource
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-MODEL = "models/SmolLM2-135M-Instruct"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench import harness
+from bench.harness import MODEL, ROOT
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = harness.make_parser(__doc__)
     parser.add_argument("--prompts", type=int, default=32)
-    parser.add_argument("--completions", type=int, default=4)
-    parser.add_argument("--new_tokens", type=int, default=64)
+    parser.add_argument("--completions", type=int, default=4, help="answers per prompt")
+    parser.add_argument("--new_tokens", type=int, default=64, help="longest answer, in tokens")
     parser.add_argument("--memory_prompts", type=int, nargs=2, default=[1_000, 100_000])
     parser.add_argument("--parts", nargs="+", default=["speed", "scoring", "memory"])
-    parser.add_argument("--part", help="(internal) one measurement")
     asked = parser.parse_args()
-    if asked.part:
-        print(json.dumps(globals()[f"measure_{asked.part}"](asked)))
-        return
-    result = {"bench": "rejection", "model": MODEL, "dtype": "float32", "prompts": asked.prompts}
-    result |= {"completions": asked.completions, "new_tokens": asked.new_tokens}
-    for part in asked.parts:
-        if part == "memory":
-            peaks = [run(f"memory_{size}") for size in ("few", "many")]
-            few, many = (peak["megabytes"] for peak in peaks)
-            result[part] = {"prompts": asked.memory_prompts, "megabytes": [few, many], "ratio": round(many / few, 3)}
-        else:
-            result[part] = run(part)
-    print(json.dumps(result))
+    result = {"model": MODEL, "dtype": "float32"}
+    result |= {name: getattr(asked, name) for name in ("prompts", "completions", "new_tokens")}
+    if "speed" in asked.parts:
+        result["speed"] = measure("speed", measure_speed, asked.prompts, asked.completions, asked.new_tokens)
+    if "scoring" in asked.parts:
+        result["scoring"] = measure("scoring", measure_scoring, asked.prompts, asked.completions)
+    if "memory" in asked.parts:
+        few, many = (measure("memory", measure_memory, count)["megabytes"] for count in asked.memory_prompts)
+        ratio = round(many / few, 3)
+        result["memory"] = {"prompts": asked.memory_prompts, "megabytes": [few, many], "ratio": ratio}
+    harness.finish("rejection", **result)
 
 
-def run(part):
-    command = [sys.executable, "bench/rejection.py", *sys.argv[1:], "--part", part]
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True)
-    if done.returncode:
-        raise RuntimeError(f"{part}: status {done.returncode}: {done.stderr[-2000:]}")
-    found = json.loads(done.stdout.splitlines()[-1])
+def measure(part, function, *args):
+    found = harness.call(function, *args, CUDA_VISIBLE_DEVICES="")
     print(part, found, flush=True)
     return found
 
 
-# ── speed ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+def read_prompts(count):
+    lines = (ROOT / "data" / "prompts.jsonl").read_text(encoding="utf-8").splitlines()[:count]
+    return [json.loads(line)["prompt"] for line in lines]
 
 
-def settings(asked):
-    """What the command's flags would give."""
+def load_engine(completions, new_tokens):
+    """The command's engine, with the flags' defaults."""
     from common_args import RewardArgs
     from rlhf_args.rejection_config import RejectionConfig
-
-    common = RewardArgs(model_name_or_path=MODEL, dtype="float32")
-    return common, RejectionConfig(num_completions=asked.completions, max_new_tokens=asked.new_tokens)
-
-
-def load(common, config):
     from utils.data import template
     from utils.models.load import load_tokenizer
     from utils.rejection import engines
 
     tokenizer = load_tokenizer(MODEL)
     template.fit_tokenizer(tokenizer, chat=True)
+    common = RewardArgs(model_name_or_path=MODEL, dtype="float32")
+    config = RejectionConfig(num_completions=completions, max_new_tokens=new_tokens)
     return engines.Transformers(common, config, tokenizer)
 
 
-def prompts_of(count):
-    lines = (ROOT / "data" / "prompts.jsonl").read_text(encoding="utf-8").splitlines()[:count]
-    return [json.loads(line)["prompt"] for line in lines]
-
-
-def measure_speed(asked):
-    """Completions a second. The loops answer every fourth prompt of the engine's, as they take so long."""
+def measure_speed(count, completions, new_tokens):
+    """Completions per second. The loops are slow: they answer every fourth and every eighth prompt."""
     from utils.models import sampling
 
-    engine = load(*settings(asked))
-    prompts = prompts_of(asked.prompts)
+    engine, prompts = load_engine(completions, new_tokens), read_prompts(count)
     engine.complete([(prompts[0], 1)] * 2)
     order = sorted(prompts, key=lambda prompt: -len(engine.tokens(prompt)))
-    requests = [(p, sampling.seed_of(0, p, sample)) for p in order for sample in range(asked.completions)]
+    requests = [(p, sampling.seed_of(0, p, sample)) for p in order for sample in range(completions)]
     answers, begun = [], time.perf_counter()
     for start in range(0, len(requests), engine.batch):
         answers += engine.complete(requests[start : start + engine.batch])
     found = {"engine": len(answers) / (time.perf_counter() - begun)}
-    for name, returned in (("prompt_at_a_time", asked.completions), ("completion_at_a_time", 1)):
-        some = order[:: 4 if returned > 1 else 8]
-        begun = time.perf_counter()
+    for name, returned, step in (("prompt_at_a_time", completions, 4), ("completion_at_a_time", 1, 8)):
+        some, begun = order[::step], time.perf_counter()
         for prompt in some:
-            loop(engine, prompt, asked.new_tokens, returned)
+            generate(engine, prompt, new_tokens, returned)
         found[name] = len(some) * returned / (time.perf_counter() - begun)
     ratios = {f"to_{name}": round(found["engine"] / found[name], 2) for name in list(found)[1:]}
-    lengths = {"mean_tokens": round(sum(answer["tokens"] for answer in answers) / len(answers), 1)}
-    return {**{name: round(value, 3) for name, value in found.items()}, **ratios, **lengths}
+    mean = sum(answer["tokens"] for answer in answers) / len(answers)
+    return {name: round(value, 3) for name, value in found.items()} | ratios | {"mean_tokens": round(mean, 1)}
 
 
-def loop(engine, prompt, new_tokens, returned):
-    """The plain way, with the settings of the engine: temperature 1, no top-p, no top-k."""
+def generate(engine, prompt, new_tokens, returned):
+    """model.generate with the engine's settings: temperature 1, no top-p, no top-k."""
     import torch
 
     ids = torch.tensor([engine.tokens(prompt)])
+    settings = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": new_tokens}
     with torch.no_grad():
-        return engine.model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=True,
-            temperature=1.0,
-            top_p=1.0,
-            top_k=0,
-            max_new_tokens=new_tokens,
-            num_return_sequences=returned,
-        )
+        engine.model.generate(ids, attention_mask=torch.ones_like(ids), num_return_sequences=returned, **settings)
 
 
-def measure_scoring(asked):
-    """Answers a second of one reward model, whose head is random: what it says is not looked at."""
+def measure_scoring(count, completions):
+    """Answers per second of a reward model with a random head; its scores are not used."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     from utils.rewards import models
 
-    with tempfile.TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder:
         torch.manual_seed(0)
         model = AutoModelForSequenceClassification.from_pretrained(MODEL, num_labels=1, dtype=torch.float32)
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(MODEL).save_pretrained(folder)
-        rows = [("", {"prompt": prompt, "further": {}}) for prompt in prompts_of(4)]
+        rows = [("", {"prompt": prompt, "further": {}}) for prompt in read_prompts(4)]
         reward = models.load_reward_model(folder, rows, "float32", "cpu", 16)
     words = "the answer to this is that one has to look at it with some care before anything is said".split()
     draw = random.Random(0)
     pairs = [
         (prompt, [{"role": "assistant", "content": " ".join(draw.choices(words, k=draw.randint(5, 60)))}])
-        for prompt in prompts_of(asked.prompts)
-        for _ in range(asked.completions)
+        for prompt in read_prompts(count)
+        for _ in range(completions)
     ]
-    tokens = [reward.tokens(*pair) for pair in pairs]
-    found = {}
+    tokens, found = [reward.tokens(*pair) for pair in pairs], {}
     for name, size in (("batched", 16), ("one_at_a_time", 1)):
         reward.batch_size = size
-        begun = time.perf_counter()
-        reward.score(tokens)
-        found[name] = len(tokens) / (time.perf_counter() - begun)
-    return {**{n: round(v, 2) for n, v in found.items()}, "ratio": round(found["batched"] / found["one_at_a_time"], 2)}
+        found[name] = round(len(tokens) / harness.seconds_of(reward.score, tokens), 2)
+    return found | {"ratio": round(found["batched"] / found["one_at_a_time"], 2)}
 
 
-# ── memory ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class Stub:
-    """An engine that costs nothing: answers of some sentences, of which no two are the same."""
+class StubEngine:
+    """An engine without a model: each answer is different."""
 
     batch = 1024
 
@@ -180,21 +147,13 @@ class Stub:
         return [{"completion": f"{seed} " + "word " * 60, "tokens": 60, "ended": True} for _, seed in requests]
 
 
-def measure_memory_few(asked):
-    return measure_memory(asked.memory_prompts[0])
-
-
-def measure_memory_many(asked):
-    return measure_memory(asked.memory_prompts[1])
-
-
 def measure_memory(count):
-    """The peak of the process over all stages through the real entry, and its seconds."""
+    """Peak memory and seconds of rejection_sampling.py over `count` prompts."""
     import rejection_sampling
     from utils.rejection import engines
 
-    engines.ENGINES["transformers"] = Stub
-    with tempfile.TemporaryDirectory() as folder:
+    engines.ENGINES["transformers"] = StubEngine
+    with TemporaryDirectory() as folder:
         data, reward = Path(folder) / "prompts.jsonl", Path(folder) / "reward.py"
         with open(data, "w", encoding="utf-8") as handle:
             for number in range(count):
@@ -204,14 +163,13 @@ def measure_memory(count):
             "def value(completions, **columns):\n"
             "    return [sum(answer[-1]['content'][:15].encode()) for answer in completions]\n"
         )
-        flags = f"--model_name_or_path {MODEL} --train_data_path {data} --reward_funcs {reward}:value "
-        flags += f"--num_completions 8 --output_dir {folder}/out --write SFT,DPO,KTO,Reward"
-        begun = time.perf_counter()
-        status = rejection_sampling.main(flags.split())
-        rows = json.loads((Path(folder) / "out" / "report.json").read_text())["written"]
-    assert status == 0 and rows["SFT"] == count, rows
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"prompts": count, "megabytes": round(peak), "seconds": round(time.perf_counter() - begun)}
+        flags = {"model_name_or_path": MODEL, "train_data_path": data, "reward_funcs": f"{reward}:value"}
+        flags |= {"num_completions": 8, "output_dir": f"{folder}/out", "write": "SFT,DPO,KTO,Reward"}
+        seconds = harness.seconds_of(rejection_sampling.main, harness.as_flags(flags))
+        written = json.loads((Path(folder) / "out" / "report.json").read_text())["written"]
+    if written["SFT"] != count:
+        raise RuntimeError(f"{written['SFT']} SFT rows of {count} prompts")
+    return {"prompts": count, "megabytes": round(harness.peak_bytes() / 2**20), "seconds": round(seconds)}
 
 
 if __name__ == "__main__":

@@ -1,57 +1,53 @@
-"""What each process holds of parameters and optimizer state under DDP, ZeRO-3 and FSDP2: python bench/sharding.py
+"""Memory of parameters and optimizer state per process under DDP, ZeRO-3 and FSDP2.
 
-Trains DPO with full weights for one step with two processes, through the real command, on a made-up model of 3M
-parameters in float32, and adds up when training ends. The last line is JSON: kilobytes a process, and its share of
-what DDP holds.
-Not counted: DeepSpeed's float32 copy of its share, and its buffers (reduce_bucket_size, 5e8 elements as it comes).
+    python bench/sharding.py
+
+Trains DPO with full weights for one step on two processes with train_rlhf.py, on a model of 3M random parameters in
+float32, and sums the tensors when training ends. The last line is JSON: kilobytes per process, and the share of DDP's.
+Not counted: DeepSpeed's float32 copy of its share, and its buffers (reduce_bucket_size, 5e8 elements by default).
 """
 
 import json
 import os
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench import harness
+
 LAUNCHES = {"ddp": "cpu", "zero3": "zero3", "fsdp2": "fsdp2"}
 
 
 def main():
+    harness.make_parser(__doc__).parse_args()
     from tests.conftest import make_model
 
-    line = {"bench": "sharding", "method": "DPO", "processes": 2, "dtype": "float32"}
-    with tempfile.TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder:
         model = make_model(Path(folder) / "model", width=8192)
-        for mode in ("full",):
-            held = {name: measure(model, Path(folder), mode, launch) for name, launch in LAUNCHES.items()}
-            line[mode] = {name: {"kilobytes": kilobytes} for name, kilobytes in held.items()}
-            for name in ("zero3", "fsdp2"):
-                line[mode][name]["share"] = {
-                    what: [round(mine[what] / of[what], 3) for mine, of in zip(held[name], held["ddp"], strict=True)]
-                    for what in held["ddp"][0]
-                }
-            print(mode, line[mode], flush=True)
-    print(json.dumps(line))
+        held = {name: measure(model, Path(folder), launch) for name, launch in LAUNCHES.items()}
+    full = {name: {"kilobytes": kilobytes} for name, kilobytes in held.items()}
+    for name in ("zero3", "fsdp2"):
+        full[name]["share"] = {
+            kind: [round(ours[kind] / ddp[kind], 3) for ours, ddp in zip(held[name], held["ddp"], strict=True)]
+            for kind in held["ddp"][0]
+        }
+    harness.finish("sharding", method="DPO", processes=2, dtype="float32", full=full)
 
 
-def measure(model, folder, mode, launch):
-    """[{"parameters": kilobytes, "optimizer_state": kilobytes}] of process 0 and of process 1."""
-    flags = (
-        f"--rlhf_type DPO --train_mode {mode} --model_name_or_path {model} --train_data_path data/preference.jsonl "
-    )
-    flags += f"--max_samples 8 --max_steps 1 --output_dir {folder / f'{mode}-{launch}'} --save_strategy no"
-    env = {**os.environ, "LAUNCH": launch, "NUM_PROCESSES": "2", "HELD_FOLDER": str(folder)}
+def measure(model, folder, launch):
+    """[{"parameters": kilobytes, "optimizer_state": kilobytes}] of both processes."""
+    flags = f"--rlhf_type DPO --train_mode full --model_name_or_path {model} --train_data_path data/preference.jsonl "
+    flags += f"--max_samples 8 --max_steps 1 --output_dir {folder / launch} --save_strategy no"
     command = [sys.executable, "-m", "utils.launch", "bench/sharding.py", *flags.split()]
-    done = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True)
-    if done.returncode:
-        sys.exit(done.stderr)
-    return [json.loads((folder / f"held-{rank}").read_text()) for rank in (0, 1)]
+    harness.run(command, LAUNCH=launch, NUM_PROCESSES="2", HELD_FOLDER=str(folder))
+    held = [json.loads((folder / f"held-{rank}").read_text()) for rank in (0, 1)]
+    print(launch, held, flush=True)
+    return held
 
 
 def train(argv):
-    """One of the processes: trains as train_rlhf.py does, and writes what it holds when training ends."""
+    """One of the processes: trains, and writes its memory to a file when training ends."""
     import train_rlhf
     from utils.results import report
 
@@ -69,12 +65,12 @@ def train(argv):
 
 
 def kilobytes(tensors):
-    """Of the pieces that this process holds."""
-    pieces = [getattr(tensor, "_local_tensor", tensor) for tensor in tensors if hasattr(tensor, "numel")]
-    return round(sum(piece.numel() * piece.element_size() for piece in pieces) / 1e3)
+    """Size of the local shards."""
+    shards = [getattr(tensor, "_local_tensor", tensor) for tensor in tensors if hasattr(tensor, "numel")]
+    return round(sum(shard.numel() * shard.element_size() for shard in shards) / 1e3)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
+    if "HELD_FOLDER" in os.environ:
         sys.exit(train(sys.argv[1:]))
     main()

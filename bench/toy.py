@@ -1,20 +1,22 @@
-"""A task that a small policy learns within a minute: answer with the letter that the prompt asks for.
+"""Toy tasks that a small policy learns within a minute, for example to answer with the letter in the prompt.
 
-A policy of 0.3M parameters that was taught to say random letters, prompts "c17:", answers of up to 16 tokens; the
-reward is the share of an answer's tokens that are the letter: 0.04 at the start, 1 at best.
+    python bench/toy.py PPO zigzag 0.05 32 0 [FLAGS]      # method, reward, beta, rollouts, seed: one run
+
+A policy of 0.3M parameters, trained to say random letters; prompts "c17:", answers of up to 16 tokens. The reward
+`share` is the share of an answer's tokens that are the prompt's letter: 0.04 at the start, 1 at best.
 """
 
 import json
-import os
 import random
-import subprocess
 import sys
-import tempfile
-import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-ROOT = Path(__file__).resolve().parents[1]
-PYTHON = sys.executable
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench import harness
+from bench.harness import ROOT
+
+ONE_THREAD = harness.CPU | {"OMP_NUM_THREADS": "1"}
 LETTERS, TOKENS = "abcd", 16
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789:?"
 
@@ -24,12 +26,12 @@ def letter(prompt):
 
 
 def share(prompts, completions, completion_ids, **columns):
-    """The reward of the first task: tokens that are the letter, of all that were sampled."""
+    """Tokens that are the prompt's letter / sampled tokens."""
     return [c.count(letter(p)) / len(ids) for p, c, ids in zip(prompts, completions, completion_ids, strict=True)]
 
 
 def zigzag(completions, **columns):
-    """The reward of the second task: 0.12 for each change between vowel and consonant; a longer answer has more."""
+    """0.12 for each change between vowel and consonant, so a longer answer can get more."""
     return [0.12 * sum(vowel(a) != vowel(b) for a, b in zip(c, c[1:], strict=False)) for c in completions]
 
 
@@ -51,15 +53,15 @@ def vowel(letter):
 
 
 def make_prompts(numbers):
-    """Every letter with every number; held-out prompts have numbers that training has not."""
+    """Every letter with every number. Held-out prompts have other numbers than the training prompts."""
     return [f"{letter}{number:02}:" for number in numbers for letter in LETTERS]
 
 
 def make_toy(folder, seed=0, spread=0.02):
-    """The policy with its tokenizer in folder/policy, folder/prompts.jsonl and folder/held_out.jsonl.
+    """Writes folder/policy (with its tokenizer), folder/prompts.jsonl and folder/held_out.jsonl.
 
-    spread: standard deviation of the initial weights. An adapter cannot change the embedding, which is the head too:
-    with 0.02 its largest logits are near 3, so that an adapter can never be sure of a letter. Give 0.1 for adapters.
+    spread: standard deviation of the initial weights. An adapter cannot change the embedding, which is also the head:
+    with 0.02 the largest logits are near 3, so an adapter can never be sure of a letter. Use 0.1 for adapters.
     """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -96,7 +98,7 @@ def make_toy(folder, seed=0, spread=0.02):
 
 
 def teach_letters(model, tokenizer, steps=150):
-    """Some seconds of supervised training on a prompt and 8 to 24 random letters: it never says <pad>, and it ends."""
+    """Short supervised training on 8 to 24 random letters per prompt: no answer has <pad>, and answers end."""
     import torch
 
     rng = random.Random(0)
@@ -112,37 +114,29 @@ def teach_letters(model, tokenizer, steps=150):
         optimizer.zero_grad()
 
 
-# The same budget for all: rollouts of 128 answers, 4 passes of 4 mini-batches over each, one process, one thread.
+# The same budget for every method: rollouts of 128 answers, 4 passes of 4 mini-batches, one process, one thread.
 ROLLOUT, MICRO, PASSES, MINI_BATCHES, BETA, RATE = 128, 32, 4, 4, 0.003, 1e-3
 
 
 def run_ours(method, toy, out, rollouts, seed, *flags, rate=RATE, reward="share", beta=BETA):
-    """Trains through train_rlhf.py: {"rewards": one a rollout, "episodes_per_second", "reward_minus_kl"}."""
-    answers = [] if method == "PPO" else ["--num_generations", "8"]
-    words = ["--rlhf_type", method, "--train_mode", "full", "--model_name_or_path", toy / "policy"]
-    words += ["--train_data_path", toy / "prompts.jsonl", "--reward_funcs", f"{ROOT}/bench/toy.py:{reward}"]
-    words += ["--output_dir", out, "--overwrite_output_dir", "--logging_steps", 1, "--save_strategy", "no"]
-    words += ["--max_completion_length", TOKENS, "--beta", beta, "--learning_rate", rate]
-    words += ["--eval_data_path", toy / "held_out.jsonl", "--num_generations_eval", 8]
-    words += ["--per_device_eval_batch_size", 128]
-    words += ["--per_device_train_batch_size", MICRO, "--num_mini_batches", MINI_BATCHES, "--num_iterations", PASSES]
-    words += ["--total_episodes", rollouts * ROLLOUT, "--seed", seed, "--dtype", "float32", *answers, *flags]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [PYTHON, "train_rlhf.py", *map(str, words)], cwd=ROOT, env=env, text=True, capture_output=True
-    )
-    if done.returncode:
-        raise RuntimeError(done.stderr[-2000:])
+    """Numbers of one training with train_rlhf.py. "rewards": one per rollout; "reward": mean of the last three."""
+    words = {"rlhf_type": method, "train_mode": "full", "model_name_or_path": toy / "policy", "dtype": "float32"}
+    words |= {"train_data_path": toy / "prompts.jsonl", "reward_funcs": f"{ROOT}/bench/toy.py:{reward}"}
+    words |= {"eval_data_path": toy / "held_out.jsonl", "num_generations_eval": 8, "per_device_eval_batch_size": 128}
+    words |= {"max_completion_length": TOKENS, "beta": beta, "learning_rate": rate, "seed": seed, "output_dir": out}
+    words |= {"per_device_train_batch_size": MICRO, "num_mini_batches": MINI_BATCHES, "num_iterations": PASSES}
+    words |= {"total_episodes": rollouts * ROLLOUT, "logging_steps": 1, "save_strategy": "no"}
+    words |= {} if method == "PPO" else {"num_generations": 8}
+    command = [sys.executable, "train_rlhf.py", "--overwrite_output_dir", *harness.as_flags(words), *flags]
+    harness.run(command, **ONE_THREAD)
     lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
     sampled = [line for line in lines if "reward" in line]
     card = json.loads((Path(out) / "run_card.json").read_text())
-    last = sampled[-3:]
-    held = card["held_out"]
+    last, held = sampled[-3:], card["held_out"]
     per_answer = [line["reward"] - beta * line["kl"] * line["completions/mean_length"] for line in last]
-    explained = [line["explained_variance"] for line in sampled if "explained_variance" in line]
     return {
         "rewards": [line["reward"] for line in sampled],
-        "explained_variance": explained or None,
+        "explained_variance": [line["explained_variance"] for line in sampled if "explained_variance" in line],
         "reward": sum(line["reward"] for line in last) / len(last),
         "reward_minus_kl": sum(per_answer) / len(last),
         "held_out": [held["before"]["reward"], held["after"]["reward"]],
@@ -150,10 +144,13 @@ def run_ours(method, toy, out, rollouts, seed, *flags, rate=RATE, reward="share"
     }
 
 
-if __name__ == "__main__":  # python -m bench.toy PPO zigzag 0.05 32 0 [FLAGS]: one run, to try a setting
-    method, task, beta, rollouts, seed, *flags = sys.argv[1:]
-    begun = time.time()
-    with tempfile.TemporaryDirectory() as folder:
+def main(method, task, beta, rollouts, seed, *flags):
+    with TemporaryDirectory() as folder:
         toy, out = make_toy(Path(folder) / "toy"), Path(folder) / "out"
         found = run_ours(method, toy, out, int(rollouts), int(seed), *flags, reward=task, beta=float(beta))
-    print(" ".join(f"{reward:.2f}" for reward in found.pop("rewards")), found, f"{time.time() - begun:.0f} s")
+    print(" ".join(f"{reward:.2f}" for reward in found["rewards"]))
+    harness.finish("toy", method=method, task=task, **found)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

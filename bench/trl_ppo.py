@@ -1,17 +1,17 @@
-"""One run of TRL 1.12's PPOTrainer on the toy, for bench/ppo.py, which starts it with that TRL in front of its path.
+"""One run of TRL 1.12's PPOTrainer on the toy; bench/ppo.py starts it with TRL 1.12 first on PYTHONPATH.
 
-python bench/trl_ppo.py TOY OUT ROLLOUTS SEED REWARD BETA [save]: prints one JSON line. REWARD is a function of
-bench/toy.py, made into the score model that TRL 1.12 asks for; policy and critic are two whole models there, and the
-critic starts from the policy.
+    python bench/trl_ppo.py TOY OUT ROLLOUTS SEED REWARD BETA
+
+Prints one JSON line. REWARD is a function of bench/toy.py, wrapped as the reward model that TRL 1.12 needs. Policy and
+critic are two whole models; the critic starts from the policy.
 """
 
 import json
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # behind the TRL of this run
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # after TRL 1.12
 
 import torch
 import trl
@@ -22,18 +22,17 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
-    TrainerCallback,
 )
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-from bench import toy as tasks
+from bench import harness, toy as tasks
 from bench.toy import MINI_BATCHES, PASSES, RATE, ROLLOUT, TOKENS
 
 PROMPT = len("c17:")
 
 
 class Rule(nn.Module):
-    """A reward function of bench/toy.py as a reward model of TRL 1.12, whose head is an identity."""
+    """A reward function of bench/toy.py as a reward model of TRL 1.12: its head is the identity."""
 
     base_model_prefix = "trunk"
 
@@ -43,7 +42,7 @@ class Rule(nn.Module):
         self.trunk, self.score = self.read, nn.Identity()
 
     def read(self, input_ids, attention_mask, **kwargs):
-        """The reward as each row's "hidden state" at every token; the answer ends before the first pad behind it."""
+        """The reward as the "hidden state" of every token, (B, T, 1). An answer ends before its first pad."""
         rows = [row[row != self.tokenizer.pad_token_id] for row in input_ids]
         prompts = [self.tokenizer.decode(row[:PROMPT]) for row in rows]
         answers = [self.tokenizer.decode(row[PROMPT:], skip_special_tokens=True) for row in rows]
@@ -52,18 +51,7 @@ class Rule(nn.Module):
         return SimpleNamespace(hidden_states=[states])
 
 
-class Clock(TrainerCallback):
-    def __init__(self):
-        self.times = []
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.times.append(time.perf_counter())
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.times.append(time.perf_counter())
-
-
-def main(toy, out, rollouts, seed, reward, beta, *flags):
+def main(toy, out, rollouts, seed, reward, beta):
     assert trl.__version__.startswith("1.12."), trl.__version__
     path, rollouts = Path(toy) / "policy", int(rollouts)
     tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
@@ -96,7 +84,6 @@ def main(toy, out, rollouts, seed, reward, beta, *flags):
         gradient_checkpointing=False,
         seed=int(seed),
     )
-    clock = Clock()
     trainer = PPOTrainer(
         args=config,
         processing_class=tokenizer,
@@ -107,20 +94,16 @@ def main(toy, out, rollouts, seed, reward, beta, *flags):
         train_dataset=rows,
         eval_dataset=rows.select(range(8)),
         data_collator=DataCollatorWithPadding(tokenizer),
-        callbacks=[clock],
     )
-    trainer.train()
+    seconds = harness.seconds_of(trainer.train)
     lines = [line for line in trainer.state.log_history if "objective/scores" in line]
     last = lines[-3:]
     found = {
         "rewards": [line["objective/scores"] for line in lines],
         "reward": sum(line["objective/scores"] for line in last) / len(last),
         "reward_minus_kl": sum(line["objective/rlhf_reward"] for line in last) / len(last),
-        "episodes_per_second": rollouts * ROLLOUT / (clock.times[-1] - clock.times[0]),
+        "episodes_per_second": rollouts * ROLLOUT / seconds,
     }
-    if "save" in flags:
-        trainer.save_model(out)
-        found["saved"] = sorted(file.name for file in Path(out).glob("*.safetensors"))
     print(json.dumps(found))
 
 

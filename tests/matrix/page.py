@@ -8,16 +8,16 @@ from tests.matrix.cells import JOBS, LAUNCHES, MODES
 
 HEAD = """# What works
 
-Every method in every train mode under every launch, run by `pytest -m matrix` and written by it: {count}.
+Written by `pytest -m matrix`, which runs every method in every train mode under every launch: {count}.
 
 Python {python}, {versions}.
 
-Each cell was trained for two optimizer steps on a small Qwen2, in bfloat16 with gradient checkpointing, through
-`bash rlhf_run.sh`, those of KD, SeqKD and GKD through `bash gkd_run.sh`; `one process` is one, the others are two that
-talk over gloo on a CPU (`LAUNCH=zero3 NUM_PROCESSES=2`; ddp is `LAUNCH=cpu`). Its result was then opened in a new
-process by transformers and PEFT alone: whole, tokenizer there, weights moved, and it answers or scores. **works** is
-that, **refused** is refused with a reason before a model is loaded, **fails** is everything else. On a GPU nothing of
-this table has been run yet.
+Each cell is a training of two optimizer steps on a small Qwen2, in bfloat16 with gradient checkpointing, with
+`bash rlhf_run.sh` (KD, SeqKD, GKD: `bash gkd_run.sh`). `one process` is one process; the other launches have two
+processes that communicate over gloo on a CPU (`LAUNCH=zero3 NUM_PROCESSES=2`; ddp is `LAUNCH=cpu`). A new process then
+opens the result with transformers and PEFT alone. **works**: the result is complete, has its tokenizer, its weights
+changed, and it answers or scores. **refused**: refused with a reason before a model is loaded. **fails**: everything
+else. No cell has been run on a GPU.
 """
 
 
