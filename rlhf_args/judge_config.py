@@ -49,8 +49,11 @@ class JudgeConfig:
     api_concurrency: int = field(default=8, metadata={"help": "Requests to a server at once, in each process."})
     # A long reply of a large model takes a minute.
     api_timeout: float = field(default=120.0, metadata={"help": "Seconds to wait for one reply."})
-    # A minute in all, after which a busy server mostly answers.
-    api_retries: int = field(default=4, metadata={"help": "Further attempts, waiting 1, 2, 4, ... seconds before."})
+    # Seven seconds of waiting in all: a busy server mostly answers by then, and a later run asks for the rest.
+    api_retries: int = field(
+        default=4,
+        metadata={"help": "Retries of a failed request, after 0.5, 1, 2, ... 8 seconds, or what Retry-After says."},
+    )
     # Servers fail now and then; a template that does not work fails nearly always.
     max_failed_fraction: float = field(
         default=0.1,

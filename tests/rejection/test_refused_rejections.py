@@ -60,7 +60,7 @@ BAD = [
     ("--top_k -1", ["--top_k -1: 0 (all tokens) or more"]),
     ("--generate_batch_size 0", ["--generate_batch_size 0: 1 or more"]),
     ("--score_batch_size 0", ["--score_batch_size 0: 1 or more"]),
-    ("--max_failed_fraction 2", ["--max_failed_fraction 2: a share from 0 to 1"]),
+    ("--max_failed_fraction 2", ["--max_failed_fraction 2: must be from 0 to 1"]),
     ("--reward_weights 1 2", ["--reward_weights: 2 of them for 1 rewards. Give each its weight"]),
     ("--reward_weights nan", ["--reward_weights nan: finite numbers"]),
     ("--stages generate,judge", ["--stages generate,judge: takes generate, score, select, some or all"]),

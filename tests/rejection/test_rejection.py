@@ -1,6 +1,5 @@
 """The command. `pytest tests/rejection/test_rejection.py`"""
 
-import fcntl
 import gc
 import itertools
 import json
@@ -12,6 +11,7 @@ import signal
 import subprocess
 import time
 
+import filelock
 import pytest
 
 import rejection_sampling
@@ -394,8 +394,8 @@ def finished(words, folder, **env):
 
 def wait_until_free(folder):
     """Until the killed process is gone: it holds the folder's lock to its end."""
-    with open(folder / ".lock", "a+") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    with filelock.FileLock(folder / ".lock"):
+        pass
 
 
 def stage_of(folder):

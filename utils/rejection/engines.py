@@ -6,7 +6,7 @@ An engine has `batch`, how many answers it takes at once unless told, and comple
 
 from utils.data import template
 from utils.models import load, sampling
-from utils.rewards.server import GivenUp, Server
+from utils.rewards.server import GivenUp
 from utils.runtime import environment
 from utils.runtime.output import say
 
@@ -119,7 +119,9 @@ class OpenAI(Engine):
     batch = 64
 
     def __init__(self, common, config, tokenizer):
-        self.server = Server(
+        from utils.rewards import client
+
+        self.server = client.Server(
             config.api_base_url,
             config.api_model,
             config.api_key_variable,

@@ -6,15 +6,16 @@ list of all lines is ever held: two numbers a sample say where its line is.
 """
 
 import contextlib
-import fcntl
 import itertools
 import json
 import os
 import random
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import filelock
 import numpy
 
 from utils.data import columns, template
@@ -180,27 +181,20 @@ class Lines:
 
 
 @contextlib.contextmanager
-def locked(folder):
-    """One run at a time; the main process holds the folder. Raises Refused where another has it."""
+def locked(folder: Path) -> Iterator[None]:
+    """Lock the folder for this run; the main process holds the lock. Raises Refused if another run has it."""
     if not environment.is_main():
         yield
         return
-    with open(Path(folder) / ".lock", "a+", encoding="utf-8") as handle:
-        until = time.monotonic() + LOCK_SECONDS
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > until:
-                    handle.seek(0)
-                    raise Refused(
-                        [f"--output_dir {folder}: process {handle.read()} is at work in it. Wait, or end it"]
-                    ) from None
-                time.sleep(0.5)
-        handle.truncate(0)
-        handle.write(str(os.getpid()))
-        handle.flush()
+    file = folder / ".lock"
+    try:
+        held = filelock.FileLock(file, LOCK_SECONDS, poll_interval=0.5, fallback_to_soft=False).acquire()
+    except filelock.Timeout:
+        raise Refused(
+            [f"--output_dir {folder}: process {file.read_text()} is at work in it. Wait, or end it"]
+        ) from None
+    with held:
+        file.write_text(str(os.getpid()))
         yield
 
 

@@ -16,7 +16,7 @@ from rlhf_args.judge_config import JudgeConfig
 from utils.data.rows import text_key
 from utils.rewards import judge
 from utils.rewards.functions import name_rewards
-from utils.rewards.server import GivenUp, Server, Unusable, check_server
+from utils.rewards.server import GivenUp, Unusable, check_server
 
 TEMPLATES = {"score": "data/judge_score.txt", "pick": "data/judge_pick.txt"}
 PLACES = {"score": ("{prompt}", "{completion}"), "pick": ("{prompt}", "{completions}")}
@@ -150,13 +150,15 @@ class Judge:
     """
 
     def __init__(self, config):
+        from utils.rewards import client
+
         self.mode, self.seed = config.judge_mode, config.seed
         self.least, self.most = config.judge_scale
         self.criteria, _, self.template = read_rubric(Path(template_of(config)).read_text(encoding="utf-8-sig"))
         self.weights = self.criteria or {name_judge(config): 1.0}
         self.max_tokens = config.judge_max_tokens
         _, url, key = config.judge_server()
-        self.server = Server(
+        self.server = client.Server(
             url,
             config.judge_model,
             key,

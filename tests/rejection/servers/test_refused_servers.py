@@ -85,10 +85,10 @@ def test_a_server_or_a_model_that_is_not_named_is_refused(tmp_path, capsys):
     "flags, problem",
     [
         ("--top_k 5", "--top_k with --engine openai: its API has no such field. Leave it out; --top_p it has"),
-        ("--api_concurrency 0", "--api_concurrency 0: 1 or more"),
-        ("--api_timeout 0", "--api_timeout 0: seconds, above 0"),
-        ("--api_timeout nan", "--api_timeout nan: seconds, above 0"),
-        ("--api_retries -1", "--api_retries -1: 0 or more"),
+        ("--api_concurrency 0", "--api_concurrency 0: must be at least 1"),
+        ("--api_timeout 0", "--api_timeout 0: must be more than 0"),
+        ("--api_timeout nan", "--api_timeout nan: must be more than 0"),
+        ("--api_retries -1", "--api_retries -1: must be at least 0"),
         (
             "--judge_base_url http://127.0.0.1:9/v1",
             "--judge_base_url: without --judge_model there is no judge. Type --judge_model NAME",
