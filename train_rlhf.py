@@ -48,7 +48,7 @@ def train_from_words(argv):
     with collecting(problems):
         judges = functions.load_functions(common.reward_funcs, rows.train, tokenizer, common.reward_timeout)
     with collecting(problems):
-        judge = judge_reward.load(config, rows.train) if method.sample_reward and not problems else None
+        judge = judge_reward.load_judge(config, rows.train) if method.sample_reward and not problems else None
     if common.probe and not problems:
         whole, train, held_out = probe.shorten(config, method, train)
     with collecting(problems):
@@ -64,7 +64,7 @@ def train_from_words(argv):
         others["reward_funcs"] = judges
         if common.reward_model_path:
             judges.append(
-                models.load_model(
+                models.load_reward(
                     common.reward_model_path,
                     rows.train,
                     policy_path=common.model_name_or_path,

@@ -63,6 +63,6 @@ class JudgeConfig:
         },
     )
 
-    def judge_server(self):
+    def judge_server(self) -> tuple[str, str | None, str]:
         """(the flag that gives the address, the address or None, the environment variable of the key)."""
         return "judge_base_url", self.judge_base_url, self.judge_key_variable or "OPENAI_API_KEY"

@@ -82,8 +82,8 @@ class RejectionConfig(JudgeConfig):
     keep_cut: bool = field(
         default=False, metadata={"help": "Also select answers that were cut at --max_new_tokens. They never ended."}
     )
-    write: list[str] | None = field(
-        default=None,
+    write: list[str] = field(
+        default_factory=list,
         metadata={"help": "Which files: SFT, DPO, KTO, Reward, some or all; unset: SFT, with --select pairs DPO."},
     )
     chunk_size: int | None = field(
@@ -99,15 +99,15 @@ class RejectionConfig(JudgeConfig):
         default=1, metadata={"help": "How often to sample, score, select and train, each time from the new model."}
     )
 
-    def judge_server(self):
+    def judge_server(self) -> tuple[str, str | None, str]:
         flag = "judge_base_url" if self.judge_base_url else "api_base_url"
         return flag, getattr(self, flag), self.judge_key_variable or self.api_key_variable
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.stages = split_commas(self.stages)
         self.write = split_commas(self.write or (["DPO"] if self.select == "pairs" else ["SFT"]))
 
 
-def split_commas(words):
+def split_commas(words: list[str]) -> list[str]:
     """["a,b", "c"] as ["a", "b", "c"]."""
     return [part for word in words for part in word.split(",") if part]

@@ -412,12 +412,12 @@ def test_how_many_failures_end_a_run(limit, rollouts, ends, make_judge, monkeypa
     online.reasons["the judge gave no verdict"] = 1
     *before, last = rollouts
     for failed, total in before:
-        online.count(failed, total)
+        online.count_failures(failed, total)
     if ends:
         with pytest.raises(judge_reward.RewardFailed, match="--max_failed_fraction"):
-            online.count(*last)
+            online.count_failures(*last)
     else:
-        online.count(*last)
+        online.count_failures(*last)
 
 
 def test_a_judge_whose_key_is_withdrawn_ends_the_run(start, run, template, tmp_path, monkeypatch):

@@ -43,7 +43,7 @@ def check_model(path, name, method):
 
 def check_value_model(path, common, kind):
     """Problems of the weights that a critic with a trunk of its own starts from. It reads the policy's tokens."""
-    from utils.rewards.models import shares_base
+    from utils.rewards.models import on_policy_base
 
     flag = f"--value_model_path {path}"
     if looks_local(path) or Path(path).exists():
@@ -56,7 +56,9 @@ def check_value_model(path, common, kind):
         yield f"{flag}: an adapter. Merge it first: python -m utils.merge_lora {path} MERGED"
     if kind == "lora" and not adapter:
         yield f"{flag}: a whole model. --critic lora takes an adapter on the policy's base. Type --critic model"
-    elif kind == "lora" and not shares_base(path, common.model_name_or_path, common.train_mode, common.model_revision):
+    elif kind == "lora" and not on_policy_base(
+        path, common.model_name_or_path, common.train_mode, common.model_revision
+    ):
         yield f"{flag}: an adapter on another base than the policy's. Merge it, and type --critic model"
     elif kind == "lora":
         theirs, ours = read_adapter(path), {"r": common.lora_rank, "lora_alpha": common.lora_alpha}

@@ -2,7 +2,9 @@
 
 import hashlib
 import math
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rlhf_args.methods import METHODS, REJECTION, find_method
 from utils.checks import flags
@@ -17,6 +19,10 @@ from utils.runtime import environment
 from utils.runtime.errors import Refused
 from utils.runtime.paths import check_overwrite, check_writable
 
+if TYPE_CHECKING:
+    from common_args import CommonArgs
+    from rlhf_args.rejection_config import RejectionConfig
+
 STAGES = ("generate", "score", "select")
 TRAINING = (
     "train_mode", "use_dora", "lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "resume",
@@ -24,12 +30,12 @@ TRAINING = (
 )  # fmt: skip
 
 
-def needs_model(config):
+def needs_model(config: "RejectionConfig") -> bool:
     """Whether the model's folder is read: to sample from it, or to train it."""
     return "generate" in config.stages and config.engine != "openai" or bool(config.then)
 
 
-def check_flags(common, config, words):
+def check_flags(common: "CommonArgs", config: "RejectionConfig", words: list[str]) -> list[str]:
     """Problems of the flags of rejection sampling, all of them."""
     problems = [*check_generation(common, config)] if "generate" in config.stages else []
     problems += check_scorers(common, config) if "score" in config.stages else []
@@ -46,18 +52,17 @@ def check_flags(common, config, words):
         problems += check_then(common, config)
     else:
         given = {word[2:].replace("-", "_") for word in words if word.startswith("--")}
-        given = [name for name in TRAINING if name in given]
-        problems += [f"--{name}: nothing is trained without --then. Leave it out" for name in given]
+        problems += [f"--{name}: nothing is trained without --then. Remove it" for name in TRAINING if name in given]
         if config.rounds != 1:
             problems.append(f"--rounds {config.rounds}: a round ends with a training. Add --then DPO (or another)")
     asked = [flag for flag in ("plan", "probe") if getattr(common, flag)]
     problems += [f"--{flag}: of a training alone. Give it to train_rlhf.py" for flag in asked]
     if needs_model(config):
         problems += flags.check_common(common, "Rejection sampling", REJECTION)
-    return problems + check_output_dir(common, config)
+    return problems + check_rejection_folder(common, config)
 
 
-def check_data(common, config):
+def check_data(common: "CommonArgs", config: "RejectionConfig") -> Iterator[str]:
     if not common.train_data_path and not needs_model(config):
         yield f"--train_data_path: missing. Type --train_data_path {REJECTION.sample_data} to try"
     for flag, paths in (("--train_data_path", common.train_data_path), ("--eval_data_path", common.eval_data_path)):
@@ -69,7 +74,7 @@ def check_data(common, config):
         yield "--eval_data_path: measures what --then trains. Leave it out, or add --then"
 
 
-def check_generation(common, config):
+def check_generation(common: "CommonArgs", config: "RejectionConfig") -> Iterator[str]:
     if config.num_completions < 1:
         yield f"--num_completions {config.num_completions}: 1 or more"
     if config.max_prompt_length is not None and config.max_prompt_length < 1:
@@ -116,7 +121,7 @@ def check_generation(common, config):
             yield f"--engine vllm with --then and --train_mode {common.train_mode}: it takes no adapter. Type full"
 
 
-def check_scorers(common, config):
+def check_scorers(common: "CommonArgs", config: "RejectionConfig") -> Iterator[str]:
     names = judge.name_scorers(common, config)
     if not names:
         yield (
@@ -127,15 +132,16 @@ def check_scorers(common, config):
         yield from flags.check_rewards(common, "Rejection sampling", REJECTION, config)
     if config.reward_weights and len(config.reward_weights) != len(names):
         yield f"--reward_weights: {len(config.reward_weights)} of them for {len(names)} rewards. Give each its weight"
-    if not all(abs(weight) < float("inf") for weight in config.reward_weights or ()):
-        yield f"--reward_weights {' '.join(map(str, config.reward_weights))}: finite numbers"
+    weights = config.reward_weights or []
+    if not all(map(math.isfinite, weights)):
+        yield f"--reward_weights {' '.join(map(str, weights))}: must be finite numbers"
     if config.score_batch_size < 1:
         yield f"--score_batch_size {config.score_batch_size}: 1 or more"
     answers = config.num_completions + bool(config.reference_column)
     yield from judge.check_judge(config, "num_completions", answers, unused="judge_")
 
 
-def check_selection(config):
+def check_selection(config: "RejectionConfig") -> Iterator[str]:
     for name in config.write:
         if name not in selection.FILES.values():
             yield f"--write {name}: takes {', '.join(selection.FILES.values())}"
@@ -153,7 +159,7 @@ def check_selection(config):
         yield f"--chunk_size {config.chunk_size}: 1 or more rows a file"
 
 
-def check_then(common, config):
+def check_then(common: "CommonArgs", config: "RejectionConfig") -> Iterator[str]:
     name = find_method(config.then)
     able = [method for method in METHODS if selection.file_for(method)]
     if name not in able:
@@ -175,7 +181,7 @@ def check_then(common, config):
         yield f"--then with --stages {','.join(config.stages)}: it needs all of them. Leave --stages out"
 
 
-def check_output_dir(common, config):
+def check_rejection_folder(common: "CommonArgs", config: "RejectionConfig") -> list[str]:
     if not config.output_dir:
         return ["--output_dir: missing. A folder for the answers, scores and files"]
     folder = Path(config.output_dir)
@@ -197,13 +203,13 @@ def check_output_dir(common, config):
         return [f"--output_dir {folder}: no completions in it. Add generate to --stages"]
     if config.stages == ["select"] and not (folder / "scores.jsonl").exists():
         return [f"--output_dir {folder}: no scores in it. Add score to --stages"]
-    return [*compare(common, config, folder)]
+    return [*compare_with_folder(common, config, folder)]
 
 
 # ── what a folder was made with ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def compare(common, config, folder):
+def compare_with_folder(common: "CommonArgs", config: "RejectionConfig", folder: Path) -> Iterator[str]:
     """Problems of going on in a folder that was made with other settings."""
     anew = "Name another --output_dir, or add --overwrite_output_dir to start afresh"
     if "generate" in config.stages and (folder / "prompts.jsonl").exists():
@@ -213,7 +219,7 @@ def compare(common, config, folder):
         yield from compare_settings(folder, "score", score_settings(common, config), anew)
 
 
-def generation_settings(common, config):
+def generation_settings(common: "CommonArgs", config: "RejectionConfig") -> dict[str, Any]:
     """All that an answer depends on."""
     path, revision = common.model_name_or_path, common.model_revision
     if config.engine == "openai":
@@ -229,36 +235,36 @@ def generation_settings(common, config):
     return {
         **{name: getattr(config, name) for name in names},
         **asked,
-        "data": {file: hash_file(file) for file in found},
+        "data": {file: hash_content(file) for file in found},
         "max_samples": common.max_samples,
         "eval_fraction": common.eval_fraction,
     }
 
 
-def weights_of(path, revision):
+def weights_of(path: str | None, revision: str | None) -> list[Any]:
     adapter = folders.read_adapter(path)
     base = [adapter["base_model_name_or_path"], adapter.get("revision")] if adapter else None
     return [sampling.describe_weights(path, revision), base and sampling.describe_weights(*base)]
 
 
-def score_settings(common, config):
-    functions = {spec: hash_file(spec.rpartition(":")[0]) for spec in common.reward_funcs or ()}
-    found = {"reward_funcs": functions, "reward_weights": config.reward_weights}
+def score_settings(common: "CommonArgs", config: "RejectionConfig") -> dict[str, Any]:
+    functions = {spec: hash_content(spec.rpartition(":")[0]) for spec in common.reward_funcs or ()}
+    found: dict[str, Any] = {"reward_funcs": functions, "reward_weights": config.reward_weights}
     if common.reward_model_path:
         weights = hash_short(str(weights_of(common.reward_model_path, None)))
         found |= {"reward_model_path": common.reward_model_path, "reward_model_weights": weights}
     if config.judge_model:
         found |= {"judge_model": config.judge_model, "judge_mode": config.judge_mode}
-        found |= {"judge_template": hash_file(judge.template_of(config)), "judge_scale": config.judge_scale}
+        found |= {"judge_template": hash_content(judge.template_of(config)), "judge_scale": config.judge_scale}
     return found
 
 
-def hash_file(path):
+def hash_content(path: str) -> str | None:
     if not Path(path).expanduser().is_file():
         return None  # a Hub id
     with open(Path(path).expanduser(), "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()[:12]
 
 
-def hash_short(text):
+def hash_short(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]

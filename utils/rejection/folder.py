@@ -6,6 +6,7 @@ list of all lines is ever held: two numbers a sample say where its line is.
 """
 
 import contextlib
+import io
 import itertools
 import json
 import os
@@ -14,22 +15,29 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import filelock
 import numpy
 
-from utils.data import columns, template
+from utils.data import columns, files, template
 from utils.data.rows import Pass, conclude, count_held, text_key, walk
+from utils.rewards.server import Prompt
 from utils.runtime import environment
 from utils.runtime.errors import Refused
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Line = dict[str, Any]  # a line of a .jsonl file
+Group = tuple[int, list[Line]]  # prompt number, its lines
 LOCK_SECONDS = 20  # that a run which is being killed may take to be gone
 
 
 class Prompts:
     """prompts.jsonl by number: {"where", "tokens", "prompt", "further"}; `numbers` are those that this run takes."""
 
-    def __init__(self, file, eval_fraction, held_out, seed):
+    def __init__(self, file: Path, eval_fraction: float, held_out: bool, seed: int) -> None:
         lengths, tokens = [], []
         with open(file, "rb") as handle:
             for line in handle:
@@ -41,15 +49,23 @@ class Prompts:
         held = set(random.Random(seed).sample(range(len(tokens)), count_held(len(tokens), eval_fraction)))
         self.numbers = numpy.array([n for n in range(len(tokens)) if (n in held) == held_out], dtype=numpy.int64)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.tokens)
 
-    def __getitem__(self, number):
+    def __getitem__(self, number: int) -> Line:
         self.handle.seek(self.offsets[number])
         return json.loads(self.handle.readline())
 
 
-def write_prompts(file, rows, notes, tokenizer=None, system=None, longest=None, reference=None):
+def write_prompts(
+    file: Path | None,
+    rows: files.FileRows,
+    notes: list[str],
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    system: str | None = None,
+    longest: int | None = None,
+    reference: str | None = None,
+) -> tuple[int, Pass, int]:
     """Writes the prompts of `rows` (utils.data.files.FileRows), each once.
 
     (prompts, dropped, duplicates), two numbers and a data.Pass. `file` None: nothing is written. Raises Refused.
@@ -101,7 +117,7 @@ def write_prompts(file, rows, notes, tokenizer=None, system=None, longest=None, 
     return count, found, duplicates
 
 
-def check_reference(prompt, answer, name):
+def check_reference(prompt: Prompt, answer: Any, name: str | None) -> str | None:
     """What is wrong with an answer in the data, or None; it may be missing."""
     if answer in (None, "", []):
         return None
@@ -113,19 +129,21 @@ def check_reference(prompt, answer, name):
 class Lines:
     """The lines of one stage, {"prompt": number, "sample": number, ...}; those with "failed" are done again."""
 
-    def __init__(self, folder, name, prompts, samples):
+    def __init__(self, folder: Path, name: str, prompts: int, samples: int) -> None:
         self.file, self.parts = Path(folder) / f"{name}.jsonl", Path(folder) / f"{name}.parts"
-        self.shape, self.handle = (prompts, samples), None
+        self.shape = prompts, samples
+        self.handle: io.FileIO | None = None
 
-    def files(self):
+    def files(self) -> list[Path]:
         return [*([self.file] if self.file.exists() else []), *sorted(self.parts.glob("*.jsonl"))]
 
-    def find(self):
+    def find(self) -> tuple[numpy.ndarray, numpy.ndarray]:
         """(places, done), both (prompts, samples): where a line is (file and offset), -1 for nowhere; if it is sound.
 
         The last sound line of a sample counts. One that a kill cut short is not there.
         """
-        places, done = numpy.full(self.shape, -1, dtype=numpy.int64), numpy.zeros(self.shape, dtype=bool)
+        places: numpy.ndarray = numpy.full(self.shape, -1, dtype=numpy.int64)
+        done: numpy.ndarray = numpy.zeros(self.shape, dtype=bool)
         for number, file in enumerate(self.files()):
             offset = 0
             with open(file, "rb") as handle:
@@ -138,7 +156,7 @@ class Lines:
                     offset += len(line)
         return places, done
 
-    def append(self, lines):
+    def append(self, lines: list[Line]) -> None:
         """Keeps a batch: all of it, or after a kill in this very moment none or its first lines."""
         if self.handle is None:
             self.parts.mkdir(parents=True, exist_ok=True)
@@ -147,7 +165,7 @@ class Lines:
         self.handle.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
         os.fsync(self.handle.fileno())
 
-    def merge(self):
+    def merge(self) -> None:
         """Brings all lines in order into one file, in one move."""
         if self.handle:
             self.handle.close()
@@ -168,7 +186,7 @@ class Lines:
         elif not self.file.exists():
             self.file.touch()
 
-    def groups(self):
+    def groups(self) -> Iterator[Group]:
         """(prompt number, its lines) in order, of what was merged."""
         with open(self.file, encoding="utf-8") as handle:
             yield from (
@@ -198,12 +216,12 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def read_settings(folder):
+def read_settings(folder: Path | str) -> dict[str, Any]:
     file = Path(folder) / "settings.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
-def compare_settings(folder, stage, wanted, way_out):
+def compare_settings(folder: Path, stage: str, wanted: dict[str, Any], way_out: str) -> Iterator[str]:
     """Problems of a stage whose lines in `folder` were made with other settings, each named."""
     kept = read_settings(folder).get(stage)
     if kept is None:
@@ -216,7 +234,7 @@ def compare_settings(folder, stage, wanted, way_out):
             )
 
 
-def keep_settings(folder, stage, wanted):
+def keep_settings(folder: Path, stage: str, wanted: dict[str, Any]) -> None:
     settings = read_settings(folder) | {stage: wanted}
     part = Path(folder) / "settings.json.part"
     part.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

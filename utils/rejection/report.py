@@ -5,12 +5,16 @@ import json
 import math
 import random
 import statistics
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
+
+from utils.rejection.folder import Line
 
 SHOWN = 10_000  # answers drawn at random for histogram and scatter; the means are over all
 
 
-def best_of(scores):
+def best_of(scores: list[float]) -> list[float]:
     """[the mean of the best of n, for n from 1 to N] over all ways to draw n of these N scores.
 
     The i-th lowest is the best of C(i - 1, n - 1) of the C(N, n) draws. Source: the estimator of pass@k, arXiv
@@ -26,7 +30,7 @@ def best_of(scores):
     return best
 
 
-def kl_bound(n):
+def kl_bound(n: int) -> float:
     """At most so far, in nats, is best-of-n from the model that it draws from (arXiv 2401.01879)."""
     return math.log(n) - (n - 1) / n
 
@@ -34,15 +38,17 @@ def kl_bound(n):
 class Pool:
     """Sums over prompts, one at a time; of the answers a random share is kept for the picture."""
 
-    def __init__(self, samples, seed):
+    def __init__(self, samples: int, seed: int) -> None:
         self.samples, self.random = samples, random.Random(seed)
         self.curve, self.full = [0.0] * samples, 0
         self.prompts = self.answers = self.cut = self.failed = 0
-        self.scores, self.shown = 0.0, []
-        self.dropped, self.gone = collections.Counter(), collections.Counter()
+        self.scores = 0.0
+        self.shown: list[tuple[float, int]] = []  # score, length in tokens
+        self.dropped: collections.Counter[str | None] = collections.Counter()
+        self.gone: collections.Counter[str] = collections.Counter()
 
-    def add(self, answers, why, gone):
-        """The scored answers to one prompt, why nothing of it was chosen (or None), and what `choose` left out."""
+    def add(self, answers: list[Line], why: str | None, gone: Mapping[str, int]) -> None:
+        """Add the answers to one prompt. why: reason that none was chosen. gone: answers left out by reason."""
         self.prompts += 1
         self.dropped[why] += why is not None
         self.gone.update(gone)
@@ -63,7 +69,7 @@ class Pool:
             elif (place := self.random.randrange(self.answers)) < SHOWN:
                 self.shown[place] = point
 
-    def report(self, counts):
+    def report(self, counts: dict[str, int]) -> dict[str, Any]:
         """What report.json holds; `counts`: rows written by file."""
         scores, lengths = [s for s, _ in self.shown], [n for _, n in self.shown]
         varies = len(set(scores)) > 1 and len(set(lengths)) > 1
@@ -87,7 +93,7 @@ class Pool:
         }
 
 
-def say_report(found, keep_cut, say):
+def say_report(found: dict[str, Any], keep_cut: bool, say: Callable[[str], None]) -> None:
     """The lines that a run ends with."""
     curve = found["best_of_n"]
     if curve:
@@ -105,6 +111,6 @@ def say_report(found, keep_cut, say):
     say(f"left out  answers: {left}; prompts: {dropped}")
 
 
-def write_report(folder, found):
+def write_report(folder: Path, found: dict[str, Any]) -> None:
     file = Path(folder) / "report.json"
     file.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

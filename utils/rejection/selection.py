@@ -6,23 +6,29 @@ import itertools
 import json
 import os
 import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rlhf_args.methods import METHODS, PAIR, PROMPT, RANKED, UNPAIRED
 from utils.data.columns import check_text
+from utils.rejection.folder import Group, Line
 from utils.rejection.scoring import as_completion
+
+if TYPE_CHECKING:
+    from rlhf_args.rejection_config import RejectionConfig
 
 # {columns: the first method that trains on them}, which names the file of such rows
 FILES = {method.columns: name for name, method in reversed(METHODS.items()) if method.columns != PROMPT}
 TINY = 1e-12  # by more than this the chosen answer of a pair is the better one
 
 
-def file_for(method):
+def file_for(method: str) -> str | None:
     """Which file a method of train_rlhf.py trains on; None: it samples itself."""
     return FILES.get(METHODS[method].columns)
 
 
-def candidates(completions, scores):
+def candidates(completions: Iterable[Group], scores: Iterable[Group]) -> Iterator[Group]:
     """(prompt number, its scored answers) in order, from the groups of both; {"failed": True} where one has none."""
     scored = iter(scores)
     ahead = next(scored, None)
@@ -34,13 +40,17 @@ def candidates(completions, scores):
         yield number, [{**line, **found.get(line["sample"], {"failed": "not scored"})} for line in group]
 
 
-def choose(answers, config):
+def choose_answers(
+    answers: list[Line], config: "RejectionConfig"
+) -> tuple[list[Line], list[Line], str | None, collections.Counter[str]]:
     """(good, bad, why nothing was chosen or None, how many answers fell away by reason) of one prompt.
 
     Both best first, good against bad in pairs: the best good one with the worst bad one, and so on. An answer that was
     cut at max_new_tokens never ended: it can be bad, and good only with keep_cut.
     """
-    gone, ranked, seen = collections.Counter(), [], set()
+    gone: collections.Counter[str] = collections.Counter()
+    ranked: list[Line] = []
+    seen: set[str] = set()
     for answer in sorted(answers, key=lambda answer: not answer.get("ended")):  # of two alike the one that ended
         reason = unusable(answer, seen)
         if reason:
@@ -67,7 +77,7 @@ def choose(answers, config):
     return good, worse[-take:], None, gone
 
 
-def unusable(answer, seen):
+def unusable(answer: Line, seen: set[str]) -> str | None:
     """Why an answer can be neither chosen nor rejected, or None."""
     if "failed" in answer:
         return "failed"
@@ -77,7 +87,9 @@ def unusable(answer, seen):
     return "empty" if not written else "duplicate" if written in seen else None
 
 
-def rows_of(name, prompt, good, bad, config):
+def rows_of(
+    name: str, prompt: Any, good: list[Line], bad: list[Line], config: "RejectionConfig"
+) -> Iterator[tuple[Line, dict[str, Any]]]:
     """The rows of one prompt for the file `name`: (row, which answers it is made of)."""
     pairs = [
         (chosen, rejected)
@@ -103,7 +115,7 @@ def rows_of(name, prompt, good, bad, config):
             yield row, traced(answer)
 
 
-def traced(answer):
+def traced(answer: Line) -> dict[str, Any]:
     """Which answer it was and what it was worth."""
     return {name: answer[name] for name in ("sample", "score", "scores")}
 
@@ -111,12 +123,13 @@ def traced(answer):
 class Files:
     """Rows by file name, moved to their places in `folder` when all are written."""
 
-    def __init__(self, folder, names, chunk_size):
+    def __init__(self, folder: Path, names: list[str], chunk_size: int | None) -> None:
         self.folder, self.chunk_size = Path(folder), chunk_size
         self.counts = dict.fromkeys(names, 0)
-        self.handles, self.made = {}, Path(folder) / "selected.part"
+        self.handles: dict[str, TextIO] = {}
+        self.made = Path(folder) / "selected.part"
 
-    def __enter__(self):
+    def __enter__(self) -> "Files":
         shutil.rmtree(self.made, ignore_errors=True)
         self.made.mkdir()
         self.stack = contextlib.ExitStack()
@@ -124,7 +137,7 @@ class Files:
             self.open(name)
         return self
 
-    def open(self, name):
+    def open(self, name: str) -> None:
         file = self.made / path_of("", name, self.chunk_size)
         if self.chunk_size:
             file.mkdir(exist_ok=True)
@@ -133,13 +146,13 @@ class Files:
             self.handles[name].close()
         self.handles[name] = self.stack.enter_context(open(file, "w", encoding="utf-8"))
 
-    def add(self, name, row):
+    def add(self, name: str, row: Line) -> None:
         if self.chunk_size and self.counts[name] and self.counts[name] % self.chunk_size == 0:
             self.open(name)
         self.handles[name].write(json.dumps(row, ensure_ascii=False) + "\n")
         self.counts[name] += 1
 
-    def __exit__(self, kind, error, trace):
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.stack.close()
         if kind is None:
             for name, chunked in itertools.product(FILES.values(), (None, 1)):  # of an earlier selection
@@ -150,6 +163,6 @@ class Files:
         shutil.rmtree(self.made)
 
 
-def path_of(folder, name, chunk_size):
+def path_of(folder: Path | str, name: str, chunk_size: int | None) -> str:
     """Where the rows of `name` are: one file, or a folder of files of chunk_size rows."""
     return str(Path(folder) / (name.lower() if chunk_size else f"{name.lower()}.jsonl"))

@@ -4,6 +4,9 @@ import contextlib
 import gc
 import os
 import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy
 
@@ -19,11 +22,17 @@ from utils.runtime import environment, output
 from utils.runtime.errors import Failed, Refused
 from utils.runtime.paths import empty
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from common_args import CommonArgs
+    from rlhf_args.rejection_config import RejectionConfig
+
 # ── prompts ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @contextlib.contextmanager
-def opened(folder, common):
+def open_folder(folder: Path, common: "CommonArgs") -> Iterator[None]:
     """The output folder, for this run alone; of a run that is refused before it sampled anything nothing stays."""
     fresh = common.overwrite_output_dir or not folder.is_dir() or not any(folder.iterdir())
     if environment.is_main():
@@ -42,7 +51,7 @@ def opened(folder, common):
             raise
 
 
-def load_tokenizer(common, config):
+def load_answering_tokenizer(common: "CommonArgs", config: "RejectionConfig") -> "PreTrainedTokenizerBase | None":
     """The tokenizer of the model that answers; None where a server does, or the model is not asked for again."""
     if not {"generate", "score"} & set(config.stages):
         return None
@@ -53,7 +62,7 @@ def load_tokenizer(common, config):
     return load.load_tokenizer(path, kept.get("model_revision", common.model_revision), config.trust_remote_code)
 
 
-def longest_prompt(common, config):
+def longest_prompt(common: "CommonArgs", config: "RejectionConfig") -> int | None:
     """Tokens that a prompt may have beside an answer, as far as the model says."""
     if config.engine == "openai":
         return config.max_prompt_length
@@ -69,12 +78,18 @@ def longest_prompt(common, config):
     return min([*room, *([config.max_prompt_length] if config.max_prompt_length else [])], default=None)
 
 
-def check_prompts(common, config, file=None, tokenizer=None):
+def check_prompts(
+    common: "CommonArgs",
+    config: "RejectionConfig",
+    file: Path | None = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+) -> tuple[int, list[str]]:
     """Looks at every prompt, writes them to `file` if it is given: (how many, notes). Raises Refused."""
     if "generate" not in config.stages:
         return 0, []
-    rows, notes = files.FileRows(common.train_data_path, "--train_data_path", common.max_samples), []
-    tokenizer = tokenizer or load_tokenizer(common, config)
+    notes: list[str] = []
+    rows = files.FileRows(common.train_data_path, "--train_data_path", common.max_samples)
+    tokenizer = tokenizer or load_answering_tokenizer(common, config)
     longest = longest_prompt(common, config)
     asked = config.system_prompt, longest, config.reference_column
     count, found, twice = write_prompts(file, rows, notes, tokenizer, *asked)
@@ -92,9 +107,9 @@ def check_prompts(common, config, file=None, tokenizer=None):
     return count, [f"prompts   {count}; refused: {refused}{doubled}", *(f"note      {note}" for note in notes)]
 
 
-def check(common, config):
+def check_rejection(common: "CommonArgs", config: "RejectionConfig") -> int:
     """What --check looks at beyond the flags: every prompt, and the reward functions on a few of them."""
-    tokenizer = load_tokenizer(common, config)
+    tokenizer = load_answering_tokenizer(common, config)
     check_prompts(common, config, tokenizer=tokenizer)
     if "generate" in config.stages and "score" in config.stages:
         rows, _ = make_rows(list(files.FileRows(common.train_data_path, "--train_data_path", 4)), PROMPT, [])
@@ -103,7 +118,9 @@ def check(common, config):
     return 0
 
 
-def prepare(common, config, folder, tokenizer):
+def prepare_folder(
+    common: "CommonArgs", config: "RejectionConfig", folder: Path, tokenizer: "PreTrainedTokenizerBase | None"
+) -> None:
     """prompts.jsonl and settings.json of a new folder; of one that is there, the settings of the stages to come."""
     if "generate" in config.stages and not (folder / "prompts.jsonl").exists():
         keep_settings(folder, "generate", checks.generation_settings(common, config))
@@ -116,10 +133,16 @@ def prepare(common, config, folder, tokenizer):
 # ── the stages ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Work:
+class RejectionRun:
     """One run over a folder: its lines so far, and the stages that add to them."""
 
-    def __init__(self, common, config, folder, tokenizer):
+    def __init__(
+        self,
+        common: "CommonArgs",
+        config: "RejectionConfig",
+        folder: Path,
+        tokenizer: "PreTrainedTokenizerBase | None",
+    ) -> None:
         self.common, self.config, self.folder, self.tokenizer = common, config, folder, tokenizer
         kept = read_settings(folder)["generate"]
         self.made_with = kept
@@ -137,7 +160,7 @@ class Work:
 
             template.fit_tokenizer(tokenizer, chat=isinstance(self.first[0]["prompt"], list))
 
-    def generate(self):
+    def generate(self) -> None:
         """Answers what is not answered, the longest prompts first: what does not fit fails at once."""
         numbers = self.prompts.numbers
         order = numbers[numpy.argsort(-self.prompts.tokens[numbers], kind="stable")]
@@ -152,11 +175,11 @@ class Work:
             self.add_references(done)
         if missing:
             kind = engines.ENGINES[self.config.engine]
-            self.sample(order, flat, kind(self.common, self.config, self.tokenizer))
+            self.sample_answers(order, flat, kind(self.common, self.config, self.tokenizer))
             free_memory()
         self.finish(self.completions)
 
-    def sample(self, order, flat, engine):
+    def sample_answers(self, order: numpy.ndarray, flat: numpy.ndarray, engine: engines.Engine) -> None:
         from tqdm import tqdm
 
         size = self.config.generate_batch_size or engine.batch
@@ -164,7 +187,7 @@ class Work:
         mine = sum(int((~flat[start : start + size]).sum()) for start in starts)
         with tqdm(total=mine, desc="generate", unit="answer", disable=not environment.is_main()) as bar:
             for start in starts:
-                places = (start + numpy.flatnonzero(~flat[start : start + size])).tolist()
+                places: list[int] = (start + numpy.flatnonzero(~flat[start : start + size])).tolist()
                 if not places:
                     continue
                 keys = [(int(order[place // self.samples]), place % self.samples) for place in places]
@@ -175,9 +198,9 @@ class Work:
                     [{"prompt": n, "sample": s, **answer} for (n, s), answer in zip(keys, answers, strict=True)]
                 )
                 bar.update(len(places))
-        engine.say_end()
+        engine.say_failures()
 
-    def add_references(self, done):
+    def add_references(self, done: numpy.ndarray) -> None:
         """The answers in the data, as one more sample of each prompt that has one."""
         lines = []
         for number in self.prompts.numbers[~done[self.prompts.numbers, self.samples]].tolist():
@@ -194,15 +217,15 @@ class Work:
         if lines:
             self.completions.append(lines)
 
-    def load_scorers(self):
+    def load_scorers(self) -> scoring.Scorers:
         rows = scoring.as_rows(self.first)
         return scoring.Scorers(self.common, self.config, rows, self.tokenizer, environment.local_device())
 
-    def score(self):
+    def score(self) -> None:
         """Scores every prompt whose answers are not all scored."""
         from tqdm import tqdm
 
-        self.merge(self.completions)  # of a generation that was interrupted
+        self.merge_lines(self.completions)  # of a generation that was interrupted
         answered, scored = self.completions.find()[1], self.scores.find()[1]
         missing = answered & ~scored
         total = int(missing.any(1).sum())
@@ -222,22 +245,22 @@ class Work:
                 scorers.judge.server.say_failures()
         self.finish(self.scores, answered)
 
-    def merge(self, lines):
+    def merge_lines(self, lines: Lines) -> None:
         environment.wait_for_everyone()
         if environment.is_main():
             lines.merge()
         environment.wait_for_everyone()
 
-    def finish(self, lines, wanted=None):
+    def finish(self, lines: Lines, wanted: numpy.ndarray | None = None) -> None:
         """Brings a stage's lines in order, and counts what failed."""
-        self.merge(lines)
+        self.merge_lines(lines)
         if wanted is None:
             wanted = numpy.zeros(lines.shape, dtype=bool)
             wanted[self.prompts.numbers, : self.samples] = True
         failed = int((wanted & ~lines.find()[1]).sum())
         self.failed_share = max(self.failed_share, failed / max(int(wanted.sum()), 1))
         if failed:
-            reasons = {}
+            reasons: dict[str, int] = {}
             for _, group in lines.groups():
                 for line in group:
                     if "failed" in line:
@@ -248,7 +271,7 @@ class Work:
                 f"failed    {failed} of {int(wanted.sum())} in {lines.file}: {said}. The same command tries them again"
             )
 
-    def select(self):
+    def select(self) -> None:
         """Writes the files and the report from all that is scored; done anew each time, it takes seconds."""
         config, kept = self.config, read_settings(self.folder)
         tally = report.Pool(self.samples, self.made_with["seed"])
@@ -258,7 +281,7 @@ class Work:
         names = list(dict.fromkeys(config.write))
         with selection.Files(self.folder, names, config.chunk_size) as out:
             for number, answers in selection.candidates(self.completions.groups(), self.scores.groups()):
-                good, bad, why, gone = selection.choose(answers, config)
+                good, bad, why, gone = selection.choose_answers(answers, config)
                 tally.add(answers, why, gone)
                 row = self.prompts[number]
                 for name in names:
@@ -277,7 +300,7 @@ class Work:
                     f"train     RLHF_TYPE={name} MODEL={self.made_with['model']} TRAIN_DATA={path} bash rlhf_run.sh"
                 )
 
-    def end(self):
+    def end(self) -> int:
         """The exit status; the main process says why it is not 0."""
         if environment.is_main() and self.failed_share > self.config.max_failed_fraction:
             raise Failed(
@@ -286,7 +309,7 @@ class Work:
         return 0
 
 
-def free_memory():
+def free_memory() -> None:
     """Gives back what a model held that nobody has any more."""
     gc.collect()
     if environment.has_gpu():

@@ -34,7 +34,7 @@ class Server:
         self.given_up = 0  # requests in a row
 
     def ask_all(self, requests: list[Request]) -> list[Any]:
-        """The result of `ask` for each request. The first error cancels the others and is raised."""
+        """The result of `request` for each request. The first error cancels the others and is raised."""
         try:
             return asyncio.run(self.ask_concurrently(requests))
         except BaseExceptionGroup as group:
@@ -49,10 +49,10 @@ class Server:
             api_key=self.key, base_url=self.url, timeout=self.timeout, http_client=http
         ) as client:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self.ask(client, free, *request)) for request in requests]
+                tasks = [group.create_task(self.request(client, free, *request)) for request in requests]
         return [task.result() for task in tasks]
 
-    async def ask(self, client: openai.AsyncOpenAI, free: asyncio.Semaphore, *request: Any) -> Any:
+    async def request(self, client: openai.AsyncOpenAI, free: asyncio.Semaphore, *request: Any) -> Any:
         """What `read` makes of a reply, or GivenUp after all attempts. Raises Failed if no request can succeed."""
         prompt, read, sampling = request
         chat = isinstance(prompt, list)
@@ -75,11 +75,11 @@ class Server:
                     refused, left = refused + 1, left - reply.retries_taken - 1
                 except openai.APIStatusError as error:
                     if error.status_code in HOPELESS:
-                        raise Failed(f"{where}: {error.status_code} {self.shorten(error.response.text)}") from None
+                        raise Failed(f"{where}: {error.status_code} {self.one_line(error.response.text)}") from None
                     reason = self.say_status(error.response)
                     break
                 except openai.APIConnectionError as error:
-                    reason = self.say_error(error.__cause__)
+                    reason = self.name_error(error.__cause__)
                     break
         self.given_up += 1
         if self.given_up >= IN_A_ROW:
@@ -98,14 +98,14 @@ class Server:
             say(f"attempts  {self.failures.total()} requests failed and were made again or given up: {kinds}")
 
     def say_status(self, reply: httpx2.Response) -> str:
-        return f"status {reply.status_code}: {self.shorten(reply.text)}"
+        return f"status {reply.status_code}: {self.one_line(reply.text)}"
 
-    def say_error(self, error: BaseException | None) -> str:
+    def name_error(self, error: BaseException | None) -> str:
         if isinstance(error, httpx2.TimeoutException):
             return "timed out"
-        return self.shorten(error if isinstance(error, BadReply) else f"{type(error).__name__}: {error}")
+        return self.one_line(error if isinstance(error, BadReply) else f"{type(error).__name__}: {error}")
 
-    def shorten(self, text: object) -> str:
+    def one_line(self, text: object) -> str:
         """The text on one line, at most 200 characters. A server may echo the key: it is hidden."""
         line = " ".join(str(text).split())
         return (line.replace(self.key, HIDDEN) if len(self.key) >= 8 else line)[:200]
@@ -131,7 +131,7 @@ class CountingClient(openai.DefaultAsyncHttpxClient):
                 self.server.count_failure(str(request.url), self.server.say_status(reply))
             return reply
         except Exception as error:
-            self.server.count_failure(str(request.url), self.server.say_error(error))
+            self.server.count_failure(str(request.url), self.server.name_error(error))
             raise
 
 

@@ -26,7 +26,7 @@ def import_file(file: Path) -> ModuleType:
     Raises whatever the file raises.
     """
     folder = str(file.parent)
-    package = f"{__name__}.{encode(folder)}"
+    package = f"{__name__}.{quote_path(folder)}"
     imported = {name: module for name, module in sys.modules.items() if f"{name}.".startswith(f"{package}.")}
     if any(stamp(module.__file__) != module.__stamp__ for module in imported.values() if hasattr(module, "__stamp__")):
         for name in imported:
@@ -34,7 +34,7 @@ def import_file(file: Path) -> ModuleType:
     if folder not in sys.path:
         sys.path.append(folder)  # for importlib.import_module("helper"), which does not say who imports
     importlib.invalidate_caches()
-    return importlib.import_module(f"{package}.{encode(file.stem)}")
+    return importlib.import_module(f"{package}.{quote_path(file.stem)}")
 
 
 def stamp(path):
@@ -42,12 +42,12 @@ def stamp(path):
     return (os.stat(path).st_mtime_ns, os.stat(path).st_size) if os.path.exists(path) else None
 
 
-def encode(path):
+def quote_path(path):
     """A path as one part of a module's name, without dots."""
     return quote(os.fsencode(path), safe="").replace(".", "%2E")
 
 
-def decode(part):
+def unquote_path(part):
     return os.fsdecode(unquote_to_bytes(part))
 
 
@@ -59,14 +59,14 @@ class Finder:
         if not name.startswith(f"{__name__}."):
             return None
         folder, *inner = name.removeprefix(f"{__name__}.").split(".")
-        folder = decode(folder)
+        folder = unquote_path(folder)
         if not inner:
             spec = ModuleSpec(name, None, is_package=True)
             spec.submodule_search_locations = [folder]
             return spec
         spec = PathFinder.find_spec(name, path)
         if spec is None and len(inner) == 1:  # a name that is encoded, as that of v1.2.py
-            file = os.path.join(folder, f"{decode(inner[0])}.py")
+            file = os.path.join(folder, f"{unquote_path(inner[0])}.py")
             spec = importlib.util.spec_from_file_location(name, file) if os.path.exists(file) else None
         if spec and type(spec.loader) is SourceFileLoader:
             spec.loader = Loader(name, spec.origin, folder)
@@ -82,7 +82,7 @@ class Loader(SourceFileLoader):
 
     def exec_module(self, module):
         # the import statement, at the top of a file or in a function, calls __import__ of the file's own builtins
-        own = functools.partial(import_beside, f"{__name__}.{encode(self.folder)}", self.folder)
+        own = functools.partial(import_beside, f"{__name__}.{quote_path(self.folder)}", self.folder)
         module.__dict__["__builtins__"] = {**vars(builtins), "__import__": own}
         module.__stamp__ = stamp(self.path)
         super().exec_module(module)

@@ -129,7 +129,7 @@ class RewardFunction:
             row = "" if row is None else f", for row {row}, prompt {say_prompt(prompts[row])}"
             details = "".join(traceback.format_exception(error))
             raise RewardFailed(f"{self.__name__} raised {say_where(error, self.file)}{row}", details) from error
-        return check_rewards(rewards, self.__name__, self.file, prompts)
+        return to_rewards(rewards, self.__name__, self.file, prompts)
 
     def begin(self, columns):
         attempted = functools.partial(attempt, self.function, columns)
@@ -275,7 +275,7 @@ def ticking(tell):
 # ── what they return ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def check_rewards(rewards, name, file, prompts):
+def to_rewards(rewards, name, file, prompts):
     """`rewards` as a list of floats or None. Raises RewardFailed, with the function and the first wrong row."""
     try:
         rewards = rewards.tolist() if hasattr(rewards, "tolist") else list(rewards)
@@ -284,7 +284,7 @@ def check_rewards(rewards, name, file, prompts):
     if len(rewards) != len(prompts):
         raise RewardFailed(f"{name} ({file}) returned {len(rewards)} rewards for {len(prompts)} completions")
     for row, reward in enumerate(rewards):
-        if reward is not None and not is_finite(reward):
+        if reward is not None and not is_number(reward):
             raise RewardFailed(
                 f"{name} ({file}) returned {reward!r} for row {row}, prompt {say_prompt(prompts[row])}. A reward is a "
                 "finite number"
@@ -292,7 +292,7 @@ def check_rewards(rewards, name, file, prompts):
     return [None if reward is None else float(reward) for reward in rewards]
 
 
-def is_finite(reward):
+def is_number(reward):
     """Whether it is one finite number, of Python, NumPy or PyTorch."""
     try:
         return math.isfinite(reward)

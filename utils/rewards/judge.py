@@ -187,13 +187,13 @@ class Judge:
         prompt_text = say_conversation(prompt)
         if self.mode == "score":
             read = self.read_criteria if self.criteria else self.read_number
-            return [(self.write(prompt=prompt_text, completion=answer), read, self.sampling) for answer in answers]
+            return [(self.fill(prompt=prompt_text, completion=answer), read, self.sampling) for answer in answers]
         order = list(range(len(answers)))
         random.Random(text_key(self.seed, prompt)).shuffle(order)
         asks = []
         for shown in order, order[::-1]:
             written = "\n\n".join(f"[{LABELS[n]}]\n{answers[who]}" for n, who in enumerate(shown))
-            messages = self.write(prompt=prompt_text, completions=written)
+            messages = self.fill(prompt=prompt_text, completions=written)
             asks.append((messages, lambda *reply, shown=shown: self.read_label(*reply, shown), self.sampling))
         return asks
 
@@ -211,7 +211,7 @@ class Judge:
         """A verdict as {name: number}, by the names of `weights`."""
         return verdict if self.criteria else dict.fromkeys(self.weights, verdict)
 
-    def write(self, **values):
+    def fill(self, **values):
         """The template as one message; what is put in is not looked at for places again."""
         written = re.sub(r"\{(\w+)\}", lambda place: values.get(place[1], place[0]), self.template)
         return [{"role": "user", "content": written}]
@@ -221,7 +221,7 @@ class Judge:
         return {"temperature": float(refused > 0), "max_tokens": self.max_tokens, "seed": self.seed + refused}
 
     def read_number(self, written, tokens, ended):
-        return self.to_number(single(find_verdicts(written, ended)))
+        return self.read_rating(single(find_verdicts(written, ended)))
 
     def read_criteria(self, written, tokens, ended):
         """{criterion: number}, each of them once; letter case is not looked at."""
@@ -233,13 +233,13 @@ class Judge:
                 raise Unusable("the judge rated what is no criterion")
             if name in found:
                 raise Unusable(f"the judge rated a criterion twice: {name}")
-            found[name] = self.to_number(number.strip())
+            found[name] = self.read_rating(number.strip())
         missing = [name for name in self.criteria if name not in found]
         if missing:
             raise Unusable(f"the judge left out a criterion: {', '.join(missing)}")
         return {name: found[name] for name in self.criteria}
 
-    def to_number(self, said):
+    def read_rating(self, said):
         if not NUMBER.fullmatch(said):
             raise Unusable("the judge's verdict is no number")
         number = float(said)

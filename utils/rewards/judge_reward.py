@@ -13,7 +13,7 @@ FEW = 8  # fewer failed answers than this end no run, unless they are a whole ro
 LATEST = 1000  # answers over which the failed share is taken
 
 
-def load(config, rows):
+def load_judge(config, rows):
     """The OnlineJudge of a run, asked once; None without a judge. Raises Refused where its server does not answer."""
     if not config.judge_model:
         return None
@@ -65,11 +65,11 @@ class OnlineJudge:
         *given, own = weights or [1.0] * (others + 1)
         return [*given, *(own * weight for weight in self.judge.weights.values())]
 
-    def measures(self):
+    def takes_part(self):
         """True if the judge takes part now: pick compares answers to one prompt, so held-out reward is not its own."""
         return self.judge.mode == "score" or self.trainer.model.training
 
-    def ask(self, prompts, completions):
+    def judge_rollout(self, prompts, completions):
         """{name: number} of each answer, or GivenUp; asked once for all the functions of a rollout."""
         if self.asked is not completions:
             answers = [text_of(completion) for completion in completions]
@@ -107,7 +107,7 @@ class OnlineJudge:
         everyone = dict(gather_object(found))
         return [everyone[place] for place in range(first, first + count)]
 
-    def count(self, failed, total, evaluating=False):
+    def count_failures(self, failed, total, evaluating=False):
         """Adds a rollout or an evaluation batch of all processes: `failed` of its `total` answers got no verdict.
 
         Raises RewardFailed where more than max_failed_fraction of the latest answers failed. All processes call it
@@ -154,7 +154,7 @@ class JudgeReward:
         self.judge.trainer = trainer
 
     def __call__(self, prompts, completions, **columns):
-        if not self.judge.measures():
+        if not self.judge.takes_part():
             return [None] * len(prompts)
-        found = self.judge.ask(prompts, completions)
+        found = self.judge.judge_rollout(prompts, completions)
         return [None if isinstance(verdict, GivenUp) else verdict[self.name] for verdict in found]

@@ -125,15 +125,15 @@ class EncoderRewardModel(RewardModel):
         """
         prompt = prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
         pair, longest = (prompt, text_of(completion)), {"max_length": self.longest}
-        found = self.encode(*pair)
+        found = self.encode_pair(*pair)
         if len(found["input_ids"]) <= self.longest:
             return found
         self.cut += 1
-        if len(self.encode("", pair[1])["input_ids"]) < self.longest:
-            return self.encode(*pair, truncation="only_first", **longest)
-        return self.encode("", pair[1], truncation="only_second", **longest)
+        if len(self.encode_pair("", pair[1])["input_ids"]) < self.longest:
+            return self.encode_pair(*pair, truncation="only_first", **longest)
+        return self.encode_pair("", pair[1], truncation="only_second", **longest)
 
-    def encode(self, prompt, answer, **cut):
+    def encode_pair(self, prompt, answer, **cut):
         self.tokenizer.truncation_side = "left" if cut.get("truncation") == "only_first" else "right"
         return dict(self.tokenizer(prompt, answer, return_attention_mask=False, **cut))
 
@@ -228,7 +228,7 @@ def is_encoder(path, tokenizer):
     return not tokenizer.chat_template and bool(masked or config.get("is_encoder_decoder"))
 
 
-def shares_base(path, policy_path, train_mode, revision=None):
+def on_policy_base(path, policy_path, train_mode, revision=None):
     """Whether the reward model is an adapter on the very base that the policy's adapter is trained on."""
     from utils.models.folders import read_adapter, same_path
 
@@ -310,11 +310,11 @@ def load_reward_tokenizer(path, rows, trust_remote_code=False):
 # ── loading and trying ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def load_model(
+def load_reward(
     path, rows, *, policy_path, policy_revision, train_mode, dtype, device, batch_size, trust_remote_code=False
 ):
     """The reward model, tried on a few rows; on the policy's own base it can be tried only once that is there."""
-    if shares_base(path, policy_path, train_mode, policy_revision):
+    if on_policy_base(path, policy_path, train_mode, policy_revision):
         return SharedRewardModel(path, load_reward_tokenizer(path, rows, trust_remote_code), batch_size, rows)
     reward = load_reward_model(path, rows, dtype, device, batch_size, trust_remote_code)
     try_reward_model(reward, rows, dtype)

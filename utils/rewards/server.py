@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rlhf_args.judge_config import JudgeConfig
 
+Prompt = str | list[dict[str, str]]  # plain text, or messages
 Reply = tuple[str, int | None, bool]  # text, its tokens if the server says so, True if it ended by itself
-# prompt (messages or plain text); read(*Reply), which may raise Unusable; sampling fields by number of refused replies
-Request = tuple[str | list[dict[str, str]], Callable[[str, int | None, bool], Any], Callable[[int], dict[str, Any]]]
+# prompt; read(*Reply), which may raise Unusable; sampling fields by number of refused replies
+Request = tuple[Prompt, Callable[[str, int | None, bool], Any], Callable[[int], dict[str, Any]]]
 
 
 class Unusable(ValueError):

@@ -250,7 +250,10 @@ def test_a_request_under_way_ends_with_ctrl_c(start, tmp_path, monkeypatch):
             assert run.poll() is None
             time.sleep(0.05)
         run.send_signal(signal.SIGINT)
-        err = run.communicate(timeout=20)[1]
+        try:
+            err = run.communicate(timeout=20)[1]
+        finally:
+            run.kill()
     assert run.returncode == 128 + signal.SIGINT
     assert "interrupted" in err and "Traceback" not in err
 
