@@ -1,8 +1,4 @@
-"""Who answers prompts: the model through transformers or vLLM, or a server that speaks OpenAI's API.
-
-An engine has `batch`, how many answers it takes at once unless told, and complete(requests): for each (prompt, seed)
-{"completion": text, "tokens": how many, "ended": by itself or cut}, or {"failed": reason}. say_failures() comes last.
-"""
+"""The engines that answer prompts: transformers, vLLM, or a server with OpenAI's API."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -22,12 +18,15 @@ Asked = tuple[Prompt, int]  # prompt, seed
 
 
 class Engine:
+    """batch: default number of answers at once."""
+
     batch: int
 
     def __init__(self, common: "CommonArgs", config: "RejectionConfig", tokenizer: Any) -> None:
         raise NotImplementedError
 
     def complete(self, requests: list[Asked]) -> list[Line]:
+        """{"completion": text, "tokens": count, "ended": False if cut} or {"failed": reason} for each request."""
         raise NotImplementedError
 
     def say_failures(self) -> None:
@@ -35,7 +34,7 @@ class Engine:
 
 
 class Transformers(Engine):
-    """The model on this process' device; an answer does not depend on the batch that it is sampled in."""
+    """The model on this process's device. An answer does not depend on the other answers in its batch."""
 
     batch = 64
 
@@ -76,12 +75,12 @@ class Transformers(Engine):
                 if size == 1:
                     raise
                 size = self.fits = (size + 1) // 2
-                say(f"\nnote      out of memory: {size} answers at once from here on (--generate_batch_size)")
+                say(f"\nnote      out of memory: {size} answers at once from now on (--generate_batch_size)")
         ends = self.model.generation_config.eos_token_id
         ends = {ends} if isinstance(ends, int) else set(ends)
         return [self.to_answer(ids, bool(ids) and ids[-1] in ends) for ids in answers]
 
-    fits: int | None = None  # how many answers the memory holds at once, once that is known
+    fits: int | None = None  # answers at once after an out-of-memory error
 
     def to_answer(self, ids: list[int], ended: bool) -> Line:
         return {
@@ -132,7 +131,7 @@ class Vllm(Engine):
 
 
 class OpenAI(Engine):
-    """A server's model; it applies its own template."""
+    """The model of a server, which applies its own template."""
 
     batch = 64
 

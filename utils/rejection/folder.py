@@ -1,8 +1,8 @@
-"""The folder of a rejection sampling: prompts, and lines keyed by prompt and sample that outlive a kill at any moment.
+"""The folder of a rejection sampling: prompts, and lines by prompt and sample. A kill at any moment loses one batch.
 
-prompts.jsonl is written once, whole. completions.jsonl and scores.jsonl stand in order of prompt and sample; what is
-new is appended to files of its own in NAME.parts/, a batch in one write, and merged into them when a stage ends. No
-list of all lines is ever held: two numbers a sample say where its line is.
+prompts.jsonl is written once, as a whole. completions.jsonl and scores.jsonl are in order of prompt and sample. New
+lines are appended to files in NAME.parts/, a batch in one write, and merged into NAME.jsonl at the end of a stage. The
+lines are not held in memory: two numbers per sample say where its line is.
 """
 
 import contextlib
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 
 Line = dict[str, Any]  # a line of a .jsonl file
 Group = tuple[int, list[Line]]  # prompt number, its lines
-LOCK_SECONDS = 20  # that a run which is being killed may take to be gone
+LOCK_SECONDS = 20  # a run that is being killed may take so long to end
 
 
 class Prompts:
-    """prompts.jsonl by number: {"where", "tokens", "prompt", "further"}; `numbers` are those that this run takes."""
+    """Lines of prompts.jsonl by number: {"where", "tokens", "prompt", "further"}. numbers: the prompts of this run."""
 
     def __init__(self, file: Path, eval_fraction: float, held_out: bool, seed: int) -> None:
         lengths, tokens = [], []
@@ -66,10 +66,9 @@ def write_prompts(
     longest: int | None = None,
     reference: str | None = None,
 ) -> tuple[int, Pass, int]:
-    """Writes the prompts of `rows` (utils.data.files.FileRows), each once.
+    """Write each prompt of `rows` once (file None: only check). Returns prompts, the Pass, duplicates. Raises Refused.
 
-    (prompts, dropped, duplicates), two numbers and a data.Pass. `file` None: nothing is written. Raises Refused.
-    `longest`: tokens that a prompt may have. `reference`: a column whose values are answers.
+    longest: maximum tokens of a prompt. reference: column whose values are answers.
     """
     from rlhf_args.methods import PROMPT
 
@@ -118,7 +117,7 @@ def write_prompts(
 
 
 def check_reference(prompt: Prompt, answer: Any, name: str | None) -> str | None:
-    """What is wrong with an answer in the data, or None; it may be missing."""
+    """The problem of an answer in the data, or None. The answer may be missing."""
     if answer in (None, "", []):
         return None
     if isinstance(answer, list) and isinstance(prompt, str):
@@ -127,7 +126,7 @@ def check_reference(prompt: Prompt, answer: Any, name: str | None) -> str | None
 
 
 class Lines:
-    """The lines of one stage, {"prompt": number, "sample": number, ...}; those with "failed" are done again."""
+    """The lines of one stage, {"prompt": number, "sample": number, ...}. A line with "failed" is tried again."""
 
     def __init__(self, folder: Path, name: str, prompts: int, samples: int) -> None:
         self.file, self.parts = Path(folder) / f"{name}.jsonl", Path(folder) / f"{name}.parts"
@@ -138,9 +137,9 @@ class Lines:
         return [*([self.file] if self.file.exists() else []), *sorted(self.parts.glob("*.jsonl"))]
 
     def find(self) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """(places, done), both (prompts, samples): where a line is (file and offset), -1 for nowhere; if it is sound.
+        """(places, done), both (prompts, samples): file and offset of a line, -1 for none; True if it did not fail.
 
-        The last sound line of a sample counts. One that a kill cut short is not there.
+        The last such line of a sample counts. A line that a kill cut short is ignored.
         """
         places: numpy.ndarray = numpy.full(self.shape, -1, dtype=numpy.int64)
         done: numpy.ndarray = numpy.zeros(self.shape, dtype=bool)
@@ -157,7 +156,7 @@ class Lines:
         return places, done
 
     def append(self, lines: list[Line]) -> None:
-        """Keeps a batch: all of it, or after a kill in this very moment none or its first lines."""
+        """Write a batch. A kill during the write keeps none or its first lines."""
         if self.handle is None:
             self.parts.mkdir(parents=True, exist_ok=True)
             rank = os.environ.get("RANK", 0)
@@ -166,7 +165,7 @@ class Lines:
         os.fsync(self.handle.fileno())
 
     def merge(self) -> None:
-        """Brings all lines in order into one file, in one move."""
+        """Write all lines in order to one file, and move it into place."""
         if self.handle:
             self.handle.close()
             self.handle = None
@@ -187,7 +186,7 @@ class Lines:
             self.file.touch()
 
     def groups(self) -> Iterator[Group]:
-        """(prompt number, its lines) in order, of what was merged."""
+        """The merged lines by prompt, in order."""
         with open(self.file, encoding="utf-8") as handle:
             yield from (
                 (number, list(lines))
@@ -195,7 +194,7 @@ class Lines:
             )
 
 
-# ── what the folder was made with ────────────────────────────────────────────────────────────────────────────────────
+# ── lock and settings ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @contextlib.contextmanager
@@ -222,7 +221,7 @@ def read_settings(folder: Path | str) -> dict[str, Any]:
 
 
 def compare_settings(folder: Path, stage: str, wanted: dict[str, Any], way_out: str) -> Iterator[str]:
-    """Problems of a stage whose lines in `folder` were made with other settings, each named."""
+    """A problem for each setting that differs from the settings of the stage's lines in `folder`."""
     kept = read_settings(folder).get(stage)
     if kept is None:
         return
@@ -230,7 +229,7 @@ def compare_settings(folder: Path, stage: str, wanted: dict[str, Any], way_out: 
         if kept.get(name) != wanted.get(name):
             yield (
                 f"--output_dir {folder}: holds a run with {name} {json.dumps(kept.get(name), ensure_ascii=False)}, "
-                f"and this one has {json.dumps(wanted.get(name), ensure_ascii=False)}. {way_out}"
+                f"this run has {json.dumps(wanted.get(name), ensure_ascii=False)}. {way_out}"
             )
 
 

@@ -1,7 +1,6 @@
-"""Rounds of sampling, scoring, selecting and training, each from the last one's model: RAFT with --then SFT, iterative
-DPO with --then DPO.
+"""Rounds of sampling, selecting and training, each from the last round's model: RAFT (--then SFT), iterative DPO.
 
-Each part is a command of its own, started by utils/launch.py, that goes on where it was stopped; so does the whole.
+Each part is a separate command, started by utils/launch.py. A part resumes where it was stopped, as do the rounds.
 """
 
 import ctypes
@@ -34,18 +33,18 @@ if TYPE_CHECKING:
     from rlhf_args.rejection_config import RejectionConfig
 
 Part = tuple[list[str], dict[str, str]]  # command, what it adds to the environment
-PLAIN = ("auto", "cpu", "single_gpu", "multi_gpu")  # launches under which each process holds a whole model
+PLAIN = ("auto", "cpu", "single_gpu", "multi_gpu")  # launches with a whole model in each process
 
 
 def run_rounds(common: "CommonArgs", config: "RejectionConfig", words: list[str]) -> int:
-    """Exit status of all rounds. `words`: the flags of the training method, given with the others."""
+    """Exit status of all rounds. words: the flags of the training method."""
     method, folder = find_method(config.then), Path(config.output_dir or "")
     file = selection.file_for(method) or ""
     config.write = [*config.write, *({file} - {*config.write})]
     check_training(common, config, method, file, words)
     if common.check:
         return check_rejection(common, config)
-    anew = "Name another --output_dir, or add --overwrite_output_dir to start afresh"
+    anew = "Type another --output_dir, or add --overwrite_output_dir to start again"
     wanted = round_settings(common, config, method, words)
     if not common.overwrite_output_dir:
         refuse_if([*compare_settings(folder, "rounds", wanted, anew)])
@@ -66,7 +65,7 @@ def run_rounds(common: "CommonArgs", config: "RejectionConfig", words: list[str]
             path = selection.path_of(here, file, config.chunk_size)
             found = json.loads((here / "report.json").read_text(encoding="utf-8"))
             if not found["written"][file]:
-                raise Failed(f"{path}: nothing was selected to train on; {here}/report.json says why")
+                raise Failed(f"{path}: no row was selected to train on; {here}/report.json has the reasons")
             trained = here / "trained"
             if not (trained / "run_card.json").exists():
                 run_part(
@@ -88,7 +87,7 @@ def run_rounds(common: "CommonArgs", config: "RejectionConfig", words: list[str]
 
 
 def round_settings(common: "CommonArgs", config: "RejectionConfig", method: str, words: list[str]) -> dict[str, Any]:
-    """What finished rounds were selected and trained with, beside what their own folders say of their answers."""
+    """Settings of the selection and the training. Those of the answers are in the folder of each round."""
     selected = ("select", "select_k", "threshold", "min_margin", "keep_cut")
     return {
         "then": method,
@@ -126,7 +125,7 @@ def say_rounds(rows: list[dict[str, Any]], samples: int) -> None:
 
 
 def run_sampling(common: "CommonArgs", config: "RejectionConfig", folder: Path, **changed: Any) -> None:
-    """One rejection sampling into `folder`, by flags that differ from this run's own in `changed`."""
+    """One rejection sampling into `folder`, with this run's flags except for `changed`."""
     given = {name: value for args in (common, config) for name, value in changed_fields(args).items()}
     own = {"then", "rounds", "eval_data_path", "overwrite_output_dir", "check", *TRAINING}
     flags = {name: value for name, value in given.items() if name not in own}
@@ -144,7 +143,7 @@ def held_out_reward(common: "CommonArgs", config: "RejectionConfig", model: str,
         where = {"train_data_path": common.eval_data_path, "max_samples": None}
     else:
         where = {"held_out_prompts": True}
-    where["reference_column"] = None  # the data's answers are none of the model's
+    where["reference_column"] = None  # the data's answers are not the model's
     if config.engine == "openai":
         where |= {"engine": "transformers", "api_model": None, "api_base_url": None}
         where |= {"judge_base_url": config.judge_base_url or config.api_base_url} if config.judge_model else {}
@@ -153,7 +152,7 @@ def held_out_reward(common: "CommonArgs", config: "RejectionConfig", model: str,
     with open(folder / "scores.jsonl", encoding="utf-8") as lines:
         scores = [line["score"] for line in map(json.loads, lines) if "score" in line]
     if not scores:
-        raise Failed(f"{folder}: none of the held-out answers has a score")
+        raise Failed(f"{folder}: no held-out answer has a score")
     return statistics.fmean(scores)
 
 
@@ -166,7 +165,7 @@ def training_command(
     output_dir: str | Path,
     words: list[str],
 ) -> Part:
-    """rlhf_run.sh on a file, with this run's own flags of training: (command, environment)."""
+    """rlhf_run.sh on a file, with this run's training flags."""
     env = {
         "RLHF_TYPE": method,
         "TRAIN_MODE": common.train_mode,
@@ -186,7 +185,7 @@ def training_command(
 
 
 def check_training(common: "CommonArgs", config: "RejectionConfig", method: str, file: str, words: list[str]) -> None:
-    """Lets the training check itself on a few rows of the kind that it will get, before anything is sampled."""
+    """Run the training's --check on a few rows of the kind it will get, before anything is sampled."""
     rows = files.FileRows(common.train_data_path, "--train_data_path", 8)
     made, _ = make_rows(list(rows), PROMPT, [])
     good, bad = (
@@ -214,23 +213,23 @@ def check_training(common: "CommonArgs", config: "RejectionConfig", method: str,
 
 
 def run_part(part: Part, what: str) -> None:
-    """Runs a part to its end. Raises Failed where it fails."""
+    """Run a part to its end. Raises Failed if it fails."""
     command, env = part
     status = subprocess.call(command, env={**os.environ, **env}, preexec_fn=end_with_parent)
     if status == 2:
-        raise Refused([f"so {what} did not start"])
+        raise Refused([f"{what} did not start, for the reason above"])
     if status:
-        raise Failed(f"{what} ended with status {status}. The same command goes on from there")
+        raise Failed(f"{what} ended with status {status}. The same command resumes there")
 
 
 def end_with_parent() -> None:
-    """A killed run is not to leave a part at work behind that the next one would meet."""
+    """End this process when its parent is killed: the next run would meet it in the folder."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def changed_fields(args: "DataclassInstance") -> dict[str, Any]:
-    """{name: value} of the fields of a dataclass that are not at their defaults."""
+    """{name: value} of the fields that differ from their defaults."""
     found = {}
     for one in fields(args):
         default = one.default if one.default_factory is MISSING else one.default_factory()

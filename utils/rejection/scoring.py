@@ -1,4 +1,4 @@
-"""What judges the completions of a rejection sampling, and how much each judge weighs."""
+"""The scorers of a rejection sampling and their weights."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from common_args import CommonArgs
     from rlhf_args.rejection_config import RejectionConfig
 
-AT_ONCE = 64  # answers, or a little more: scored and kept together
+AT_ONCE = 64  # answers, or a few more, that are scored and written together
 
 
 class Scorers:
-    """Reward functions, a reward model and an LLM judge. A score is their weighted sum; without one there is none.
+    """Reward functions, a reward model and an LLM judge. The score of an answer is their weighted sum.
 
-    show: called with what runs and for how long, for the progress bar.
+    show: called with the running function and its seconds, for the progress bar.
     """
 
     show: Callable[[str], object] = staticmethod(lambda text: None)
@@ -58,7 +58,7 @@ class Scorers:
             self.weights |= {name: weights[-1] * weight for name, weight in self.judge.weights.items()}
 
     def score(self, prompts: list[Line], groups: list[list[Line]]) -> list[Line]:
-        """Score lines for groups of completion lines; `prompts`: their lines of prompts.jsonl."""
+        """Score lines for groups of completion lines. prompts: the line of prompts.jsonl for each group."""
         lines = [(row, line) for row, group in zip(prompts, groups, strict=True) for line in group]
         asked = self.columns(lines) if self.functions else {}
         names = list(self.weights)[: len(self.functions)]
@@ -83,7 +83,7 @@ class Scorers:
             return function(**columns)
 
     def columns(self, lines: list[tuple[Line, Line]]) -> dict[str, Any]:
-        """What TRL gives reward functions, by keyword."""
+        """The keyword arguments that TRL gives reward functions."""
         from transformers import TrainerState
 
         written = [line["completion"] for _, line in lines]
@@ -99,7 +99,7 @@ class Scorers:
         }
 
     def score_line(self, line: Line, found: list[Any]) -> Line:
-        """The score line of an answer; `found`: {name: number or None} of each scorer, GivenUp where it failed."""
+        """The score line of an answer. found: {name: number or None} of each scorer, or GivenUp if it failed."""
         key = {"prompt": line["prompt"], "sample": line["sample"]}
         failed = next((score for score in found if isinstance(score, GivenUp)), None)
         if failed is not None:
@@ -112,17 +112,17 @@ class Scorers:
 
 
 def no_tokens(text: str | list[str]) -> dict[str, Any]:
-    """In place of a tokenizer where a server answers: a function that looks at completion_ids fails in one line."""
+    """Stands in for a tokenizer with a server: a reward function that needs completion_ids fails in one line."""
     return {"input_ids": None if isinstance(text, str) else [None] * len(text)}
 
 
 def as_completion(prompt: Prompt, written: str) -> Prompt:
-    """A completion as reward functions get it: of a chat a list of one message."""
+    """A completion in the format of reward functions: a list of one message for a chat."""
     return [{"role": "assistant", "content": written}] if isinstance(prompt, list) else written
 
 
 def chunk_groups(groups: Iterable[Group]) -> Iterator[list[Group]]:
-    """Groups of completion lines, [(prompt number, lines)], so many that about AT_ONCE answers are scored at once."""
+    """Chunks of groups with about AT_ONCE answers each."""
     chunk, count = [], 0
     for number, group in groups:
         chunk.append((number, group))
@@ -135,5 +135,5 @@ def chunk_groups(groups: Iterable[Group]) -> Iterator[list[Group]]:
 
 
 def as_rows(prompts: list[Line]) -> list[tuple[str, dict[str, Any]]]:
-    """Lines of prompts.jsonl as the rows that rewards are tried on."""
+    """Lines of prompts.jsonl as rows to try rewards on."""
     return [(row["where"], {"prompt": row["prompt"], "further": row["further"]}) for row in prompts]

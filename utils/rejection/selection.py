@@ -1,4 +1,4 @@
-"""From one scored pool the files that train_rlhf.py reads: which answers are good, which bad, and what is written."""
+"""Choose good and bad answers from the scored answers, and write the files that train_rlhf.py reads."""
 
 import collections
 import contextlib
@@ -18,18 +18,18 @@ from utils.rejection.scoring import as_completion
 if TYPE_CHECKING:
     from rlhf_args.rejection_config import RejectionConfig
 
-# {columns: the first method that trains on them}, which names the file of such rows
+# {columns: the first method that trains on them}; the file has the method's name
 FILES = {method.columns: name for name, method in reversed(METHODS.items()) if method.columns != PROMPT}
-TINY = 1e-12  # by more than this the chosen answer of a pair is the better one
+TINY = 1e-12  # least difference between the scores of a pair
 
 
 def file_for(method: str) -> str | None:
-    """Which file a method of train_rlhf.py trains on; None: it samples itself."""
+    """The file that a method of train_rlhf.py trains on; None if the method samples its own answers."""
     return FILES.get(METHODS[method].columns)
 
 
 def candidates(completions: Iterable[Group], scores: Iterable[Group]) -> Iterator[Group]:
-    """(prompt number, its scored answers) in order, from the groups of both; {"failed": True} where one has none."""
+    """Completions merged with their scores, by prompt. An answer without a score line has "failed"."""
     scored = iter(scores)
     ahead = next(scored, None)
     for number, group in completions:
@@ -43,15 +43,17 @@ def candidates(completions: Iterable[Group], scores: Iterable[Group]) -> Iterato
 def choose_answers(
     answers: list[Line], config: "RejectionConfig"
 ) -> tuple[list[Line], list[Line], str | None, collections.Counter[str]]:
-    """(good, bad, why nothing was chosen or None, how many answers fell away by reason) of one prompt.
+    """(good, bad, reason if none was chosen, number of excluded answers by reason) of one prompt.
 
-    Both best first, good against bad in pairs: the best good one with the worst bad one, and so on. An answer that was
-    cut at max_new_tokens never ended: it can be bad, and good only with keep_cut.
+    good and bad are sorted, best first. In a pair the best good answer is chosen over the worst bad one, and so on. An
+    answer that was cut at max_new_tokens can be bad, and good only with keep_cut.
     """
     gone: collections.Counter[str] = collections.Counter()
     ranked: list[Line] = []
     seen: set[str] = set()
-    for answer in sorted(answers, key=lambda answer: not answer.get("ended")):  # of two alike the one that ended
+    for answer in sorted(
+        answers, key=lambda answer: not answer.get("ended")
+    ):  # of two equal texts keep the one that ended
         reason = unusable(answer, seen)
         if reason:
             gone[reason] += 1
@@ -78,7 +80,7 @@ def choose_answers(
 
 
 def unusable(answer: Line, seen: set[str]) -> str | None:
-    """Why an answer can be neither chosen nor rejected, or None."""
+    """The reason that an answer can be neither chosen nor rejected, or None."""
     if "failed" in answer:
         return "failed"
     written = answer["completion"]
@@ -90,7 +92,7 @@ def unusable(answer: Line, seen: set[str]) -> str | None:
 def rows_of(
     name: str, prompt: Any, good: list[Line], bad: list[Line], config: "RejectionConfig"
 ) -> Iterator[tuple[Line, dict[str, Any]]]:
-    """The rows of one prompt for the file `name`: (row, which answers it is made of)."""
+    """The rows of one prompt for the file `name`, each with its `traced` answers."""
     pairs = [
         (chosen, rejected)
         for chosen, rejected in zip(good, reversed(bad), strict=False)
@@ -116,12 +118,12 @@ def rows_of(
 
 
 def traced(answer: Line) -> dict[str, Any]:
-    """Which answer it was and what it was worth."""
+    """Identity and score of an answer, for the provenance of a row."""
     return {name: answer[name] for name in ("sample", "score", "scores")}
 
 
 class Files:
-    """Rows by file name, moved to their places in `folder` when all are written."""
+    """Writes rows by file name, and moves the files into `folder` when all are written."""
 
     def __init__(self, folder: Path, names: list[str], chunk_size: int | None) -> None:
         self.folder, self.chunk_size = Path(folder), chunk_size
@@ -164,5 +166,5 @@ class Files:
 
 
 def path_of(folder: Path | str, name: str, chunk_size: int | None) -> str:
-    """Where the rows of `name` are: one file, or a folder of files of chunk_size rows."""
+    """The path of the rows of `name`: a file, or a folder of files with chunk_size rows."""
     return str(Path(folder) / (name.lower() if chunk_size else f"{name.lower()}.jsonl"))

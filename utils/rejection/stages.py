@@ -1,4 +1,4 @@
-"""The stages of a rejection sampling: each does what is missing in the folder, and says what came of it."""
+"""The stages of a rejection sampling. Each adds the missing lines to the folder, and prints a summary."""
 
 import contextlib
 import gc
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def open_folder(folder: Path, common: "CommonArgs") -> Iterator[None]:
-    """The output folder, for this run alone; of a run that is refused before it sampled anything nothing stays."""
+    """Lock the output folder. A new folder is removed if the run is refused before it sampled anything."""
     fresh = common.overwrite_output_dir or not folder.is_dir() or not any(folder.iterdir())
     if environment.is_main():
         folder.mkdir(parents=True, exist_ok=True)
@@ -52,7 +52,7 @@ def open_folder(folder: Path, common: "CommonArgs") -> Iterator[None]:
 
 
 def load_answering_tokenizer(common: "CommonArgs", config: "RejectionConfig") -> "PreTrainedTokenizerBase | None":
-    """The tokenizer of the model that answers; None where a server does, or the model is not asked for again."""
+    """The tokenizer of the answering model; None with a server, or if only select runs."""
     if not {"generate", "score"} & set(config.stages):
         return None
     kept = read_settings(config.output_dir or "").get("generate", {}) if "generate" not in config.stages else {}
@@ -63,7 +63,7 @@ def load_answering_tokenizer(common: "CommonArgs", config: "RejectionConfig") ->
 
 
 def longest_prompt(common: "CommonArgs", config: "RejectionConfig") -> int | None:
-    """Tokens that a prompt may have beside an answer, as far as the model says."""
+    """Maximum tokens of a prompt: the flag, or the model's context minus the answer. None: no limit known."""
     if config.engine == "openai":
         return config.max_prompt_length
     held = folders.model_positions(common.model_name_or_path)
@@ -84,7 +84,7 @@ def check_prompts(
     file: Path | None = None,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
 ) -> tuple[int, list[str]]:
-    """Looks at every prompt, writes them to `file` if it is given: (how many, notes). Raises Refused."""
+    """Check every prompt, and write them to `file` if given. Returns their number and notes. Raises Refused."""
     if "generate" not in config.stages:
         return 0, []
     notes: list[str] = []
@@ -99,16 +99,18 @@ def check_prompts(
         known = ", ".join(name for name in found.names if name != "prompt") or "none beside the prompt"
         raise Refused([f"--reference_column {config.reference_column}: no such column. There are {known}"])
     if count < 2 and common.eval_fraction:
-        raise Refused([f"--eval_fraction {common.eval_fraction:g}: of one prompt nothing can be held out"])
+        raise Refused(
+            [f"--eval_fraction {common.eval_fraction:g}: one prompt cannot be split. Type --eval_fraction 0"]
+        )
     refused = ", ".join(f"{number} {reason}" for reason, number in count_reasons(found.dropped).items()) or "none"
-    doubled = f"; {twice} repeated ones left out" if twice else ""
+    doubled = f"; {twice} repeated prompts left out" if twice else ""
     if file:
         saves.prepare_output_dir(file.parent, False, found.dropped)
     return count, [f"prompts   {count}; refused: {refused}{doubled}", *(f"note      {note}" for note in notes)]
 
 
 def check_rejection(common: "CommonArgs", config: "RejectionConfig") -> int:
-    """What --check looks at beyond the flags: every prompt, and the reward functions on a few of them."""
+    """--check beyond the flags: every prompt, and the reward functions on a few of them."""
     tokenizer = load_answering_tokenizer(common, config)
     check_prompts(common, config, tokenizer=tokenizer)
     if "generate" in config.stages and "score" in config.stages:
@@ -121,7 +123,7 @@ def check_rejection(common: "CommonArgs", config: "RejectionConfig") -> int:
 def prepare_folder(
     common: "CommonArgs", config: "RejectionConfig", folder: Path, tokenizer: "PreTrainedTokenizerBase | None"
 ) -> None:
-    """prompts.jsonl and settings.json of a new folder; of one that is there, the settings of the stages to come."""
+    """Write prompts.jsonl and settings.json of a new folder; in an existing folder the settings of new stages."""
     if "generate" in config.stages and not (folder / "prompts.jsonl").exists():
         keep_settings(folder, "generate", checks.generation_settings(common, config))
         for line in check_prompts(common, config, folder / "prompts.jsonl", tokenizer)[1]:
@@ -134,7 +136,7 @@ def prepare_folder(
 
 
 class RejectionRun:
-    """One run over a folder: its lines so far, and the stages that add to them."""
+    """A run in a folder: its prompts and lines, and the stages that add to them."""
 
     def __init__(
         self,
@@ -161,7 +163,7 @@ class RejectionRun:
             template.fit_tokenizer(tokenizer, chat=isinstance(self.first[0]["prompt"], list))
 
     def generate(self) -> None:
-        """Answers what is not answered, the longest prompts first: what does not fit fails at once."""
+        """Sample the missing answers, longest prompts first: out of memory then shows at once."""
         numbers = self.prompts.numbers
         order = numbers[numpy.argsort(-self.prompts.tokens[numbers], kind="stable")]
         done = self.completions.find()[1]
@@ -169,7 +171,7 @@ class RejectionRun:
         missing = int((~flat).sum())
         output.say(f"generate  {missing} answers to sample, {len(flat) - missing} are there")
         if missing and "score" in self.config.stages:
-            self.load_scorers()  # and tries them, before hours are spent on answers that they could not judge
+            self.load_scorers()  # to try them before hours of sampling
             free_memory()
         if self.reference and environment.is_main():
             self.add_references(done)
@@ -201,7 +203,7 @@ class RejectionRun:
         engine.say_failures()
 
     def add_references(self, done: numpy.ndarray) -> None:
-        """The answers in the data, as one more sample of each prompt that has one."""
+        """Add the answers in the data as one more sample of each prompt."""
         lines = []
         for number in self.prompts.numbers[~done[self.prompts.numbers, self.samples]].tolist():
             row = self.prompts[number]
@@ -222,7 +224,7 @@ class RejectionRun:
         return scoring.Scorers(self.common, self.config, rows, self.tokenizer, environment.local_device())
 
     def score(self) -> None:
-        """Scores every prompt whose answers are not all scored."""
+        """Score all answers to each prompt that lacks a score."""
         from tqdm import tqdm
 
         self.merge_lines(self.completions)  # of a generation that was interrupted
@@ -240,7 +242,7 @@ class RejectionRun:
                         prompts = [self.prompts[number] for number, _ in wanted]
                         groups = [[line for line in group if "failed" not in line] for _, group in wanted]
                         self.scores.append(scorers.score(prompts, groups))
-                    bar.update(len(wanted))  # also what the other processes do meanwhile
+                    bar.update(len(wanted))  # other processes work at the same pace
             if scorers.judge:
                 scorers.judge.server.say_failures()
         self.finish(self.scores, answered)
@@ -252,7 +254,7 @@ class RejectionRun:
         environment.wait_for_everyone()
 
     def finish(self, lines: Lines, wanted: numpy.ndarray | None = None) -> None:
-        """Brings a stage's lines in order, and counts what failed."""
+        """Merge the lines of a stage, and count the failed lines."""
         self.merge_lines(lines)
         if wanted is None:
             wanted = numpy.zeros(lines.shape, dtype=bool)
@@ -272,7 +274,7 @@ class RejectionRun:
             )
 
     def select(self) -> None:
-        """Writes the files and the report from all that is scored; done anew each time, it takes seconds."""
+        """Write the training files and the report from all scored answers. It takes seconds and is always redone."""
         config, kept = self.config, read_settings(self.folder)
         tally = report.Pool(self.samples, self.made_with["seed"])
         origin = {name: self.made_with.get(name) for name in ("model", "api_model", "engine")}
@@ -301,7 +303,7 @@ class RejectionRun:
                 )
 
     def end(self) -> int:
-        """The exit status; the main process says why it is not 0."""
+        """Exit status 0. Raises Failed in the main process if too many lines failed."""
         if environment.is_main() and self.failed_share > self.config.max_failed_fraction:
             raise Failed(
                 f"{self.failed_share:.0%} failed, more than --max_failed_fraction {self.config.max_failed_fraction:g}"
@@ -310,7 +312,7 @@ class RejectionRun:
 
 
 def free_memory() -> None:
-    """Gives back what a model held that nobody has any more."""
+    """Free the memory of a deleted model."""
     gc.collect()
     if environment.has_gpu():
         import torch
