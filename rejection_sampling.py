@@ -11,16 +11,13 @@ Exit status: as train_rlhf.py; 1 also where more than --max_failed_fraction of t
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from common_args import CommonArgs
+from rlhf_args.rejection_config import RejectionConfig
 from utils.cli import arguments, recipes
 from utils.runtime import environment
 from utils.runtime.errors import refuse_if
 from utils.training.run import guard
-
-if TYPE_CHECKING:
-    from common_args import CommonArgs
-    from rlhf_args.rejection_config import RejectionConfig
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -56,7 +53,7 @@ def run(argv: list[str]) -> int:
         return sampling.end()
 
 
-def parse_and_check(argv: list[str]) -> "tuple[CommonArgs, RejectionConfig, list[str]]":
+def parse_and_check(argv: list[str]) -> tuple[CommonArgs, RejectionConfig, list[str]]:
     """Flags, folders and templates. What needs no library is refused within a second, so that comes first."""
     words = recipes.expand(argv)
     common, config, left = arguments.parse_rejection(words)

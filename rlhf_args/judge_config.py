@@ -1,11 +1,17 @@
 """The flags of an LLM judge and of its server, for rejection sampling and the online methods."""
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 
 @dataclass
 class JudgeConfig:
     """Mixin. Without judge_model there is no judge."""
+
+    if TYPE_CHECKING:
+
+        @property
+        def seed(self) -> int: ...  # a field of every class that mixes this in
 
     judge_model: str | None = field(
         default=None,

@@ -4,9 +4,11 @@ import hashlib
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from common_args import CommonArgs
 from rlhf_args.methods import METHODS, REJECTION, find_method
+from rlhf_args.rejection_config import RejectionConfig
 from utils.checks import flags
 from utils.checks.folders import reads
 from utils.data import files
@@ -19,10 +21,6 @@ from utils.runtime import environment
 from utils.runtime.errors import Refused
 from utils.runtime.paths import check_overwrite, check_writable
 
-if TYPE_CHECKING:
-    from common_args import CommonArgs
-    from rlhf_args.rejection_config import RejectionConfig
-
 STAGES = ("generate", "score", "select")
 TRAINING = (
     "train_mode", "use_dora", "lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "resume",
@@ -30,12 +28,12 @@ TRAINING = (
 )  # fmt: skip
 
 
-def needs_model(config: "RejectionConfig") -> bool:
+def needs_model(config: RejectionConfig) -> bool:
     """True if the model is loaded: to sample from it, or to train it."""
     return "generate" in config.stages and config.engine != "openai" or bool(config.then)
 
 
-def check_flags(common: "CommonArgs", config: "RejectionConfig", words: list[str]) -> list[str]:
+def check_flags(common: CommonArgs, config: RejectionConfig, words: list[str]) -> list[str]:
     """All problems of the flags of rejection sampling."""
     problems = [*check_generation(common, config)] if "generate" in config.stages else []
     problems += check_scorers(common, config) if "score" in config.stages else []
@@ -63,7 +61,7 @@ def check_flags(common: "CommonArgs", config: "RejectionConfig", words: list[str
     return problems + check_rejection_folder(common, config)
 
 
-def check_data(common: "CommonArgs", config: "RejectionConfig") -> Iterator[str]:
+def check_data(common: CommonArgs, config: RejectionConfig) -> Iterator[str]:
     if not common.train_data_path and not needs_model(config):
         yield f"--train_data_path: missing. Type --train_data_path {REJECTION.sample_data} to try"
     for flag, paths in (("--train_data_path", common.train_data_path), ("--eval_data_path", common.eval_data_path)):
@@ -75,7 +73,7 @@ def check_data(common: "CommonArgs", config: "RejectionConfig") -> Iterator[str]
         yield "--eval_data_path: only used to measure the model that --then trains. Remove it, or add --then"
 
 
-def check_generation(common: "CommonArgs", config: "RejectionConfig") -> Iterator[str]:
+def check_generation(common: CommonArgs, config: RejectionConfig) -> Iterator[str]:
     if config.num_completions < 1:
         yield f"--num_completions {config.num_completions}: must be at least 1"
     if config.max_prompt_length is not None and config.max_prompt_length < 1:
@@ -117,12 +115,12 @@ def check_generation(common: "CommonArgs", config: "RejectionConfig") -> Iterato
             yield "--engine vllm: runs in one process. Type NUM_PROCESSES=1"
         path = common.model_name_or_path
         if path and folders.read_adapter(path):
-            yield f"--engine vllm: {path} is an adapter. Type python -m utils.merge_lora {path} MERGED and --model_name_or_path MERGED"
+            yield f"--engine vllm: {path} is an adapter. Merge it: python -m utils.merge_lora {path} MERGED"
         if config.then and common.train_mode != "full":
             yield f"--train_mode {common.train_mode} with --engine vllm and --then: vLLM loads no adapter. Type full"
 
 
-def check_scorers(common: "CommonArgs", config: "RejectionConfig") -> Iterator[str]:
+def check_scorers(common: CommonArgs, config: RejectionConfig) -> Iterator[str]:
     names = judge.name_scorers(common, config)
     if not names:
         yield (
@@ -142,7 +140,7 @@ def check_scorers(common: "CommonArgs", config: "RejectionConfig") -> Iterator[s
     yield from judge.check_judge(config, "num_completions", answers, unused="judge_")
 
 
-def check_selection(config: "RejectionConfig") -> Iterator[str]:
+def check_selection(config: RejectionConfig) -> Iterator[str]:
     for name in config.write:
         if name not in selection.FILES.values():
             yield f"--write {name}: must be one or more of {', '.join(selection.FILES.values())}"
@@ -160,7 +158,7 @@ def check_selection(config: "RejectionConfig") -> Iterator[str]:
         yield f"--chunk_size {config.chunk_size}: must be at least 1 row per file"
 
 
-def check_then(common: "CommonArgs", config: "RejectionConfig") -> Iterator[str]:
+def check_then(common: CommonArgs, config: RejectionConfig) -> Iterator[str]:
     name = find_method(config.then)
     able = [method for method in METHODS if selection.file_for(method)]
     if name not in able:
@@ -182,7 +180,7 @@ def check_then(common: "CommonArgs", config: "RejectionConfig") -> Iterator[str]
         yield f"--then with --stages {','.join(config.stages)}: needs all stages. Remove --stages"
 
 
-def check_rejection_folder(common: "CommonArgs", config: "RejectionConfig") -> list[str]:
+def check_rejection_folder(common: CommonArgs, config: RejectionConfig) -> list[str]:
     if not config.output_dir:
         return ["--output_dir: missing. Type --output_dir FOLDER"]
     folder = Path(config.output_dir)
@@ -210,7 +208,7 @@ def check_rejection_folder(common: "CommonArgs", config: "RejectionConfig") -> l
 # ── the settings of a folder ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def compare_with_folder(common: "CommonArgs", config: "RejectionConfig", folder: Path) -> Iterator[str]:
+def compare_with_folder(common: CommonArgs, config: RejectionConfig, folder: Path) -> Iterator[str]:
     """Problems of resuming in a folder that other settings made."""
     anew = "Type another --output_dir, or add --overwrite_output_dir to start again"
     if "generate" in config.stages and (folder / "prompts.jsonl").exists():
@@ -220,7 +218,7 @@ def compare_with_folder(common: "CommonArgs", config: "RejectionConfig", folder:
         yield from compare_settings(folder, "score", score_settings(common, config), anew)
 
 
-def generation_settings(common: "CommonArgs", config: "RejectionConfig") -> dict[str, Any]:
+def generation_settings(common: CommonArgs, config: RejectionConfig) -> dict[str, Any]:
     """Everything that an answer depends on."""
     path, revision = common.model_name_or_path, common.model_revision
     if config.engine == "openai":
@@ -248,7 +246,7 @@ def weights_of(path: str | None, revision: str | None) -> list[Any]:
     return [sampling.describe_weights(path, revision), base and sampling.describe_weights(*base)]
 
 
-def score_settings(common: "CommonArgs", config: "RejectionConfig") -> dict[str, Any]:
+def score_settings(common: CommonArgs, config: RejectionConfig) -> dict[str, Any]:
     functions = {spec: hash_content(spec.rpartition(":")[0]) for spec in common.reward_funcs or ()}
     found: dict[str, Any] = {"reward_funcs": functions, "reward_weights": config.reward_weights}
     if common.reward_model_path:

@@ -1,18 +1,16 @@
 """The engines that answer prompts: transformers, vLLM, or a server with OpenAI's API."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from common_args import CommonArgs
+from rlhf_args.rejection_config import RejectionConfig
 from utils.data import template
 from utils.models import load, sampling
 from utils.rejection.folder import Line
 from utils.rewards.server import GivenUp, Prompt
 from utils.runtime import environment
 from utils.runtime.output import say
-
-if TYPE_CHECKING:
-    from common_args import CommonArgs
-    from rlhf_args.rejection_config import RejectionConfig
 
 Asked = tuple[Prompt, int]  # prompt, seed
 
@@ -22,7 +20,7 @@ class Engine:
 
     batch: int
 
-    def __init__(self, common: "CommonArgs", config: "RejectionConfig", tokenizer: Any) -> None:
+    def __init__(self, common: CommonArgs, config: RejectionConfig, tokenizer: Any) -> None:
         raise NotImplementedError
 
     def complete(self, requests: list[Asked]) -> list[Line]:
@@ -38,7 +36,7 @@ class Transformers(Engine):
 
     batch = 64
 
-    def __init__(self, common: "CommonArgs", config: "RejectionConfig", tokenizer: Any) -> None:
+    def __init__(self, common: CommonArgs, config: RejectionConfig, tokenizer: Any) -> None:
         import torch
 
         self.tokenizer = tokenizer
@@ -95,7 +93,7 @@ class Vllm(Engine):
 
     batch = 1024
 
-    def __init__(self, common: "CommonArgs", config: "RejectionConfig", tokenizer: Any) -> None:
+    def __init__(self, common: CommonArgs, config: RejectionConfig, tokenizer: Any) -> None:
         from vllm import LLM, SamplingParams
 
         self.tokenizer = tokenizer
@@ -135,7 +133,7 @@ class OpenAI(Engine):
 
     batch = 64
 
-    def __init__(self, common: "CommonArgs", config: "RejectionConfig", tokenizer: Any) -> None:
+    def __init__(self, common: CommonArgs, config: RejectionConfig, tokenizer: Any) -> None:
         from utils.rewards import client
 
         self.server = client.Server(

@@ -15,7 +15,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import filelock
 import numpy
@@ -29,6 +29,7 @@ from utils.runtime.errors import Refused
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Tokenizer: TypeAlias = "PreTrainedTokenizerBase | None"
 Line = dict[str, Any]  # a line of a .jsonl file
 Group = tuple[int, list[Line]]  # prompt number, its lines
 LOCK_SECONDS = 20  # a run that is being killed may take so long to end
@@ -61,7 +62,7 @@ def write_prompts(
     file: Path | None,
     rows: files.FileRows,
     notes: list[str],
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    tokenizer: Tokenizer = None,
     system: str | None = None,
     longest: int | None = None,
     reference: str | None = None,

@@ -13,9 +13,11 @@ import sys
 import tempfile
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from common_args import CommonArgs
 from rlhf_args.methods import PROMPT, find_method
+from rlhf_args.rejection_config import RejectionConfig
 from utils.data import files
 from utils.data.rows import make_rows
 from utils.rejection import selection
@@ -26,17 +28,11 @@ from utils.runtime.errors import Failed, Refused, refuse_if
 from utils.runtime.output import say
 from utils.runtime.paths import empty
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-    from common_args import CommonArgs
-    from rlhf_args.rejection_config import RejectionConfig
-
 Part = tuple[list[str], dict[str, str]]  # command, what it adds to the environment
 PLAIN = ("auto", "cpu", "single_gpu", "multi_gpu")  # launches with a whole model in each process
 
 
-def run_rounds(common: "CommonArgs", config: "RejectionConfig", words: list[str]) -> int:
+def run_rounds(common: CommonArgs, config: RejectionConfig, words: list[str]) -> int:
     """Exit status of all rounds. words: the flags of the training method."""
     method, folder = find_method(config.then), Path(config.output_dir or "")
     file = selection.file_for(method) or ""
@@ -86,7 +82,7 @@ def run_rounds(common: "CommonArgs", config: "RejectionConfig", words: list[str]
     return 0
 
 
-def round_settings(common: "CommonArgs", config: "RejectionConfig", method: str, words: list[str]) -> dict[str, Any]:
+def round_settings(common: CommonArgs, config: RejectionConfig, method: str, words: list[str]) -> dict[str, Any]:
     """Settings of the selection and the training. Those of the answers are in the folder of each round."""
     selected = ("select", "select_k", "threshold", "min_margin", "keep_cut")
     return {
@@ -124,7 +120,7 @@ def say_rounds(rows: list[dict[str, Any]], samples: int) -> None:
 # ── the parts ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def run_sampling(common: "CommonArgs", config: "RejectionConfig", folder: Path, **changed: Any) -> None:
+def run_sampling(common: CommonArgs, config: RejectionConfig, folder: Path, **changed: Any) -> None:
     """One rejection sampling into `folder`, with this run's flags except for `changed`."""
     given = {name: value for args in (common, config) for name, value in changed_fields(args).items()}
     own = {"then", "rounds", "eval_data_path", "overwrite_output_dir", "check", *TRAINING}
@@ -136,7 +132,7 @@ def run_sampling(common: "CommonArgs", config: "RejectionConfig", folder: Path, 
     run_part((command, env), f"the sampling into {folder}")
 
 
-def held_out_reward(common: "CommonArgs", config: "RejectionConfig", model: str, folder: Path) -> float:
+def held_out_reward(common: CommonArgs, config: RejectionConfig, model: str, folder: Path) -> float:
     """The mean reward of a model's answers to the held-out prompts."""
     where: dict[str, Any]
     if common.eval_data_path:
@@ -157,8 +153,8 @@ def held_out_reward(common: "CommonArgs", config: "RejectionConfig", model: str,
 
 
 def training_command(
-    common: "CommonArgs",
-    config: "RejectionConfig",
+    common: CommonArgs,
+    config: RejectionConfig,
     method: str,
     model: str,
     path: str,
@@ -184,7 +180,7 @@ def training_command(
     return ["bash", "rlhf_run.sh", *as_words(flags), *words], env
 
 
-def check_training(common: "CommonArgs", config: "RejectionConfig", method: str, file: str, words: list[str]) -> None:
+def check_training(common: CommonArgs, config: RejectionConfig, method: str, file: str, words: list[str]) -> None:
     """Run the training's --check on a few rows of the kind it will get, before anything is sampled."""
     rows = files.FileRows(common.train_data_path, "--train_data_path", 8)
     made, _ = make_rows(list(rows), PROMPT, [])
@@ -228,7 +224,7 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def changed_fields(args: "DataclassInstance") -> dict[str, Any]:
+def changed_fields(args: CommonArgs | RejectionConfig) -> dict[str, Any]:
     """{name: value} of the fields that differ from their defaults."""
     found = {}
     for one in fields(args):

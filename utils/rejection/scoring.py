@@ -2,19 +2,15 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from utils.rejection.folder import Group, Line
+from common_args import CommonArgs
+from rlhf_args.rejection_config import RejectionConfig
+from utils.rejection.folder import Group, Line, Tokenizer
 from utils.rewards import functions, judge, models
 from utils.rewards.functions import name_rewards
 from utils.rewards.judge import name_scorers
-from utils.rewards.server import GivenUp, Prompt
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from common_args import CommonArgs
-    from rlhf_args.rejection_config import RejectionConfig
+from utils.rewards.server import GivenUp, Prompt, Row
 
 AT_ONCE = 64  # answers, or a few more, that are scored and written together
 
@@ -28,12 +24,7 @@ class Scorers:
     show: Callable[[str], object] = staticmethod(lambda text: None)
 
     def __init__(
-        self,
-        common: "CommonArgs",
-        config: "RejectionConfig",
-        rows: list[tuple[str, dict[str, Any]]],
-        tokenizer: "PreTrainedTokenizerBase | None",
-        device: Any,
+        self, common: CommonArgs, config: RejectionConfig, rows: list[Row], tokenizer: Tokenizer, device: Any
     ) -> None:
         self.tokenizer, self.judge = tokenizer, None
         self.functions = functions.load_functions(
@@ -134,6 +125,6 @@ def chunk_groups(groups: Iterable[Group]) -> Iterator[list[Group]]:
         yield chunk
 
 
-def as_rows(prompts: list[Line]) -> list[tuple[str, dict[str, Any]]]:
+def as_rows(prompts: list[Line]) -> list[Row]:
     """Lines of prompts.jsonl as rows to try rewards on."""
     return [(row["where"], {"prompt": row["prompt"], "further": row["further"]}) for row in prompts]

@@ -8,15 +8,13 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from rlhf_args.methods import METHODS, PAIR, PROMPT, RANKED, UNPAIRED
+from rlhf_args.rejection_config import RejectionConfig
 from utils.data.columns import check_text
 from utils.rejection.folder import Group, Line
 from utils.rejection.scoring import as_completion
-
-if TYPE_CHECKING:
-    from rlhf_args.rejection_config import RejectionConfig
 
 # {columns: the first method that trains on them}; the file has the method's name
 FILES = {method.columns: name for name, method in reversed(METHODS.items()) if method.columns != PROMPT}
@@ -41,7 +39,7 @@ def candidates(completions: Iterable[Group], scores: Iterable[Group]) -> Iterato
 
 
 def choose_answers(
-    answers: list[Line], config: "RejectionConfig"
+    answers: list[Line], config: RejectionConfig
 ) -> tuple[list[Line], list[Line], str | None, collections.Counter[str]]:
     """(good, bad, reason if none was chosen, number of excluded answers by reason) of one prompt.
 
@@ -90,7 +88,7 @@ def unusable(answer: Line, seen: set[str]) -> str | None:
 
 
 def rows_of(
-    name: str, prompt: Any, good: list[Line], bad: list[Line], config: "RejectionConfig"
+    name: str, prompt: Any, good: list[Line], bad: list[Line], config: RejectionConfig
 ) -> Iterator[tuple[Line, dict[str, Any]]]:
     """The rows of one prompt for the file `name`, each with its `traced` answers."""
     pairs = [

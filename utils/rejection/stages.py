@@ -6,33 +6,28 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy
 
+from common_args import CommonArgs
 from rlhf_args.methods import PROMPT
+from rlhf_args.rejection_config import RejectionConfig
 from utils.data import files
 from utils.data.rows import Rows, check_dropped, count_reasons, make_rows
 from utils.models import folders, load, sampling
 from utils.rejection import checks, engines, report, scoring, selection
-from utils.rejection.folder import Lines, Prompts, keep_settings, locked, read_settings, write_prompts
+from utils.rejection.folder import Lines, Prompts, Tokenizer, keep_settings, locked, read_settings, write_prompts
 from utils.results import plots, saves
 from utils.rewards import functions
 from utils.runtime import environment, output
 from utils.runtime.errors import Failed, Refused
 from utils.runtime.paths import empty
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from common_args import CommonArgs
-    from rlhf_args.rejection_config import RejectionConfig
-
 # ── prompts ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @contextlib.contextmanager
-def open_folder(folder: Path, common: "CommonArgs") -> Iterator[None]:
+def open_folder(folder: Path, common: CommonArgs) -> Iterator[None]:
     """Lock the output folder. A new folder is removed if the run is refused before it sampled anything."""
     fresh = common.overwrite_output_dir or not folder.is_dir() or not any(folder.iterdir())
     if environment.is_main():
@@ -51,7 +46,7 @@ def open_folder(folder: Path, common: "CommonArgs") -> Iterator[None]:
             raise
 
 
-def load_answering_tokenizer(common: "CommonArgs", config: "RejectionConfig") -> "PreTrainedTokenizerBase | None":
+def load_answering_tokenizer(common: CommonArgs, config: RejectionConfig) -> Tokenizer:
     """The tokenizer of the answering model; None with a server, or if only select runs."""
     if not {"generate", "score"} & set(config.stages):
         return None
@@ -62,7 +57,7 @@ def load_answering_tokenizer(common: "CommonArgs", config: "RejectionConfig") ->
     return load.load_tokenizer(path, kept.get("model_revision", common.model_revision), config.trust_remote_code)
 
 
-def longest_prompt(common: "CommonArgs", config: "RejectionConfig") -> int | None:
+def longest_prompt(common: CommonArgs, config: RejectionConfig) -> int | None:
     """Maximum tokens of a prompt: the flag, or the model's context minus the answer. None: no limit known."""
     if config.engine == "openai":
         return config.max_prompt_length
@@ -79,10 +74,7 @@ def longest_prompt(common: "CommonArgs", config: "RejectionConfig") -> int | Non
 
 
 def check_prompts(
-    common: "CommonArgs",
-    config: "RejectionConfig",
-    file: Path | None = None,
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    common: CommonArgs, config: RejectionConfig, file: Path | None = None, tokenizer: Tokenizer = None
 ) -> tuple[int, list[str]]:
     """Check every prompt, and write them to `file` if given. Returns their number and notes. Raises Refused."""
     if "generate" not in config.stages:
@@ -109,7 +101,7 @@ def check_prompts(
     return count, [f"prompts   {count}; refused: {refused}{doubled}", *(f"note      {note}" for note in notes)]
 
 
-def check_rejection(common: "CommonArgs", config: "RejectionConfig") -> int:
+def check_rejection(common: CommonArgs, config: RejectionConfig) -> int:
     """--check beyond the flags: every prompt, and the reward functions on a few of them."""
     tokenizer = load_answering_tokenizer(common, config)
     check_prompts(common, config, tokenizer=tokenizer)
@@ -120,9 +112,7 @@ def check_rejection(common: "CommonArgs", config: "RejectionConfig") -> int:
     return 0
 
 
-def prepare_folder(
-    common: "CommonArgs", config: "RejectionConfig", folder: Path, tokenizer: "PreTrainedTokenizerBase | None"
-) -> None:
+def prepare_folder(common: CommonArgs, config: RejectionConfig, folder: Path, tokenizer: Tokenizer) -> None:
     """Write prompts.jsonl and settings.json of a new folder; in an existing folder the settings of new stages."""
     if "generate" in config.stages and not (folder / "prompts.jsonl").exists():
         keep_settings(folder, "generate", checks.generation_settings(common, config))
@@ -138,13 +128,7 @@ def prepare_folder(
 class RejectionRun:
     """A run in a folder: its prompts and lines, and the stages that add to them."""
 
-    def __init__(
-        self,
-        common: "CommonArgs",
-        config: "RejectionConfig",
-        folder: Path,
-        tokenizer: "PreTrainedTokenizerBase | None",
-    ) -> None:
+    def __init__(self, common: CommonArgs, config: RejectionConfig, folder: Path, tokenizer: Tokenizer) -> None:
         self.common, self.config, self.folder, self.tokenizer = common, config, folder, tokenizer
         kept = read_settings(folder)["generate"]
         self.made_with = kept

@@ -3,11 +3,11 @@
 import os
 import urllib.parse
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from rlhf_args.judge_config import JudgeConfig
+from rlhf_args.judge_config import JudgeConfig
 
+Row = tuple[str, dict[str, Any]]  # (where, values), as in utils/data/rows.py
 Prompt = str | list[dict[str, str]]  # plain text, or messages
 Reply = tuple[str, int | None, bool]  # text, its tokens if the server says so, True if it ended by itself
 # prompt; read(*Reply), which may raise Unusable; sampling fields by number of refused replies
@@ -22,7 +22,7 @@ class GivenUp(RuntimeError):
     """A request that failed at every attempt, and the last reason."""
 
 
-def check_server(config: "JudgeConfig", flag: str, url: str | None, variable: str) -> Iterator[str]:
+def check_server(config: JudgeConfig, flag: str, url: str | None, variable: str) -> Iterator[str]:
     """Problems of a server's flags. flag: names the address `url`. variable: environment variable of the key."""
     key = os.environ.get(variable)
     if not key:
@@ -39,7 +39,7 @@ def check_server(config: "JudgeConfig", flag: str, url: str | None, variable: st
         yield f"--api_retries {config.api_retries}: must be at least 0"
 
 
-def check_failed_fraction(config: "JudgeConfig") -> Iterator[str]:
+def check_failed_fraction(config: JudgeConfig) -> Iterator[str]:
     if not 0 <= config.max_failed_fraction <= 1:
         yield f"--max_failed_fraction {config.max_failed_fraction:g}: must be from 0 to 1"
 
