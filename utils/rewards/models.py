@@ -365,4 +365,4 @@ def try_reward_model(reward: RewardModel, rows: list[Row], dtype: str) -> None:
             ]
         )
     if max(alone) == min(alone):
-        raise Refused([f"--reward_model_path {reward.path}: scores all {len(alone)} answers {alone[0]:.3g}"])
+        raise Refused([f"--reward_model_path {reward.path}: the same score {alone[0]:.3g} for all {len(alone)} answers"])
