@@ -426,6 +426,8 @@ def test_a_flag_of_the_judge_without_a_judge_is_refused(refused):
     ):  # fmt: skip
         (line,) = refused(f"--reward_funcs data/rewards.py:brevity {flags}")
         assert line.startswith(f"{flags.split()[0]}: ") and "--judge_model" in line
+    (line,) = refused("")  # no reward at all
+    assert "--judge_model" in line and "--reward_funcs" in line
 
 
 MANY = "--num_generations 28 --per_device_train_batch_size 28"
@@ -444,11 +446,7 @@ REFUSED = [
     (None, "--reward_weights 1 2", "--reward_weights: 2"),
     (None, "--judge_key_variable NO_SUCH_KEY", "NO_SUCH_KEY is not set"),
     (PICK, "--judge_mode pick --num_generations 1", "--judge_mode pick … --num_generations 2"),
-    (
-        PICK,
-        "--judge_mode pick --num_generations 28",
-        "--judge_mode pick … --num_generations 28 … --num_generations 26",
-    ),
+    (PICK, f"--judge_mode pick {MANY}", "--judge_mode pick … --num_generations 28 … --num_generations 26"),
     (PICK, "--judge_mode pick --eval_fraction 0.25", "--judge_mode pick … held-out … --eval_fraction 0"),
     (RUBRIC, "--judge_mode pick", "--judge_template … --judge_mode score"),
     (OTHER, "--reward_funcs data/rewards.py:brevity", " … brevity … Rename"),
@@ -461,11 +459,6 @@ def test_a_wrong_flag_of_the_judge_is_refused_without_a_request(text, flags, pro
     method = "PPO" if "--num_generations 1" in flags else "GRPO"  # which takes 1
     lines = refused(f"{flags} --judge_template {template(text)}" if text else flags, method, api)
     assert any(line.startswith(begin) and all(fact in line for fact in facts) for line in lines) and not api.asked
-
-
-def test_no_reward_at_all_names_the_judge_as_one(refused):
-    (line,) = refused("")
-    assert "--judge_model" in line and "--reward_funcs" in line
 
 
 def test_another_method_says_who_takes_a_judge(capsys, tiny_model, tmp_path):
