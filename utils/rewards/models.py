@@ -365,4 +365,5 @@ def try_reward_model(reward: RewardModel, rows: list[Row], dtype: str) -> None:
             ]
         )
     if max(alone) == min(alone):
-        raise Refused([f"--reward_model_path {reward.path}: the same score {alone[0]:.3g} for all {len(alone)} answers"])
+        same = f"the same score {alone[0]:.3g} for all {len(alone)} answers"
+        raise Refused([f"--reward_model_path {reward.path}: {same}"])

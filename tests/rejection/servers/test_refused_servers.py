@@ -91,17 +91,17 @@ def test_a_server_or_a_model_that_is_not_named_is_refused(tmp_path, capsys):
         ("--api_retries -1", "--api_retries -1: must be at least 0"),
         (
             "--judge_base_url http://127.0.0.1:9/v1",
-            "--judge_base_url: without --judge_model there is no judge. Type --judge_model NAME",
+            "--judge_base_url: only used with a judge. Add --judge_model NAME",
         ),
-        ("--judge_model j --judge_scale 5 5", "--judge_scale 5.0 5.0: the least number and the highest, like 1 10"),
-        ("--judge_model j --judge_scale 1 nan", "--judge_scale 1.0 nan: the least number and the highest, like 1 10"),
+        ("--judge_model j --judge_scale 5 5", "--judge_scale 5.0 5.0: "),
+        ("--judge_model j --judge_scale 1 nan", "--judge_scale 1.0 nan: "),
         (
             "--judge_model j --judge_mode pick --num_completions 1",
-            "--judge_mode pick: picks of 2 to 26 answers, and there are 1",
+            "--judge_mode pick: needs 2 to 26 answers to a prompt, not 1",
         ),
         (
             "--judge_model j --judge_mode pick --num_completions 27",
-            "--judge_mode pick: picks of 2 to 26 answers, and there are 27",
+            "--judge_mode pick: needs 2 to 26 answers to a prompt, not 27",
         ),
         ("--engine transformers --judge_model j", "--api_model: only used with --engine openai"),
     ],
