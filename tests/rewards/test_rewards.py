@@ -51,7 +51,7 @@ FUNCTIONS = {
         HEAD + "    return 'é'\n",
         "FILE:2: (unicode error) 'utf-8' codec can't decode byte 0xe9 in position ",
     ),
-    "no function": ("judge = 3\n", "--reward_funcs FILE:judge: judge is no function"),
+    "no function": ("judge = 3\n", "--reward_funcs FILE:judge: judge is not a function"),
     "an import that fails": (
         "import nothing_of_the_kind\n" + HEAD + "    return [0.0] * len(completions)\n",
         "--reward_funcs FILE:judge: ModuleNotFoundError: No module named 'nothing_of_the_kind' at FILE:1",
