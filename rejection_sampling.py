@@ -12,46 +12,48 @@ Exit status: as train_rlhf.py; 1 also where more than --max_failed_fraction of t
 import sys
 from pathlib import Path
 
+from common_args import CommonArgs
+from rlhf_args.rejection_config import RejectionConfig
 from utils.cli import arguments, recipes
 from utils.runtime import environment
 from utils.runtime.errors import refuse_if
 from utils.training.chapters import guard
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     return guard(run, sys.argv[1:] if argv is None else list(argv), "The same command goes on from here")
 
 
-def run(argv):
+def run(argv: list[str]) -> int:
     common, config, words = parse_and_check(argv)
     from utils.rejection import rounds, stages
 
     if config.then:
-        return rounds.run(common, config, words)
+        return rounds.run_rounds(common, config, words)
     if common.check:
-        return stages.check(common, config)
+        return stages.check_rejection(common, config)
 
     # ── the folder: prompts, and what earlier runs of the same settings left ─────────────────────────────────────────
-    folder = Path(config.output_dir)
-    with stages.opened(folder, common):
-        tokenizer = stages.load_tokenizer(common, config)
+    folder = Path(config.output_dir or "")
+    with stages.open_folder(folder, common):
+        tokenizer = stages.load_answering_tokenizer(common, config)
         if environment.is_main():
-            stages.prepare(common, config, folder, tokenizer)
+            stages.prepare_folder(common, config, folder, tokenizer)
         environment.wait_for_everyone()
-        work = stages.Work(common, config, folder, tokenizer)
+        sampling = stages.RejectionRun(common, config, folder, tokenizer)
 
         # ── sample, score, select ────────────────────────────────────────────────────────────────────────────────────
         if "generate" in config.stages:
-            work.generate()
+            sampling.generate()
         if "score" in config.stages:
-            work.score()
+            sampling.score()
         if "select" in config.stages and environment.is_main():
-            work.select()
+            sampling.select()
         environment.wait_for_everyone()
-        return work.end()
+        return sampling.end()
 
 
-def parse_and_check(argv):
+def parse_and_check(argv: list[str]) -> tuple[CommonArgs, RejectionConfig, list[str]]:
     """Flags, folders and templates. What needs no library is refused within a second, so that comes first."""
     words = recipes.expand(argv)
     common, config, left = arguments.parse_rejection(words)

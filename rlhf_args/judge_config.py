@@ -1,11 +1,17 @@
 """The flags of an LLM judge and of its server, for rejection sampling and the online methods."""
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 
 @dataclass
 class JudgeConfig:
     """Mixin. Without judge_model there is no judge."""
+
+    if TYPE_CHECKING:
+
+        @property
+        def seed(self) -> int: ...  # a field of every class that mixes this in
 
     judge_model: str | None = field(
         default=None,
@@ -56,10 +62,13 @@ class JudgeConfig:
     )
     # A long reply of a large model takes a minute.
     api_timeout: float = field(default=120.0, metadata={"help": "Seconds to wait for a reply.", "range": "above 0"})
-    # About a minute in total, which a busy server usually needs to recover.
+    # Seven seconds of waiting in total, in which a busy server mostly recovers; a later run asks for the rest.
     api_retries: int = field(
         default=4,
-        metadata={"help": "Retries of a failed request, after 1, 2, 4, ... seconds.", "range": "at least 0"},
+        metadata={
+            "help": "Retries of a failed request, after 0.5, 1, 2, ... 8 seconds, or as Retry-After says.",
+            "range": "at least 0",
+        },
     )
     # Servers fail occasionally; a template that does not work fails nearly always.
     max_failed_fraction: float = field(

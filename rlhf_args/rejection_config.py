@@ -108,8 +108,8 @@ class RejectionConfig(JudgeConfig):
         },
     )
     keep_cut: bool = field(default=False, metadata={"help": "Also select answers truncated at --max_new_tokens."})
-    write: list[str] | None = field(
-        default=None,
+    write: list[str] = field(
+        default_factory=list,
         metadata={"help": "Formats to write: SFT, DPO, KTO, Reward. Unset: SFT, or DPO with --select pairs."},
     )
     chunk_size: int | None = field(

@@ -164,9 +164,9 @@ class Online(SamplesAnswers):
         """
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         failed = torch.zeros_like(rewards[:, 0], dtype=torch.bool)
-        if self.judge and self.judge.measures():
+        if self.judge and self.judge.takes_part():
             failed = rewards[:, self.judged].isnan().any(dim=1)
-            self.judge.count(int(failed.sum()), len(failed), evaluating=not self.model.training)
+            self.judge.count_failures(int(failed.sum()), len(failed), evaluating=not self.model.training)
             mode = "train" if self.model.training else "eval"
             self._metrics[mode]["judge/failed"].append(failed.float().mean().item())
         names = [name for name in self.reward_func_names if name != "missing_eos"]
@@ -191,8 +191,8 @@ class Online(SamplesAnswers):
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         """TRL's method; also append each answer with its rewards to completions.jsonl."""
         output = super()._generate_and_score_completions(inputs)
-        if self.judge and not self.judge.measures():
-            for name in self.judge.judge.weights:  # a mean over no answers
+        if self.judge and not self.judge.takes_part():
+            for name in self.judge.judge.weights:  # a mean of no numbers
                 for kind in ("mean", "std"):
                     self._metrics["eval"].pop(f"rewards/{name}/{kind}", None)
         if self.model.training and self.accelerator.is_main_process:

@@ -288,7 +288,7 @@ def type_it(tmp_path, tiny_model, teacher, monkeypatch, capsys):
     def load(*args, **kwargs):
         raise Loaded
 
-    for module, name in ((models_load, "load_policy"), (models_load, "load_model"), (models, "load_model")):
+    for module, name in ((models_load, "load_policy"), (models_load, "load_model"), (models, "load_reward")):
         monkeypatch.setattr(module, name, load)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(ROOT)

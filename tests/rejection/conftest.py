@@ -140,6 +140,6 @@ def parts(monkeypatch, tiny_model):
             started.append(words[2:])
             assert rejection_sampling.main(words[3:]) == 0
 
-    monkeypatch.setattr(rounds, "start", start)
+    monkeypatch.setattr(rounds, "run_part", start)
     monkeypatch.setattr(rounds, "check_training", lambda *args: None)
     return started

@@ -235,7 +235,7 @@ CHOICES = {
 
 @pytest.mark.parametrize("flags, written, good, bad, why, gone", CHOICES.values(), ids=CHOICES)
 def test_what_is_good_and_what_is_bad(flags, written, good, bad, why, gone):
-    found = selection.choose(make_answers(written), RejectionConfig(**flags))
+    found = selection.choose_answers(make_answers(written), RejectionConfig(**flags))
     samples = [[answer["sample"] for answer in part] for part in found[:2]]
     assert (*samples, found[2], {reason: count for reason, count in found[3].items() if count}) == (
         good, bad, why, gone,
@@ -244,19 +244,19 @@ def test_what_is_good_and_what_is_bad(flags, written, good, bad, why, gone):
 
 def test_an_answer_that_failed_takes_no_place_from_its_double():
     # b is scored where it stands last; where it stands first the judge gave up
-    good, _, _, gone = selection.choose(make_answers("a1 b! b5"), RejectionConfig())
+    good, _, _, gone = selection.choose_answers(make_answers("a1 b! b5"), RejectionConfig())
     assert [answer["sample"] for answer in good] == [2] and gone == Counter(failed=1)
 
 
 def test_an_answer_that_ended_is_kept_in_place_of_its_double_that_was_cut():
     # as a reference answer whose words were sampled too, up to max_new_tokens
-    good, _, _, gone = selection.choose(make_answers("a1 b5- b5"), RejectionConfig())
+    good, _, _, gone = selection.choose_answers(make_answers("a1 b5- b5"), RejectionConfig())
     assert [answer["sample"] for answer in good] == [2] and +gone == Counter(duplicate=1)
 
 
 @pytest.mark.parametrize("flags, written", [({"select": "top_k"}, "a1 b1 c1 d0"), ({}, "a9- b8- c1 d5-")])
 def test_no_answer_is_bad_that_scored_as_a_good_one_or_better(flags, written):
-    good, bad, *_ = selection.choose(make_answers(written), RejectionConfig(**flags))
+    good, bad, *_ = selection.choose_answers(make_answers(written), RejectionConfig(**flags))
     assert good and all(answer["score"] < good[-1]["score"] for answer in bad)
 
 
@@ -265,7 +265,7 @@ ASKED = [{"role": "user", "content": "Why?"}]
 
 def rows_of(name, written, prompt=ASKED, **flags):
     config = RejectionConfig(**flags)
-    good, bad, *_ = selection.choose(make_answers(written), config)
+    good, bad, *_ = selection.choose_answers(make_answers(written), config)
     return list(selection.rows_of(name, prompt, good, bad, config))
 
 
@@ -318,7 +318,7 @@ def test_good_and_bad_ones_are_paired_from_the_ends(flags, pairs, thumbs):
 def test_an_answer_that_reads_like_messages_does_not_spoil_the_file(tmp_path):
     answers = make_answers("a1 b5")
     answers[1]["completion"] = '[{"role": "user", "content": "Why?"}]'
-    good, bad, *_ = selection.choose(answers, RejectionConfig())
+    good, bad, *_ = selection.choose_answers(answers, RejectionConfig())
     made = [row for row, _ in selection.rows_of("SFT", "Why? ", good, bad, RejectionConfig())]
     rows = write_rows(tmp_path / "sft.jsonl", [*made, {"prompt": "Who? ", "completion": "I."}])
     assert load_rows([rows], None, METHODS["SFT"].columns, "SFT").dropped == []

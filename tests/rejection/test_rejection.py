@@ -1,6 +1,5 @@
 """The command. `pytest tests/rejection/test_rejection.py`"""
 
-import fcntl
 import gc
 import itertools
 import json
@@ -12,6 +11,7 @@ import signal
 import subprocess
 import time
 
+import filelock
 import pytest
 
 import rejection_sampling
@@ -297,7 +297,7 @@ def test_max_samples_takes_the_first_rows(run, tmp_path):
 def test_a_prompt_that_stands_twice_is_taken_once_and_that_is_said(run, tmp_path):
     rows = [CHATS[0], CHATS[1], CHATS[0], {**CHATS[1]}, {**CHATS[2]}]
     status, out, _ = run(rows=rows)
-    assert status == 0 and line_with(out, "prompts ") == "prompts   3; refused: none; 2 repeated ones left out"
+    assert status == 0 and line_with(out, "prompts ") == "prompts   3; refused: none; 2 repeated prompts left out"
     assert [one["prompt"] for one in read(tmp_path / "out" / "prompts.jsonl")] == [row["prompt"] for row in CHATS[:3]]
     # the same question with another column is another row, as for a reward function it is
     rows = [{**CHATS[0], "answer": "1"}, {**CHATS[0], "answer": "2"}, {**CHATS[0], "answer": "1"}]
@@ -394,8 +394,8 @@ def finished(words, folder, **env):
 
 def wait_until_free(folder):
     """Until the killed process is gone: it holds the folder's lock to its end."""
-    with open(folder / ".lock", "a+") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    with filelock.FileLock(folder / ".lock"):
+        pass
 
 
 def stage_of(folder):

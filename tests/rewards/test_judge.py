@@ -76,9 +76,7 @@ def wins(answers):
     """What pick_highest makes of a group, by hand: 1 to the one of most worth, halves to two equal ones."""
     best = max(map(worth, answers))
     places = [place for place, text in enumerate(answers) if worth(text) == best]
-    return (
-        [place in places and 1.0 / min(len(places), 2) for place in range(len(answers))] if len(places) < 3 else None
-    )
+    return [place in places and 1 / len(places) for place in range(len(answers))] if len(places) < 3 else None
 
 
 @pytest.fixture
@@ -163,12 +161,6 @@ def test_a_judge_alone_is_the_reward_and_each_number_is_as_it_said(method, start
     assert not lines_with(out, "failed")
 
 
-def test_the_answers_of_a_rollout_are_judged_at_once(start, run, template):
-    api = start(write=rate, pause=0.2)
-    assert run(f"--judge_template {template()} --api_concurrency 3", api=api)[0] == 0
-    assert api.most == 3
-
-
 def test_weights_are_in_the_order_functions_then_judge(start, run, template, tmp_path):
     """The sum is brevity / 4 + judge * 2; in rejection sampling the flags are the same."""
     api = start(write=rate)
@@ -185,10 +177,10 @@ def test_weights_are_in_the_order_functions_then_judge(start, run, template, tmp
     assert "0.25 x data/rewards.py:brevity + 2 x j (a judge" in lines_with(out, "reward ")[0]
 
 
-def test_a_judge_is_logged_by_the_last_part_of_its_name(start, run, template, tmp_path):
-    api = start(write=rate)
-    assert run(f"--judge_template {template()} --judge_model models/7B", api=api)[0] == 0
-    assert {body["model"] for body in api.asked} == {"models/7B"}
+def test_answers_are_judged_at_once_and_logged_by_the_last_part_of_the_judges_name(start, run, template, tmp_path):
+    api = start(write=rate, pause=0.2)
+    assert run(f"--judge_template {template()} --api_concurrency 3 --judge_model models/7B", api=api)[0] == 0
+    assert api.most == 3 and {body["model"] for body in api.asked} == {"models/7B"}
     assert "rewards/7B/mean" in read_rows(tmp_path / "out" / "metrics.jsonl")[0]
     assert set(read_rows(tmp_path / "out" / "completions.jsonl")[0]["rewards"]) == {"7B"}
 
@@ -234,26 +226,6 @@ def test_a_pick_takes_no_part_in_what_is_held_out(start, run, template, tmp_path
     assert len(api.asked) == 1 + 2 * 2 * 2
 
 
-@pytest.mark.parametrize(
-    "method, flags, problem, fix",
-    [
-        ("PPO", "--num_generations 1", "--num_generations 1", "--num_generations 2"),
-        (
-            "GRPO",
-            "--num_generations 28 --per_device_train_batch_size 28",
-            "--num_generations 28",
-            "--num_generations 26",
-        ),
-        ("GRPO", "--eval_fraction 0.25", "held-out", "--eval_fraction 0"),
-    ],
-)
-def test_a_pick_that_cannot_compare_is_refused(method, flags, problem, fix, start, refused, template):
-    api = start(write=pick_highest)
-    (line,) = refused(f"--judge_mode pick --judge_template {template(PICK)} {flags}", method, api)
-    assert line.startswith("--judge_mode pick") and problem in line and fix in line
-    assert not api.asked
-
-
 @pytest.mark.parametrize("batch", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_two_processes_compare_whole_groups(batch, warm, start, template, tiny_model, tmp_path):
     """Batches of 2 with 4 answers to a prompt: each process has half a group."""
@@ -277,23 +249,18 @@ def test_two_processes_compare_whole_groups(batch, warm, start, template, tiny_m
     assert len(api.asked) == 3 + 2 * len(lines) // 4
 
 
-def test_one_answer_is_no_request(make_judge):
+def test_one_answer_and_answers_of_one_text_are_no_request(make_judge):
+    """A judge that always says [[A]] gave three equal texts 0.5, 0 and 0.5: a signal from their places alone."""
     found = make_judge(lambda body: ("[[A]]", "stop"), mode="pick")
-    alone, pair = found.score([("Why?", ["So."]), ("Who?", ["I.", "You."])])
-    assert isinstance(alone[0], server.GivenUp) and "one answer" in str(alone[0]) and pair == [0.5, 0.5]
-    assert len(found.api.asked) == 2 and "Why?" not in str(found.api.asked)
-    assert found.score([("Why?", ["So."])]) and len(found.api.asked) == 2
-
-
-def test_answers_of_one_text_are_no_request_and_share_the_win(make_judge):
-    """A judge that always says [[A]] gave three of them 0.5, 0 and 0.5: a signal from their places alone."""
-    found = make_judge(lambda body: ("[[A]]", "stop"), mode="pick")
-    same, two, empty = found.score([("Why?", ["So."] * 3), ("Who?", ["I.", "You."]), ("Me?", [])])
-    assert (same, two, empty) == ([1 / 3] * 3, [0.5, 0.5], [])
+    alone, same, two, none = found.score(
+        [("Why?", ["So."]), ("Why?", ["So."] * 3), ("Who?", ["I.", "You."]), ("Me?", [])]
+    )
+    assert isinstance(alone[0], server.GivenUp) and "one answer" in str(alone[0])
+    assert (same, two, none) == ([1 / 3] * 3, [0.5, 0.5], [])
     assert len(found.api.asked) == 2 and "Why?" not in str(found.api.asked)
     assert found.score([("Why?", ["So.", "So.", "No."])]) and len(found.api.asked) == 4  # another text is compared
     rated = make_judge(lambda body: ("[[7]]", "stop"))
-    assert rated.score([("Why?", ["So."] * 3)]) == [[7.0] * 3]  # each by itself, as ever
+    assert rated.score([("Why?", ["So."] * 3)]) == [[7.0] * 3]  # each by itself
 
 
 def test_rejection_sampling_pays_no_request_for_the_only_answer_left(make_judge):
@@ -412,12 +379,12 @@ def test_how_many_failures_end_a_run(limit, rollouts, ends, make_judge, monkeypa
     online.reasons["the judge gave no verdict"] = 1
     *before, last = rollouts
     for failed, total in before:
-        online.count(failed, total)
+        online.count_failures(failed, total)
     if ends:
         with pytest.raises(judge_reward.RewardFailed, match="--max_failed_fraction"):
-            online.count(*last)
+            online.count_failures(*last)
     else:
-        online.count(*last)
+        online.count_failures(*last)
 
 
 def test_a_judge_whose_key_is_withdrawn_ends_the_run(start, run, template, tmp_path, monkeypatch):
@@ -459,33 +426,39 @@ def test_a_flag_of_the_judge_without_a_judge_is_refused(refused):
     ):  # fmt: skip
         (line,) = refused(f"--reward_funcs data/rewards.py:brevity {flags}")
         assert line.startswith(f"{flags.split()[0]}: ") and "--judge_model" in line
-
-
-@pytest.mark.parametrize(
-    "flags, problem",
-    [
-        ("--judge_scale 5 5", "--judge_scale 5.0 5.0"),
-        ("--judge_scale 1 inf", "--judge_scale 1.0 inf"),
-        ("--judge_scale 0 1 --judge_mode pick", "--judge_scale with --judge_mode pick"),
-        ("--judge_max_tokens 0", "--judge_max_tokens 0"),
-        ("--api_concurrency 0", "--api_concurrency 0"),
-        ("--max_failed_fraction 2", "--max_failed_fraction 2"),
-        ("--judge_template gone.txt", "--judge_template gone.txt"),
-        ("--judge_template data/judge_pick.txt", "--judge_template data/judge_pick.txt: no {completion}"),
-        ("--judge_base_url localhost:1", "--judge_base_url localhost:1"),
-        ("--reward_weights 1 2", "--reward_weights: 2 of them for 1"),
-        ("--judge_key_variable NO_SUCH_KEY", "NO_SUCH_KEY is not set"),
-    ],
-)
-def test_a_wrong_flag_of_the_judge_is_refused_without_a_request(flags, problem, start, refused):
-    api = start(write=rate)
-    lines = refused(flags, api=api)
-    assert [line for line in lines if line.startswith(problem)] and not api.asked
-
-
-def test_no_reward_at_all_names_the_judge_as_one(refused):
-    (line,) = refused("")
+    (line,) = refused("")  # no reward at all
     assert "--judge_model" in line and "--reward_funcs" in line
+
+
+MANY = "--num_generations 28 --per_device_train_batch_size 28"
+OTHER = RUBRIC.replace("brief", "brevity", 1)  # a criterion with the name of another reward
+# the judge's template if not the default, flags -> the beginning of the refusal … further facts in it
+REFUSED = [
+    (None, "--judge_scale 5 5", "--judge_scale 5.0 5.0"),
+    (None, "--judge_scale 1 inf", "--judge_scale 1.0 inf"),
+    (None, "--judge_scale 0 1 --judge_mode pick", "--judge_scale with --judge_mode pick"),
+    (None, "--judge_max_tokens 0", "--judge_max_tokens 0"),
+    (None, "--api_concurrency 0", "--api_concurrency 0"),
+    (None, "--max_failed_fraction 2", "--max_failed_fraction 2"),
+    (None, "--judge_template gone.txt", "--judge_template gone.txt"),
+    (None, "--judge_template data/judge_pick.txt", "--judge_template data/judge_pick.txt … {completion}"),
+    (None, "--judge_base_url localhost:1", "--judge_base_url localhost:1"),
+    (None, "--reward_weights 1 2", "--reward_weights: 2"),
+    (None, "--judge_key_variable NO_SUCH_KEY", "NO_SUCH_KEY is not set"),
+    (PICK, "--judge_mode pick --num_generations 1", "--judge_mode pick … --num_generations 2"),
+    (PICK, f"--judge_mode pick {MANY}", "--judge_mode pick … --num_generations 28 … --num_generations 26"),
+    (PICK, "--judge_mode pick --eval_fraction 0.25", "--judge_mode pick … held-out … --eval_fraction 0"),
+    (RUBRIC, "--judge_mode pick", "--judge_template … --judge_mode score"),
+    (OTHER, "--reward_funcs data/rewards.py:brevity", " … brevity … Rename"),
+]
+
+
+@pytest.mark.parametrize("text, flags, problem", REFUSED)
+def test_a_wrong_flag_of_the_judge_is_refused_without_a_request(text, flags, problem, start, refused, template):
+    api, (begin, *facts) = start(write=rate), problem.split(" … ")
+    method = "PPO" if "--num_generations 1" in flags else "GRPO"  # which takes 1
+    lines = refused(f"{flags} --judge_template {template(text)}" if text else flags, method, api)
+    assert any(line.startswith(begin) and all(fact in line for fact in facts) for line in lines) and not api.asked
 
 
 def test_another_method_says_who_takes_a_judge(capsys, tiny_model, tmp_path):
@@ -508,34 +481,6 @@ def test_the_samples_reward_is_not_added_to_a_judge(script):
     assert rewards("--judge_model", "j") == {"judge_model": "j"}
     both = rewards("--judge_model", "j", REWARD="my.py:f")  # the user named both
     assert both == {"judge_model": "j", "reward_funcs": "my.py:f"}
-
-
-# ── a judge that thinks ──────────────────────────────────────────────────────────────────────────────────────────────
-
-THOUGHTS = [
-    ("<think>First [[3]], no, [[5]].</think> Good. [[7]]", 7.0),
-    ("Hm, [[3]]?\n</think>\n\n[[7]]", 7.0),  # where the template writes <think> itself
-    ("<think>a</think> [[2]] <think>b [[4]]</think> [[7]]", 7.0),
-    ("<think>So [[7]] it is", "cut"),
-    ("<think>a [[7]]</think> and <think> again [[7]]", "cut"),
-    ("<think>[[7]]</think> Good.", "no verdict"),
-    ("<think>[[7]]</think> [[7]] or [[8]]", "two verdicts"),
-]
-
-
-@pytest.mark.parametrize("written, expected", THOUGHTS)
-def test_a_verdict_stands_behind_the_judges_thoughts(written, expected, make_judge):
-    found = make_judge()
-    if isinstance(expected, float):
-        assert found.read_number(written, 9, True) == expected
-    else:
-        with pytest.raises(server.Unusable, match=expected):
-            found.read_number(written, 9, True)
-
-
-def test_a_pick_stands_behind_the_judges_thoughts(make_judge):
-    found = make_judge(lambda body: ("<think>[[A]] or [[B]]?</think>[[A]]", "stop"), mode="pick")
-    assert found.score([("Why?", ["So.", "No."])]) == [[0.5, 0.5]]
 
 
 # ── rubrics ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -582,39 +527,48 @@ def test_a_rubric_in_rejection_sampling_gives_each_criterion_and_their_sum(start
     assert sum(body["model"] == "j" for body in api.asked) == 12
 
 
-RUBRIC_REPLIES = [
-    ("[[a: 7]] [[b: 3]]", {"a": 7.0, "b": 3.0}),
-    ("[[B: 3]]\n[[ a :7.5]]", {"a": 7.5, "b": 3.0}),
-    ("<think>[[a: 1]] [[b: 1]]</think>[[a: 7]] [[b: 3]]", {"a": 7.0, "b": 3.0}),
-    ("[[a: 7]]", "left out"),
-    ("[[a: 7]] [[a: 7]] [[b: 3]]", "twice: a"),
-    ("[[a: 7]] [[b: 3]] [[b: 4]]", "twice: b"),
-    ("[[a: 7]] [[b: 3]] [[c: 3]]", "no criterion"),
-    ("[[a: 7]] [[b: 11]]", "not within 1 to 10"),
-    ("[[a: 7]] [[b]]", "no number"),
-    ("[[7]] [[3]]", "no criterion"),
-    ("a: 7, b: 3", "no verdict"),
+SCORE, CRITERIA = "{prompt}{completion}", "criterion a 1: A?\ncriterion b 1: B?\n{prompt}{completion}"
+# template, reply -> the verdict, or why it is none
+VERDICTS = [
+    (SCORE, "<think>First [[3]], no, [[5]].</think> Good. [[7]]", 7.0),
+    (SCORE, "Hm, [[3]]?\n</think>\n\n[[7]]", 7.0),  # where the template writes <think> itself
+    (SCORE, "<think>a</think> [[2]] <think>b [[4]]</think> [[7]]", 7.0),
+    (SCORE, "<think>So [[7]] it is", "cut"),
+    (SCORE, "<think>a [[7]]</think> and <think> again [[7]]", "cut"),
+    (SCORE, "<think>[[7]]</think> Good.", "no verdict"),
+    (SCORE, "<think>[[7]]</think> [[7]] or [[8]]", "two verdicts"),
+    (CRITERIA, "[[a: 7]] [[b: 3]]", {"a": 7.0, "b": 3.0}),
+    (CRITERIA, "[[B: 3]]\n[[ a :7.5]]", {"a": 7.5, "b": 3.0}),
+    (CRITERIA, "<think>[[a: 1]] [[b: 1]]</think>[[a: 7]] [[b: 3]]", {"a": 7.0, "b": 3.0}),
+    (CRITERIA, "[[a: 7]]", "left out"),
+    (CRITERIA, "[[a: 7]] [[a: 7]] [[b: 3]]", "twice: a"),
+    (CRITERIA, "[[a: 7]] [[b: 3]] [[b: 4]]", "twice: b"),
+    (CRITERIA, "[[a: 7]] [[b: 3]] [[c: 3]]", "no criterion"),
+    (CRITERIA, "[[a: 7]] [[b: 11]]", "not within 1 to 10"),
+    (CRITERIA, "[[a: 7]] [[b]]", "no number"),
+    (CRITERIA, "[[7]] [[3]]", "no criterion"),
+    (CRITERIA, "a: 7, b: 3", "no verdict"),
 ]
 
 
-@pytest.mark.parametrize("written, expected", RUBRIC_REPLIES)
-def test_a_verdict_of_a_rubric_rates_each_criterion_once(written, expected, make_judge):
-    found = make_judge(template="criterion a 1: A?\ncriterion b 1: B?\n{prompt}{completion}")
-    if isinstance(expected, dict):
-        assert found.read_criteria(written, 9, True) == expected
-    else:
+@pytest.mark.parametrize("template, written, expected", VERDICTS)
+def test_a_verdict_is_behind_the_thoughts_and_rates_each_criterion_once(template, written, expected, make_judge):
+    found = make_judge(template=template)
+    read = found.read_criteria if template == CRITERIA else found.read_number
+    if isinstance(expected, str):
         with pytest.raises(server.Unusable, match=expected):
-            found.read_criteria(written, 9, True)
+            read(written, 9, True)
+    else:
+        assert read(written, 9, True) == expected
 
 
 def test_a_rubric_with_a_criterion_left_out_is_asked_again(make_judge):
     replies = ["[[a: 7]]", "[[a: 7]] [[a: 6]] [[b: 2]]", "[[b: 2]] [[a: 7]]"]
-    found = make_judge(lambda body: (replies[body["seed"] - 42], "stop"),
-                       template="criterion a 1: A?\ncriterion b 1: B?\n{prompt}{completion}")  # fmt: skip
+    found = make_judge(lambda body: (replies[body["seed"] - 42], "stop"), template=CRITERIA)
     assert found.score([("Why?", ["So."])]) == [[{"a": 7.0, "b": 2.0}]]
     assert found.server.failures == {
-        "the judge left out a criterion": 1, "the judge rated a criterion twice": 1,
-    }  # fmt: skip
+        f"the judge {fault}": 1 for fault in ("left out a criterion", "rated a criterion twice")
+    }
 
 
 @pytest.mark.parametrize(
@@ -622,7 +576,7 @@ def test_a_rubric_with_a_criterion_left_out_is_asked_again(make_judge):
     [
         ("criterion a: Is it?\n", 1, "criterion NAME WEIGHT: QUESTION"),
         ("criterion a much: Is it?\n", 1, "criterion NAME WEIGHT: QUESTION"),
-        ("criterion a 1: Is it?\n\ncriterion A 2: Again?\n", 3, "A again"),
+        ("criterion a 1: Is it?\n\ncriterion A 2: Again?\n", 3, "criterion A"),
         ("criterion a 0: Is it?\ncriterion b 0: Is it?\n", 2, "weight 0"),
         ("Rate.\ncriterion a 1: Is it?\n", 2, "at the top"),
     ],
@@ -631,18 +585,6 @@ def test_a_rubric_that_cannot_be_read_is_refused_with_its_line(head, line, said,
     path = template(head + "{prompt}{completion}")
     (problem,) = refused(f"--judge_template {path} --check", api=start(write=rate))
     assert problem.startswith(f"{path}:{line}: ") and said in problem
-
-
-def test_a_rubric_is_not_for_picking(start, refused, template):
-    (line,) = refused(f"--judge_template {template(RUBRIC)} --judge_mode pick", api=start(write=rate))
-    assert line.startswith("--judge_template") and "--judge_mode score" in line
-
-
-def test_a_criterion_with_the_name_of_another_reward_is_refused(start, refused, template):
-    rubric = template(RUBRIC.replace("brief", "brevity", 1))
-    flags = f"--judge_template {rubric} --reward_funcs data/rewards.py:brevity"
-    (line,) = refused(flags, api=start(write=rate))
-    assert "brevity" in line and "Rename" in line
 
 
 def test_the_shipped_rubric_is_sound():

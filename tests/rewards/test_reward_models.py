@@ -116,7 +116,7 @@ def test_a_lora_judge_on_the_policys_base_needs_no_second_base(
         raise AssertionError("a second base")
 
     policy = {"base": tiny_model, "adapter": lora_policy}[start]
-    assert models.shares_base(lora_judge, policy, "lora") and not models.shares_base(lora_judge, policy, "full")
+    assert models.on_policy_base(lora_judge, policy, "lora") and not models.on_policy_base(lora_judge, policy, "full")
     saved = "--save_strategy steps --save_steps 1" + " --num_iterations 1" * (method == "PPO")
     with monkeypatch.context() as patched:
         patched.setattr(models, "load_reward_model", load_reward_model)
@@ -170,7 +170,7 @@ def test_a_run_that_goes_on_says_no_answer_twice(stopped):
 
 def test_a_lora_judge_is_loaded_whole_for_another_policy(run, lora_judge, tiny_model, tmp_path):
     other = shutil.copytree(tiny_model, tmp_path / "other")
-    assert not models.shares_base(lora_judge, str(other), "lora")
+    assert not models.on_policy_base(lora_judge, str(other), "lora")
     status, out, _ = run(f"--reward_model_path {lora_judge}", rows=CHATS, model=str(other))
     assert status == 0 and "no second copy" not in out.partition("rollouts")[0].partition("reward ")[2]
     lines = recorded(tmp_path)

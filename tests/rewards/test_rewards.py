@@ -51,7 +51,7 @@ FUNCTIONS = {
         HEAD + "    return 'é'\n",
         "FILE:2: (unicode error) 'utf-8' codec can't decode byte 0xe9 in position ",
     ),
-    "no function": ("judge = 3\n", "--reward_funcs FILE:judge: judge is no function"),
+    "no function": ("judge = 3\n", "--reward_funcs FILE:judge: judge is not a function"),
     "an import that fails": (
         "import nothing_of_the_kind\n" + HEAD + "    return [0.0] * len(completions)\n",
         "--reward_funcs FILE:judge: ModuleNotFoundError: No module named 'nothing_of_the_kind' at FILE:1",
@@ -384,7 +384,7 @@ def test_a_judge_of_two_labels_is_refused(refused, lora_judge, tmp_path):
 
 def test_a_judge_to_whom_all_is_the_same_is_refused(refused, judge, tmp_path):
     folder = change(judge, tmp_path / "judge", zero_head)
-    said = f"--reward_model_path {folder}: the same score 0 for every one of 8"  # two answers to each of four prompts
+    said = f"--reward_model_path {folder}: the same score 0 for all 8 answers"  # two answers to each of four prompts
     assert refused(f"--reward_model_path {folder}", rows=CHATS) == said
 
 
@@ -392,7 +392,7 @@ def test_a_lora_judge_to_whom_all_is_the_same_ends_the_run_at_its_first_rollout(
     folder = change(lora_judge, tmp_path / "judge", zero_head)
     status, _, lines = run(f"--reward_model_path {folder}", rows=CHATS)
     assert status == 1
-    assert lines == [f"failed: --reward_model_path {folder}: the same score 0 for every one of 8"]
+    assert lines == [f"failed: --reward_model_path {folder}: the same score 0 for all 8 answers"]
 
 
 def test_a_judge_of_broken_weights_is_refused(refused, judge, tmp_path):

@@ -156,7 +156,7 @@ def test_what_cannot_be_measured_is_refused_and_nothing_is_written(score, tiny_m
     assert f"MODEL {tiny_model}: a language model" in err and 'pairs.jsonl:3: no "chosen"' in err
     zero = change(judge, tmp_path / "zero", zero_head)
     status, out, err, _ = score(str(zero), pairs)
-    assert (status, out, err) == (2, "", f"refused: MODEL {zero}: the same score 0 for every one of 4\n")
+    assert (status, out, err) == (2, "", f"refused: MODEL {zero}: the same score 0 for all 4 answers\n")
     status, _, err, _ = score(judge, [])
     assert status == 2 and len(err.splitlines()) == 1
     assert not (tmp_path / "score").exists()

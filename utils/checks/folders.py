@@ -1,7 +1,6 @@
 """The folders that a run reads and writes: models, adapters, tokenizers, output."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,9 +35,9 @@ def check_model(path: str, name: str, method: "Method") -> list[str]:
     return problems if folder.adapter is None else [*problems, *folder.check_adapter(name, method)]
 
 
-def check_value_model(path: str, common: "CommonArgs", kind: str) -> Iterator[str]:
-    """Problems of the initial weights of a critic with its own trunk. It reads the policy's tokens."""
-    from utils.rewards.models import shares_base
+def check_value_model(path, common, kind):
+    """Problems of the weights that a critic with a trunk of its own starts from. It reads the policy's tokens."""
+    from utils.rewards.models import on_policy_base
 
     flag, folder = f"--value_model_path {path}", ModelFolder.at(path)
     if looks_local(path) or Path(path).exists():
@@ -51,7 +50,9 @@ def check_value_model(path: str, common: "CommonArgs", kind: str) -> Iterator[st
         yield f"{flag}: an adapter. Merge it first: python -m utils.merge_lora {path} MERGED"
     if kind == "lora" and not adapter:
         yield f"{flag}: a whole model. --critic lora takes an adapter on the policy's base. Type --critic model"
-    elif kind == "lora" and not shares_base(path, common.model_name_or_path, common.train_mode, common.model_revision):
+    elif kind == "lora" and not on_policy_base(
+        path, common.model_name_or_path, common.train_mode, common.model_revision
+    ):
         yield f"{flag}: an adapter on another base than the policy's. Merge it, and type --critic model"
     elif kind == "lora" and adapter:
         ours = {"r": common.lora_rank, "lora_alpha": common.lora_alpha, "use_dora": common.use_dora}

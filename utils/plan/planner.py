@@ -181,7 +181,7 @@ class Planner:
         if common.train_mode == "full" and needs_reference(config, self.method):
             yield from ((name, self.shape, False) for name in self.method.models)
         judge = getattr(common, "reward_model_path", None)
-        if judge and not models.shares_base(judge, self.path, common.train_mode, common.model_revision):
+        if judge and not models.on_policy_base(judge, self.path, common.train_mode, common.model_revision):
             yield "reward_model", find_config(judge, None, config.trust_remote_code), False
         path = config.teacher_model_name_or_path
         if path and not teacher.shares_base(common, config):

@@ -1,27 +1,42 @@
-"""Who answers prompts: the model through transformers or vLLM, or a server that speaks OpenAI's API.
+"""The engines that answer prompts: transformers, vLLM, or a server with OpenAI's API."""
 
-An engine has `batch`, how many answers it takes at once unless told, and complete(requests): for each (prompt, seed)
-{"completion": text, "tokens": how many, "ended": by itself or cut}, or {"failed": reason}. say_end() comes last.
-"""
+from collections.abc import Callable
+from typing import Any
 
+from common_args import CommonArgs
+from rlhf_args.rejection_config import RejectionConfig
 from utils.data import template
 from utils.models import load, sampling
-from utils.rewards.server import GivenUp, Server
+from utils.rejection.folder import Line
+from utils.rewards.server import GivenUp, Prompt
 from utils.runtime import environment
 from utils.runtime.output import say
 
+Asked = tuple[Prompt, int]  # prompt, seed
+
 
 class Engine:
-    def say_end(self):
-        """Nothing to say, but of a server."""
+    """batch: default number of answers at once."""
+
+    batch: int
+
+    def __init__(self, common: CommonArgs, config: RejectionConfig, tokenizer: Any) -> None:
+        raise NotImplementedError
+
+    def complete(self, requests: list[Asked]) -> list[Line]:
+        """{"completion": text, "tokens": count, "ended": False if cut} or {"failed": reason} for each request."""
+        raise NotImplementedError
+
+    def say_failures(self) -> None:
+        """Report the failed requests to a server."""
 
 
 class Transformers(Engine):
-    """The model on this process' device; an answer does not depend on the batch that it is sampled in."""
+    """The model on this process's device. An answer does not depend on the other answers in its batch."""
 
     batch = 64
 
-    def __init__(self, common, config, tokenizer):
+    def __init__(self, common: CommonArgs, config: RejectionConfig, tokenizer: Any) -> None:
         import torch
 
         self.tokenizer = tokenizer
@@ -42,8 +57,11 @@ class Transformers(Engine):
         self.model = self.model.to(environment.local_device()).eval().requires_grad_(False)
         self.out_of_memory = torch.OutOfMemoryError
 
-    def complete(self, requests):
-        prompts, seeds = [self.tokens(prompt) for prompt, _ in requests], [seed for _, seed in requests]
+    def complete(self, requests: list[Asked]) -> list[Line]:
+        prompts, seeds = (
+            [template.prompt_ids(self.tokenizer, prompt) for prompt, _ in requests],
+            [seed for _, seed in requests],
+        )
         answers, start = [], 0
         size = len(requests) if self.fits is None else self.fits
         while start < len(requests):
@@ -55,17 +73,14 @@ class Transformers(Engine):
                 if size == 1:
                     raise
                 size = self.fits = (size + 1) // 2
-                say(f"\nnote      out of memory: {size} answers at once from here on (--generate_batch_size)")
+                say(f"\nnote      out of memory: {size} answers at once from now on (--generate_batch_size)")
         ends = self.model.generation_config.eos_token_id
         ends = {ends} if isinstance(ends, int) else set(ends)
-        return [self.line(ids, bool(ids) and ids[-1] in ends) for ids in answers]
+        return [self.to_answer(ids, bool(ids) and ids[-1] in ends) for ids in answers]
 
-    fits = None  # how many answers the memory holds at once, once that is known
+    fits: int | None = None  # answers at once after an out-of-memory error
 
-    def tokens(self, prompt):
-        return template.prompt_ids(self.tokenizer, prompt)
-
-    def line(self, ids, ended):
+    def to_answer(self, ids: list[int], ended: bool) -> Line:
         return {
             "completion": self.tokenizer.decode(ids, skip_special_tokens=True).strip(),
             "tokens": len(ids),
@@ -78,7 +93,7 @@ class Vllm(Engine):
 
     batch = 1024
 
-    def __init__(self, common, config, tokenizer):
+    def __init__(self, common: CommonArgs, config: RejectionConfig, tokenizer: Any) -> None:
         from vllm import LLM, SamplingParams
 
         self.tokenizer = tokenizer
@@ -99,7 +114,7 @@ class Vllm(Engine):
             stop_token_ids=stop,
         )
 
-    def complete(self, requests):
+    def complete(self, requests: list[Asked]) -> list[Line]:
         prompts = [{"prompt_token_ids": template.prompt_ids(self.tokenizer, prompt)} for prompt, _ in requests]
         found = self.llm.generate(prompts, [self.params(seed) for _, seed in requests], use_tqdm=False)
         answers = [one.outputs[0] for one in found]
@@ -114,14 +129,16 @@ class Vllm(Engine):
 
 
 class OpenAI(Engine):
-    """A server's model; it applies its own template."""
+    """The model of a server, which applies its own template."""
 
     batch = 64
 
-    def __init__(self, common, config, tokenizer):
-        self.server = Server(
-            config.api_base_url,
-            config.api_model,
+    def __init__(self, common: CommonArgs, config: RejectionConfig, tokenizer: Any) -> None:
+        from utils.rewards import client
+
+        self.server = client.Server(
+            config.api_base_url or "",
+            config.api_model or "",
             config.api_key_variable,
             concurrency=config.api_concurrency,
             timeout=config.api_timeout,
@@ -133,19 +150,19 @@ class OpenAI(Engine):
             "max_tokens": config.max_new_tokens,
         }
 
-    def complete(self, requests):
-        def sampling_of(seed):
+    def complete(self, requests: list[Asked]) -> list[Line]:
+        def sampling_of(seed: int) -> Callable[[int], dict[str, Any]]:
             return lambda refused: self.drawn | {"seed": seed % 2**31}
 
-        found = self.server.ask_all([(prompt, self.read, sampling_of(seed)) for prompt, seed in requests])
+        found = self.server.ask_all([(prompt, self.to_answer, sampling_of(seed)) for prompt, seed in requests])
         return [{"failed": str(one)} if isinstance(one, GivenUp) else one for one in found]
 
-    def say_end(self):
+    def say_failures(self) -> None:
         self.server.say_failures()
 
     @staticmethod
-    def read(written, tokens, ended):
+    def to_answer(written: str, tokens: int | None, ended: bool) -> Line:
         return {"completion": written.strip(), "tokens": tokens, "ended": ended}
 
 
-ENGINES = {"transformers": Transformers, "vllm": Vllm, "openai": OpenAI}
+ENGINES: dict[str, type[Engine]] = {"transformers": Transformers, "vllm": Vllm, "openai": OpenAI}

@@ -1,34 +1,44 @@
-"""The folder of a rejection sampling: prompts, and lines keyed by prompt and sample that outlive a kill at any moment.
+"""The folder of a rejection sampling: prompts, and lines by prompt and sample. A kill at any moment loses one batch.
 
-prompts.jsonl is written once, whole. completions.jsonl and scores.jsonl stand in order of prompt and sample; what is
-new is appended to files of its own in NAME.parts/, a batch in one write, and merged into them when a stage ends. No
-list of all lines is ever held: two numbers a sample say where its line is.
+prompts.jsonl is written once, as a whole. completions.jsonl and scores.jsonl are in order of prompt and sample. New
+lines are appended to files in NAME.parts/, a batch in one write, and merged into NAME.jsonl at the end of a stage. The
+lines are not held in memory: two numbers per sample say where its line is.
 """
 
 import contextlib
-import fcntl
+import io
 import itertools
 import json
 import os
 import random
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+import filelock
 import numpy
 
-from utils.data import columns, template
+from utils.data import columns, files, template
 from utils.data.rows import Pass, conclude, count_held, text_key, walk
+from utils.rewards.server import Prompt
 from utils.runtime import environment
 from utils.runtime.errors import Refused
 
-LOCK_SECONDS = 20  # that a run which is being killed may take to be gone
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Tokenizer: TypeAlias = "PreTrainedTokenizerBase | None"
+Line = dict[str, Any]  # a line of a .jsonl file
+Group = tuple[int, list[Line]]  # prompt number, its lines
+LOCK_SECONDS = 20  # a run that is being killed may take so long to end
 
 
 class Prompts:
-    """prompts.jsonl by number: {"where", "tokens", "prompt", "further"}; `numbers` are those that this run takes."""
+    """Lines of prompts.jsonl by number: {"where", "tokens", "prompt", "further"}. numbers: the prompts of this run."""
 
-    def __init__(self, file, eval_fraction, held_out, seed):
+    def __init__(self, file: Path, eval_fraction: float, held_out: bool, seed: int) -> None:
         lengths, tokens = [], []
         with open(file, "rb") as handle:
             for line in handle:
@@ -40,19 +50,26 @@ class Prompts:
         held = set(random.Random(seed).sample(range(len(tokens)), count_held(len(tokens), eval_fraction)))
         self.numbers = numpy.array([n for n in range(len(tokens)) if (n in held) == held_out], dtype=numpy.int64)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.tokens)
 
-    def __getitem__(self, number):
+    def __getitem__(self, number: int) -> Line:
         self.handle.seek(self.offsets[number])
         return json.loads(self.handle.readline())
 
 
-def write_prompts(file, rows, notes, tokenizer=None, system=None, longest=None, reference=None):
-    """Writes the prompts of `rows` (utils.data.files.FileRows), each once.
+def write_prompts(
+    file: Path | None,
+    rows: files.FileRows,
+    notes: list[str],
+    tokenizer: Tokenizer = None,
+    system: str | None = None,
+    longest: int | None = None,
+    reference: str | None = None,
+) -> tuple[int, Pass, int]:
+    """Write each prompt of `rows` once (file None: only check). Returns prompts, the Pass, duplicates. Raises Refused.
 
-    (prompts, dropped, duplicates), two numbers and a data.Pass. `file` None: nothing is written. Raises Refused.
-    `longest`: tokens that a prompt may have. `reference`: a column whose values are answers.
+    longest: maximum tokens of a prompt. reference: column whose values are answers.
     """
     from rlhf_args.methods import PROMPT
 
@@ -100,8 +117,8 @@ def write_prompts(file, rows, notes, tokenizer=None, system=None, longest=None, 
     return count, found, duplicates
 
 
-def check_reference(prompt, answer, name):
-    """What is wrong with an answer in the data, or None; it may be missing."""
+def check_reference(prompt: Prompt, answer: Any, name: str | None) -> str | None:
+    """The problem of an answer in the data, or None. The answer may be missing."""
     if answer in (None, "", []):
         return None
     if isinstance(answer, list) and isinstance(prompt, str):
@@ -110,21 +127,23 @@ def check_reference(prompt, answer, name):
 
 
 class Lines:
-    """The lines of one stage, {"prompt": number, "sample": number, ...}; those with "failed" are done again."""
+    """The lines of one stage, {"prompt": number, "sample": number, ...}. A line with "failed" is tried again."""
 
-    def __init__(self, folder, name, prompts, samples):
+    def __init__(self, folder: Path, name: str, prompts: int, samples: int) -> None:
         self.file, self.parts = Path(folder) / f"{name}.jsonl", Path(folder) / f"{name}.parts"
-        self.shape, self.handle = (prompts, samples), None
+        self.shape = prompts, samples
+        self.handle: io.FileIO | None = None
 
-    def files(self):
+    def files(self) -> list[Path]:
         return [*([self.file] if self.file.exists() else []), *sorted(self.parts.glob("*.jsonl"))]
 
-    def find(self):
-        """(places, done), both (prompts, samples): where a line is (file and offset), -1 for nowhere; if it is sound.
+    def find(self) -> tuple[numpy.ndarray, numpy.ndarray]:
+        """(places, done), both (prompts, samples): file and offset of a line, -1 for none; True if it did not fail.
 
-        The last sound line of a sample counts. One that a kill cut short is not there.
+        The last such line of a sample counts. A line that a kill cut short is ignored.
         """
-        places, done = numpy.full(self.shape, -1, dtype=numpy.int64), numpy.zeros(self.shape, dtype=bool)
+        places: numpy.ndarray = numpy.full(self.shape, -1, dtype=numpy.int64)
+        done: numpy.ndarray = numpy.zeros(self.shape, dtype=bool)
         for number, file in enumerate(self.files()):
             offset = 0
             with open(file, "rb") as handle:
@@ -137,8 +156,8 @@ class Lines:
                     offset += len(line)
         return places, done
 
-    def append(self, lines):
-        """Keeps a batch: all of it, or after a kill in this very moment none or its first lines."""
+    def append(self, lines: list[Line]) -> None:
+        """Write a batch. A kill during the write keeps none or its first lines."""
         if self.handle is None:
             self.parts.mkdir(parents=True, exist_ok=True)
             rank = os.environ.get("RANK", 0)
@@ -146,8 +165,8 @@ class Lines:
         self.handle.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
         os.fsync(self.handle.fileno())
 
-    def merge(self):
-        """Brings all lines in order into one file, in one move."""
+    def merge(self) -> None:
+        """Write all lines in order to one file, and move it into place."""
         if self.handle:
             self.handle.close()
             self.handle = None
@@ -167,8 +186,8 @@ class Lines:
         elif not self.file.exists():
             self.file.touch()
 
-    def groups(self):
-        """(prompt number, its lines) in order, of what was merged."""
+    def groups(self) -> Iterator[Group]:
+        """The merged lines by prompt, in order."""
         with open(self.file, encoding="utf-8") as handle:
             yield from (
                 (number, list(lines))
@@ -176,41 +195,34 @@ class Lines:
             )
 
 
-# ── what the folder was made with ────────────────────────────────────────────────────────────────────────────────────
+# ── lock and settings ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @contextlib.contextmanager
-def locked(folder):
-    """One run at a time; the main process holds the folder. Raises Refused where another has it."""
+def locked(folder: Path) -> Iterator[None]:
+    """Lock the folder for this run; the main process holds the lock. Raises Refused if another run has it."""
     if not environment.is_main():
         yield
         return
-    with open(Path(folder) / ".lock", "a+", encoding="utf-8") as handle:
-        until = time.monotonic() + LOCK_SECONDS
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > until:
-                    handle.seek(0)
-                    raise Refused(
-                        [f"--output_dir {folder}: process {handle.read()} is at work in it. Wait, or end it"]
-                    ) from None
-                time.sleep(0.5)
-        handle.truncate(0)
-        handle.write(str(os.getpid()))
-        handle.flush()
+    file = folder / ".lock"
+    try:
+        held = filelock.FileLock(file, LOCK_SECONDS, poll_interval=0.5, fallback_to_soft=False).acquire()
+    except filelock.Timeout:
+        raise Refused(
+            [f"--output_dir {folder}: process {file.read_text()} is at work in it. Wait, or end it"]
+        ) from None
+    with held:
+        file.write_text(str(os.getpid()))
         yield
 
 
-def read_settings(folder):
+def read_settings(folder: Path | str) -> dict[str, Any]:
     file = Path(folder) / "settings.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
-def compare_settings(folder, stage, wanted, way_out):
-    """Problems of a stage whose lines in `folder` were made with other settings, each named."""
+def compare_settings(folder: Path, stage: str, wanted: dict[str, Any], way_out: str) -> Iterator[str]:
+    """A problem for each setting that differs from the settings of the stage's lines in `folder`."""
     kept = read_settings(folder).get(stage)
     if kept is None:
         return
@@ -218,11 +230,11 @@ def compare_settings(folder, stage, wanted, way_out):
         if kept.get(name) != wanted.get(name):
             yield (
                 f"--output_dir {folder}: holds a run with {name} {json.dumps(kept.get(name), ensure_ascii=False)}, "
-                f"and this one has {json.dumps(wanted.get(name), ensure_ascii=False)}. {way_out}"
+                f"this run has {json.dumps(wanted.get(name), ensure_ascii=False)}. {way_out}"
             )
 
 
-def keep_settings(folder, stage, wanted):
+def keep_settings(folder: Path, stage: str, wanted: dict[str, Any]) -> None:
     settings = read_settings(folder) | {stage: wanted}
     part = Path(folder) / "settings.json.part"
     part.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

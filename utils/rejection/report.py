@@ -1,24 +1,27 @@
-"""The report of a scored pool: the reward of best-of-n against n with what it costs in KL, lengths, duplicates."""
+"""The report on the scored answers: reward and KL bound of best-of-n, lengths, duplicates."""
 
 import collections
 import json
 import math
 import random
 import statistics
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-SHOWN = 10_000  # answers drawn at random for histogram and scatter; the means are over all
+from utils.rejection.folder import Line
+
+SHOWN = 10_000  # random answers in histogram and scatter plot; the means are over all answers
 
 
-def best_of(scores):
-    """[the mean of the best of n, for n from 1 to N] over all ways to draw n of these N scores.
+def best_of(scores: list[float]) -> list[float]:
+    """The mean of the best of n scores, for n from 1 to N, over all C(N, n) draws of n from these N scores.
 
-    The i-th lowest is the best of C(i - 1, n - 1) of the C(N, n) draws. Source: the estimator of pass@k, arXiv
-    2107.03374, for scores; exact, where keeping the first n of the N would be one draw of many.
+    The i-th lowest score is the best in C(i - 1, n - 1) draws. Source: the estimator of pass@k, arXiv 2107.03374.
     """
     ranked, best = sorted(scores), []
     for n in range(1, len(ranked) + 1):
-        share, parts = n / len(ranked), []  # of the draws, those whose best is the highest of all
+        share, parts = n / len(ranked), []  # share of the draws whose best is the highest score
         for place in range(len(ranked) - 1, n - 2, -1):
             parts.append(ranked[place] * share)
             share *= (place - n + 1) / max(place, 1)
@@ -26,23 +29,25 @@ def best_of(scores):
     return best
 
 
-def kl_bound(n):
-    """At most so far, in nats, is best-of-n from the model that it draws from (arXiv 2401.01879)."""
+def kl_bound(n: int) -> float:
+    """Upper bound on KL(best-of-n, model), in nats (arXiv 2401.01879)."""
     return math.log(n) - (n - 1) / n
 
 
 class Pool:
-    """Sums over prompts, one at a time; of the answers a random share is kept for the picture."""
+    """Sums over prompts, added one at a time, and a random sample of answers for the plots."""
 
-    def __init__(self, samples, seed):
+    def __init__(self, samples: int, seed: int) -> None:
         self.samples, self.random = samples, random.Random(seed)
         self.curve, self.full = [0.0] * samples, 0
         self.prompts = self.answers = self.cut = self.failed = 0
-        self.scores, self.shown = 0.0, []
-        self.dropped, self.gone = collections.Counter(), collections.Counter()
+        self.scores = 0.0
+        self.shown: list[tuple[float, int]] = []  # score, length in tokens
+        self.dropped: collections.Counter[str | None] = collections.Counter()
+        self.gone: collections.Counter[str] = collections.Counter()
 
-    def add(self, answers, why, gone):
-        """The scored answers to one prompt, why nothing of it was chosen (or None), and what `choose` left out."""
+    def add(self, answers: list[Line], why: str | None, gone: Mapping[str, int]) -> None:
+        """Add the answers to one prompt. why: reason that none was chosen. gone: answers left out by reason."""
         self.prompts += 1
         self.dropped[why] += why is not None
         self.gone.update(gone)
@@ -63,8 +68,8 @@ class Pool:
             elif (place := self.random.randrange(self.answers)) < SHOWN:
                 self.shown[place] = point
 
-    def report(self, counts):
-        """What report.json holds; `counts`: rows written by file."""
+    def report(self, counts: dict[str, int]) -> dict[str, Any]:
+        """The content of report.json. counts: rows written by file."""
         scores, lengths = [s for s, _ in self.shown], [n for _, n in self.shown]
         varies = len(set(scores)) > 1 and len(set(lengths)) > 1
         curve = [
@@ -87,8 +92,8 @@ class Pool:
         }
 
 
-def say_report(found, keep_cut, say):
-    """The lines that a run ends with."""
+def say_report(found: dict[str, Any], keep_cut: bool, say: Callable[[str], None]) -> None:
+    """Print the summary at the end of a run."""
     curve = found["best_of_n"]
     if curve:
         shown = [point for point in curve if point["n"] & (point["n"] - 1) == 0 or point is curve[-1]]
@@ -105,6 +110,6 @@ def say_report(found, keep_cut, say):
     say(f"left out  answers: {left}; prompts: {dropped}")
 
 
-def write_report(folder, found):
+def write_report(folder: Path, found: dict[str, Any]) -> None:
     file = Path(folder) / "report.json"
     file.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

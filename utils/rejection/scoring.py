@@ -1,24 +1,31 @@
-"""What judges the completions of a rejection sampling, and how much each judge weighs."""
+"""The scorers of a rejection sampling and their weights."""
 
 import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
+from common_args import CommonArgs
+from rlhf_args.rejection_config import RejectionConfig
+from utils.rejection.folder import Group, Line, Tokenizer
 from utils.rewards import functions, judge, models
 from utils.rewards.functions import name_rewards
 from utils.rewards.judge import name_scorers
-from utils.rewards.server import GivenUp
+from utils.rewards.server import GivenUp, Prompt, Row
 
-AT_ONCE = 64  # answers, or a little more: scored and kept together
+AT_ONCE = 64  # answers, or a few more, that are scored and written together
 
 
 class Scorers:
-    """Reward functions, a reward model and an LLM judge. A score is their weighted sum; without one there is none.
+    """Reward functions, a reward model and an LLM judge. The score of an answer is their weighted sum.
 
-    show: called with what runs and for how long, for the progress bar.
+    show: called with the running function and its seconds, for the progress bar.
     """
 
-    show = staticmethod(lambda text: None)
+    show: Callable[[str], object] = staticmethod(lambda text: None)
 
-    def __init__(self, common, config, rows, tokenizer, device):
+    def __init__(
+        self, common: CommonArgs, config: RejectionConfig, rows: list[Row], tokenizer: Tokenizer, device: Any
+    ) -> None:
         self.tokenizer, self.judge = tokenizer, None
         self.functions = functions.load_functions(
             common.reward_funcs, rows, tokenizer or no_tokens, common.reward_timeout
@@ -41,33 +48,33 @@ class Scorers:
         if self.judge:
             self.weights |= {name: weights[-1] * weight for name, weight in self.judge.weights.items()}
 
-    def score(self, prompts, groups):
-        """Score lines for groups of completion lines; `prompts`: their lines of prompts.jsonl."""
+    def score(self, prompts: list[Line], groups: list[list[Line]]) -> list[Line]:
+        """Score lines for groups of completion lines. prompts: the line of prompts.jsonl for each group."""
         lines = [(row, line) for row, group in zip(prompts, groups, strict=True) for line in group]
         asked = self.columns(lines) if self.functions else {}
         names = list(self.weights)[: len(self.functions)]
-        columns = [
+        columns: list[list[Any]] = [
             [{name: score} for score in self.call(function, asked)]
             for name, function in zip(names, self.functions, strict=True)
         ]
         if self.judge:
-            asked = [
+            judged = [
                 (row["prompt"], [line["completion"] for line in group])
                 for row, group in zip(prompts, groups, strict=True)
             ]
-            verdicts = [verdict for group in self.judge.score(asked) for verdict in group]
+            verdicts = [verdict for group in self.judge.score(judged) for verdict in group]
             columns.append([one if isinstance(one, GivenUp) else self.judge.by_name(one) for one in verdicts])
-        return [self.line(line, found) for (_, line), *found in zip(lines, *columns, strict=True)]
+        return [self.score_line(line, found) for (_, line), *found in zip(lines, *columns, strict=True)]
 
-    def call(self, function, columns):
-        def tell(seconds):
+    def call(self, function: Callable[..., list[float | None]], columns: dict[str, Any]) -> list[float | None]:
+        def tell(seconds: float | None) -> None:
             self.show("" if seconds is None else f"{function.__name__} {seconds:.0f} s")
 
         with functions.ticking(tell):
             return function(**columns)
 
-    def columns(self, lines):
-        """What TRL gives reward functions, by keyword."""
+    def columns(self, lines: list[tuple[Line, Line]]) -> dict[str, Any]:
+        """The keyword arguments that TRL gives reward functions."""
         from transformers import TrainerState
 
         written = [line["completion"] for _, line in lines]
@@ -82,8 +89,8 @@ class Scorers:
             **further,
         }
 
-    def line(self, line, found):
-        """The score line of an answer; `found`: {name: number or None} of each scorer, GivenUp where it failed."""
+    def score_line(self, line: Line, found: list[Any]) -> Line:
+        """The score line of an answer. found: {name: number or None} of each scorer, or GivenUp if it failed."""
         key = {"prompt": line["prompt"], "sample": line["sample"]}
         failed = next((score for score in found if isinstance(score, GivenUp)), None)
         if failed is not None:
@@ -95,18 +102,18 @@ class Scorers:
         return key | {"score": total, "scores": scores}
 
 
-def no_tokens(text):
-    """In place of a tokenizer where a server answers: a function that looks at completion_ids fails in one line."""
+def no_tokens(text: str | list[str]) -> dict[str, Any]:
+    """Stands in for a tokenizer with a server: a reward function that needs completion_ids fails in one line."""
     return {"input_ids": None if isinstance(text, str) else [None] * len(text)}
 
 
-def as_completion(prompt, written):
-    """A completion as reward functions get it: of a chat a list of one message."""
+def as_completion(prompt: Prompt, written: str) -> Prompt:
+    """A completion in the format of reward functions: a list of one message for a chat."""
     return [{"role": "assistant", "content": written}] if isinstance(prompt, list) else written
 
 
-def chunk_groups(groups):
-    """Groups of completion lines, [(prompt number, lines)], so many that about AT_ONCE answers are scored at once."""
+def chunk_groups(groups: Iterable[Group]) -> Iterator[list[Group]]:
+    """Chunks of groups with about AT_ONCE answers each."""
     chunk, count = [], 0
     for number, group in groups:
         chunk.append((number, group))
@@ -118,6 +125,6 @@ def chunk_groups(groups):
         yield chunk
 
 
-def as_rows(prompts):
-    """Lines of prompts.jsonl as the rows that rewards are tried on."""
+def as_rows(prompts: list[Line]) -> list[Row]:
+    """Lines of prompts.jsonl as rows to try rewards on."""
     return [(row["where"], {"prompt": row["prompt"], "further": row["further"]}) for row in prompts]

@@ -1,4 +1,4 @@
-"""From one scored pool the files that train_rlhf.py reads: which answers are good, which bad, and what is written."""
+"""Choose good and bad answers from the scored answers, and write the files that train_rlhf.py reads."""
 
 import collections
 import contextlib
@@ -6,24 +6,28 @@ import itertools
 import json
 import os
 import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, TextIO
 
 from rlhf_args.methods import METHODS, PAIR, PROMPT, RANKED, UNPAIRED
+from rlhf_args.rejection_config import RejectionConfig
 from utils.data.columns import check_text
+from utils.rejection.folder import Group, Line
 from utils.rejection.scoring import as_completion
 
-# {columns: the first method that trains on them}, which names the file of such rows
+# {columns: the first method that trains on them}; the file has the method's name
 FILES = {method.columns: name for name, method in reversed(METHODS.items()) if method.columns != PROMPT}
-TINY = 1e-12  # by more than this the chosen answer of a pair is the better one
+TINY = 1e-12  # least difference between the scores of a pair
 
 
-def file_for(method):
-    """Which file a method of train_rlhf.py trains on; None: it samples itself."""
+def file_for(method: str) -> str | None:
+    """The file that a method of train_rlhf.py trains on; None if the method samples its own answers."""
     return FILES.get(METHODS[method].columns)
 
 
-def candidates(completions, scores):
-    """(prompt number, its scored answers) in order, from the groups of both; {"failed": True} where one has none."""
+def candidates(completions: Iterable[Group], scores: Iterable[Group]) -> Iterator[Group]:
+    """Completions merged with their scores, by prompt. An answer without a score line has "failed"."""
     scored = iter(scores)
     ahead = next(scored, None)
     for number, group in completions:
@@ -34,14 +38,20 @@ def candidates(completions, scores):
         yield number, [{**line, **found.get(line["sample"], {"failed": "not scored"})} for line in group]
 
 
-def choose(answers, config):
-    """(good, bad, why nothing was chosen or None, how many answers fell away by reason) of one prompt.
+def choose_answers(
+    answers: list[Line], config: RejectionConfig
+) -> tuple[list[Line], list[Line], str | None, collections.Counter[str]]:
+    """(good, bad, reason if none was chosen, number of excluded answers by reason) of one prompt.
 
-    Both best first, good against bad in pairs: the best good one with the worst bad one, and so on. An answer that was
-    cut at max_new_tokens never ended: it can be bad, and good only with keep_cut.
+    good and bad are sorted, best first. In a pair the best good answer is chosen over the worst bad one, and so on. An
+    answer that was cut at max_new_tokens can be bad, and good only with keep_cut.
     """
-    gone, ranked, seen = collections.Counter(), [], set()
-    for answer in sorted(answers, key=lambda answer: not answer.get("ended")):  # of two alike the one that ended
+    gone: collections.Counter[str] = collections.Counter()
+    ranked: list[Line] = []
+    seen: set[str] = set()
+    for answer in sorted(
+        answers, key=lambda answer: not answer.get("ended")
+    ):  # of two equal texts keep the one that ended
         reason = unusable(answer, seen)
         if reason:
             gone[reason] += 1
@@ -67,8 +77,8 @@ def choose(answers, config):
     return good, worse[-take:], None, gone
 
 
-def unusable(answer, seen):
-    """Why an answer can be neither chosen nor rejected, or None."""
+def unusable(answer: Line, seen: set[str]) -> str | None:
+    """The reason that an answer can be neither chosen nor rejected, or None."""
     if "failed" in answer:
         return "failed"
     written = answer["completion"]
@@ -77,8 +87,10 @@ def unusable(answer, seen):
     return "empty" if not written else "duplicate" if written in seen else None
 
 
-def rows_of(name, prompt, good, bad, config):
-    """The rows of one prompt for the file `name`: (row, which answers it is made of)."""
+def rows_of(
+    name: str, prompt: Any, good: list[Line], bad: list[Line], config: RejectionConfig
+) -> Iterator[tuple[Line, dict[str, Any]]]:
+    """The rows of one prompt for the file `name`, each with its `traced` answers."""
     pairs = [
         (chosen, rejected)
         for chosen, rejected in zip(good, reversed(bad), strict=False)
@@ -103,20 +115,21 @@ def rows_of(name, prompt, good, bad, config):
             yield row, traced(answer)
 
 
-def traced(answer):
-    """Which answer it was and what it was worth."""
+def traced(answer: Line) -> dict[str, Any]:
+    """Identity and score of an answer, for the provenance of a row."""
     return {name: answer[name] for name in ("sample", "score", "scores")}
 
 
 class Files:
-    """Rows by file name, moved to their places in `folder` when all are written."""
+    """Writes rows by file name, and moves the files into `folder` when all are written."""
 
-    def __init__(self, folder, names, chunk_size):
+    def __init__(self, folder: Path, names: list[str], chunk_size: int | None) -> None:
         self.folder, self.chunk_size = Path(folder), chunk_size
         self.counts = dict.fromkeys(names, 0)
-        self.handles, self.made = {}, Path(folder) / "selected.part"
+        self.handles: dict[str, TextIO] = {}
+        self.made = Path(folder) / "selected.part"
 
-    def __enter__(self):
+    def __enter__(self) -> "Files":
         shutil.rmtree(self.made, ignore_errors=True)
         self.made.mkdir()
         self.stack = contextlib.ExitStack()
@@ -124,7 +137,7 @@ class Files:
             self.open(name)
         return self
 
-    def open(self, name):
+    def open(self, name: str) -> None:
         file = self.made / path_of("", name, self.chunk_size)
         if self.chunk_size:
             file.mkdir(exist_ok=True)
@@ -133,13 +146,13 @@ class Files:
             self.handles[name].close()
         self.handles[name] = self.stack.enter_context(open(file, "w", encoding="utf-8"))
 
-    def add(self, name, row):
+    def add(self, name: str, row: Line) -> None:
         if self.chunk_size and self.counts[name] and self.counts[name] % self.chunk_size == 0:
             self.open(name)
         self.handles[name].write(json.dumps(row, ensure_ascii=False) + "\n")
         self.counts[name] += 1
 
-    def __exit__(self, kind, error, trace):
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.stack.close()
         if kind is None:
             for name, chunked in itertools.product(FILES.values(), (None, 1)):  # of an earlier selection
@@ -150,6 +163,6 @@ class Files:
         shutil.rmtree(self.made)
 
 
-def path_of(folder, name, chunk_size):
-    """Where the rows of `name` are: one file, or a folder of files of chunk_size rows."""
+def path_of(folder: Path | str, name: str, chunk_size: int | None) -> str:
+    """The path of the rows of `name`: a file, or a folder of files with chunk_size rows."""
     return str(Path(folder) / (name.lower() if chunk_size else f"{name.lower()}.jsonl"))

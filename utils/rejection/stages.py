@@ -1,19 +1,23 @@
-"""The stages of a rejection sampling: each does what is missing in the folder, and says what came of it."""
+"""The stages of a rejection sampling. Each adds the missing lines to the folder, and prints a summary."""
 
 import contextlib
 import gc
 import os
 import re
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy
 
+from common_args import CommonArgs
 from rlhf_args.methods import PROMPT
+from rlhf_args.rejection_config import RejectionConfig
 from utils.data import files
 from utils.data.rows import Rows, check_dropped, count_reasons, make_rows
 from utils.models import load, sampling
 from utils.models.folders import ModelFolder
 from utils.rejection import checks, engines, report, scoring, selection
-from utils.rejection.folder import Lines, Prompts, keep_settings, locked, read_settings, write_prompts
+from utils.rejection.folder import Lines, Prompts, Tokenizer, keep_settings, locked, read_settings, write_prompts
 from utils.results import plots, saves
 from utils.rewards import functions
 from utils.runtime import environment, output
@@ -24,8 +28,8 @@ from utils.runtime.paths import empty
 
 
 @contextlib.contextmanager
-def opened(folder, common):
-    """The output folder, for this run alone; of a run that is refused before it sampled anything nothing stays."""
+def open_folder(folder: Path, common: CommonArgs) -> Iterator[None]:
+    """Lock the output folder. A new folder is removed if the run is refused before it sampled anything."""
     fresh = common.overwrite_output_dir or not folder.is_dir() or not any(folder.iterdir())
     if environment.is_main():
         folder.mkdir(parents=True, exist_ok=True)
@@ -43,8 +47,8 @@ def opened(folder, common):
             raise
 
 
-def load_tokenizer(common, config):
-    """The tokenizer of the model that answers; None where a server does, or the model is not asked for again."""
+def load_answering_tokenizer(common: CommonArgs, config: RejectionConfig) -> Tokenizer:
+    """The tokenizer of the answering model; None with a server, or if only select runs."""
     if not {"generate", "score"} & set(config.stages):
         return None
     kept = read_settings(config.output_dir or "").get("generate", {}) if "generate" not in config.stages else {}
@@ -54,8 +58,8 @@ def load_tokenizer(common, config):
     return load.load_tokenizer(path, kept.get("model_revision", common.model_revision), config.trust_remote_code)
 
 
-def longest_prompt(common, config):
-    """Tokens that a prompt may have beside an answer, as far as the model says."""
+def longest_prompt(common: CommonArgs, config: RejectionConfig) -> int | None:
+    """Maximum tokens of a prompt: the flag, or the model's context minus the answer. None: no limit known."""
     if config.engine == "openai":
         return config.max_prompt_length
     held = ModelFolder.at(common.model_name_or_path).positions
@@ -70,12 +74,15 @@ def longest_prompt(common, config):
     return min([*room, *([config.max_prompt_length] if config.max_prompt_length else [])], default=None)
 
 
-def check_prompts(common, config, file=None, tokenizer=None):
-    """Looks at every prompt, writes them to `file` if it is given: (how many, notes). Raises Refused."""
+def check_prompts(
+    common: CommonArgs, config: RejectionConfig, file: Path | None = None, tokenizer: Tokenizer = None
+) -> tuple[int, list[str]]:
+    """Check every prompt, and write them to `file` if given. Returns their number and notes. Raises Refused."""
     if "generate" not in config.stages:
         return 0, []
-    rows, notes = files.FileRows(common.train_data_path, "--train_data_path", common.max_samples), []
-    tokenizer = tokenizer or load_tokenizer(common, config)
+    notes: list[str] = []
+    rows = files.FileRows(common.train_data_path, "--train_data_path", common.max_samples)
+    tokenizer = tokenizer or load_answering_tokenizer(common, config)
     longest = longest_prompt(common, config)
     asked = config.system_prompt, longest, config.reference_column
     count, found, twice = write_prompts(file, rows, notes, tokenizer, *asked)
@@ -85,17 +92,19 @@ def check_prompts(common, config, file=None, tokenizer=None):
         known = ", ".join(name for name in found.names if name != "prompt") or "none beside the prompt"
         raise Refused([f"--reference_column {config.reference_column}: no such column. There are {known}"])
     if count < 2 and common.eval_fraction:
-        raise Refused([f"--eval_fraction {common.eval_fraction:g}: of one prompt nothing can be held out"])
+        raise Refused(
+            [f"--eval_fraction {common.eval_fraction:g}: one prompt cannot be split. Type --eval_fraction 0"]
+        )
     refused = ", ".join(f"{number} {reason}" for reason, number in count_reasons(found.dropped).items()) or "none"
-    doubled = f"; {twice} repeated ones left out" if twice else ""
+    doubled = f"; {twice} repeated prompts left out" if twice else ""
     if file:
         saves.prepare_output_dir(file.parent, False, found.dropped)
     return count, [f"prompts   {count}; refused: {refused}{doubled}", *(f"note      {note}" for note in notes)]
 
 
-def check(common, config):
-    """What --check looks at beyond the flags: every prompt, and the reward functions on a few of them."""
-    tokenizer = load_tokenizer(common, config)
+def check_rejection(common: CommonArgs, config: RejectionConfig) -> int:
+    """--check beyond the flags: every prompt, and the reward functions on a few of them."""
+    tokenizer = load_answering_tokenizer(common, config)
     check_prompts(common, config, tokenizer=tokenizer)
     if "generate" in config.stages and "score" in config.stages:
         rows, _ = make_rows(list(files.FileRows(common.train_data_path, "--train_data_path", 4)), PROMPT, [])
@@ -104,8 +113,8 @@ def check(common, config):
     return 0
 
 
-def prepare(common, config, folder, tokenizer):
-    """prompts.jsonl and settings.json of a new folder; of one that is there, the settings of the stages to come."""
+def prepare_folder(common: CommonArgs, config: RejectionConfig, folder: Path, tokenizer: Tokenizer) -> None:
+    """Write prompts.jsonl and settings.json of a new folder; in an existing folder the settings of new stages."""
     if "generate" in config.stages and not (folder / "prompts.jsonl").exists():
         keep_settings(folder, "generate", checks.generation_settings(common, config))
         for line in check_prompts(common, config, folder / "prompts.jsonl", tokenizer)[1]:
@@ -117,10 +126,10 @@ def prepare(common, config, folder, tokenizer):
 # ── the stages ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Work:
-    """One run over a folder: its lines so far, and the stages that add to them."""
+class RejectionRun:
+    """A run in a folder: its prompts and lines, and the stages that add to them."""
 
-    def __init__(self, common, config, folder, tokenizer):
+    def __init__(self, common: CommonArgs, config: RejectionConfig, folder: Path, tokenizer: Tokenizer) -> None:
         self.common, self.config, self.folder, self.tokenizer = common, config, folder, tokenizer
         kept = read_settings(folder)["generate"]
         self.made_with = kept
@@ -138,8 +147,8 @@ class Work:
 
             template.fit_tokenizer(tokenizer, chat=isinstance(self.first[0]["prompt"], list))
 
-    def generate(self):
-        """Answers what is not answered, the longest prompts first: what does not fit fails at once."""
+    def generate(self) -> None:
+        """Sample the missing answers, longest prompts first: out of memory then shows at once."""
         numbers = self.prompts.numbers
         order = numbers[numpy.argsort(-self.prompts.tokens[numbers], kind="stable")]
         done = self.completions.find()[1]
@@ -147,17 +156,17 @@ class Work:
         missing = int((~flat).sum())
         output.say(f"generate  {missing} answers to sample, {len(flat) - missing} are there")
         if missing and "score" in self.config.stages:
-            self.load_scorers()  # and tries them, before hours are spent on answers that they could not judge
+            self.load_scorers()  # to try them before hours of sampling
             free_memory()
         if self.reference and environment.is_main():
             self.add_references(done)
         if missing:
             kind = engines.ENGINES[self.config.engine]
-            self.sample(order, flat, kind(self.common, self.config, self.tokenizer))
+            self.sample_answers(order, flat, kind(self.common, self.config, self.tokenizer))
             free_memory()
         self.finish(self.completions)
 
-    def sample(self, order, flat, engine):
+    def sample_answers(self, order: numpy.ndarray, flat: numpy.ndarray, engine: engines.Engine) -> None:
         from tqdm import tqdm
 
         size = self.config.generate_batch_size or engine.batch
@@ -165,7 +174,7 @@ class Work:
         mine = sum(int((~flat[start : start + size]).sum()) for start in starts)
         with tqdm(total=mine, desc="generate", unit="answer", disable=not environment.is_main()) as bar:
             for start in starts:
-                places = (start + numpy.flatnonzero(~flat[start : start + size])).tolist()
+                places: list[int] = (start + numpy.flatnonzero(~flat[start : start + size])).tolist()
                 if not places:
                     continue
                 keys = [(int(order[place // self.samples]), place % self.samples) for place in places]
@@ -176,10 +185,10 @@ class Work:
                     [{"prompt": n, "sample": s, **answer} for (n, s), answer in zip(keys, answers, strict=True)]
                 )
                 bar.update(len(places))
-        engine.say_end()
+        engine.say_failures()
 
-    def add_references(self, done):
-        """The answers in the data, as one more sample of each prompt that has one."""
+    def add_references(self, done: numpy.ndarray) -> None:
+        """Add the answers in the data as one more sample of each prompt."""
         lines = []
         for number in self.prompts.numbers[~done[self.prompts.numbers, self.samples]].tolist():
             row = self.prompts[number]
@@ -195,15 +204,15 @@ class Work:
         if lines:
             self.completions.append(lines)
 
-    def load_scorers(self):
+    def load_scorers(self) -> scoring.Scorers:
         rows = scoring.as_rows(self.first)
         return scoring.Scorers(self.common, self.config, rows, self.tokenizer, environment.local_device())
 
-    def score(self):
-        """Scores every prompt whose answers are not all scored."""
+    def score(self) -> None:
+        """Score all answers to each prompt that lacks a score."""
         from tqdm import tqdm
 
-        self.merge(self.completions)  # of a generation that was interrupted
+        self.merge_lines(self.completions)  # of a generation that was interrupted
         answered, scored = self.completions.find()[1], self.scores.find()[1]
         missing = answered & ~scored
         total = int(missing.any(1).sum())
@@ -218,27 +227,27 @@ class Work:
                         prompts = [self.prompts[number] for number, _ in wanted]
                         groups = [[line for line in group if "failed" not in line] for _, group in wanted]
                         self.scores.append(scorers.score(prompts, groups))
-                    bar.update(len(wanted))  # also what the other processes do meanwhile
+                    bar.update(len(wanted))  # other processes work at the same pace
             if scorers.judge:
                 scorers.judge.server.say_failures()
         self.finish(self.scores, answered)
 
-    def merge(self, lines):
+    def merge_lines(self, lines: Lines) -> None:
         environment.wait_for_everyone()
         if environment.is_main():
             lines.merge()
         environment.wait_for_everyone()
 
-    def finish(self, lines, wanted=None):
-        """Brings a stage's lines in order, and counts what failed."""
-        self.merge(lines)
+    def finish(self, lines: Lines, wanted: numpy.ndarray | None = None) -> None:
+        """Merge the lines of a stage, and count the failed lines."""
+        self.merge_lines(lines)
         if wanted is None:
             wanted = numpy.zeros(lines.shape, dtype=bool)
             wanted[self.prompts.numbers, : self.samples] = True
         failed = int((wanted & ~lines.find()[1]).sum())
         self.failed_share = max(self.failed_share, failed / max(int(wanted.sum()), 1))
         if failed:
-            reasons = {}
+            reasons: dict[str, int] = {}
             for _, group in lines.groups():
                 for line in group:
                     if "failed" in line:
@@ -249,8 +258,8 @@ class Work:
                 f"failed    {failed} of {int(wanted.sum())} in {lines.file}: {said}. The same command tries them again"
             )
 
-    def select(self):
-        """Writes the files and the report from all that is scored; done anew each time, it takes seconds."""
+    def select(self) -> None:
+        """Write the training files and the report from all scored answers. It takes seconds and is always redone."""
         config, kept = self.config, read_settings(self.folder)
         tally = report.Pool(self.samples, self.made_with["seed"])
         origin = {name: self.made_with.get(name) for name in ("model", "api_model", "engine")}
@@ -259,7 +268,7 @@ class Work:
         names = list(dict.fromkeys(config.write))
         with selection.Files(self.folder, names, config.chunk_size) as out:
             for number, answers in selection.candidates(self.completions.groups(), self.scores.groups()):
-                good, bad, why, gone = selection.choose(answers, config)
+                good, bad, why, gone = selection.choose_answers(answers, config)
                 tally.add(answers, why, gone)
                 row = self.prompts[number]
                 for name in names:
@@ -278,8 +287,8 @@ class Work:
                     f"train     RLHF_TYPE={name} MODEL={self.made_with['model']} TRAIN_DATA={path} bash rlhf_run.sh"
                 )
 
-    def end(self):
-        """The exit status; the main process says why it is not 0."""
+    def end(self) -> int:
+        """Exit status 0. Raises Failed in the main process if too many lines failed."""
         if environment.is_main() and self.failed_share > self.config.max_failed_fraction:
             raise Failed(
                 f"{self.failed_share:.0%} failed, more than --max_failed_fraction {self.config.max_failed_fraction:g}"
@@ -287,8 +296,8 @@ class Work:
         return 0
 
 
-def free_memory():
-    """Gives back what a model held that nobody has any more."""
+def free_memory() -> None:
+    """Free the memory of a deleted model."""
     gc.collect()
     if environment.has_gpu():
         import torch

@@ -65,7 +65,7 @@ def say_checked(rows):
 
 def describe_reward(common, config):
     judges = [*(common.reward_funcs or ()), *([common.reward_model_path] if common.reward_model_path else [])]
-    if common.reward_model_path and models.shares_base(
+    if common.reward_model_path and models.on_policy_base(
         common.reward_model_path, common.model_name_or_path, common.train_mode, common.model_revision
     ):
         judges[-1] += " (an adapter on the policy's own base: no second copy)"

@@ -11,43 +11,47 @@ import importlib
 import importlib.util
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 from urllib.parse import quote, unquote_to_bytes
 
-__path__ = []  # makes a package of this module; Finder finds what is in it
+__path__: list[str] = []  # makes a package of this module; Finder finds its modules
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def import_file(file: Path) -> ModuleType:
-    """The module of a Python file, executed at the first call, and again once a file of its folder has changed.
+    """The module of a Python file, executed at the first call, and again after a change in its folder.
 
-    Raises whatever the file raises.
+    Raises any exception of the file.
     """
     folder = str(file.parent)
-    package = f"{__name__}.{encode(folder)}"
-    imported = {name: module for name, module in sys.modules.items() if f"{name}.".startswith(f"{package}.")}
+    package = f"{__name__}.{quote_path(folder)}"
+    imported: dict[str, Any] = {
+        name: module for name, module in sys.modules.items() if f"{name}.".startswith(f"{package}.")
+    }
     if any(stamp(module.__file__) != module.__stamp__ for module in imported.values() if hasattr(module, "__stamp__")):
         for name in imported:
             del sys.modules[name]
     if folder not in sys.path:
         sys.path.append(folder)  # for importlib.import_module("helper"), which does not say who imports
     importlib.invalidate_caches()
-    return importlib.import_module(f"{package}.{encode(file.stem)}")
+    return importlib.import_module(f"{package}.{quote_path(file.stem)}")
 
 
-def stamp(path):
-    """What changes with a file; None where it is gone."""
+def stamp(path: str) -> tuple[int, int] | None:
+    """Time and size of a file; None if it is gone."""
     return (os.stat(path).st_mtime_ns, os.stat(path).st_size) if os.path.exists(path) else None
 
 
-def encode(path):
+def quote_path(path: str) -> str:
     """A path as one part of a module's name, without dots."""
     return quote(os.fsencode(path), safe="").replace(".", "%2E")
 
 
-def decode(part):
+def unquote_path(part: str) -> str:
     return os.fsdecode(unquote_to_bytes(part))
 
 
@@ -55,40 +59,48 @@ class Finder:
     """Finds `utils.rewards.files.FOLDER` and the modules in it."""
 
     @staticmethod
-    def find_spec(name, path=None, target=None):
+    def find_spec(name: str, path: Sequence[str] | None = None, target: object = None) -> ModuleSpec | None:
         if not name.startswith(f"{__name__}."):
             return None
         folder, *inner = name.removeprefix(f"{__name__}.").split(".")
-        folder = decode(folder)
+        folder = unquote_path(folder)
         if not inner:
             spec = ModuleSpec(name, None, is_package=True)
             spec.submodule_search_locations = [folder]
             return spec
-        spec = PathFinder.find_spec(name, path)
-        if spec is None and len(inner) == 1:  # a name that is encoded, as that of v1.2.py
-            file = os.path.join(folder, f"{decode(inner[0])}.py")
-            spec = importlib.util.spec_from_file_location(name, file) if os.path.exists(file) else None
-        if spec and type(spec.loader) is SourceFileLoader:
-            spec.loader = Loader(name, spec.origin, folder)
-        return spec
+        found = PathFinder.find_spec(name, path)
+        if found is None and len(inner) == 1:  # an encoded name, such as v1.2.py
+            file = os.path.join(folder, f"{unquote_path(inner[0])}.py")
+            found = importlib.util.spec_from_file_location(name, file) if os.path.exists(file) else None
+        if found and found.origin and type(found.loader) is SourceFileLoader:
+            found.loader = Loader(name, found.origin, folder)
+        return found
 
 
 class Loader(SourceFileLoader):
     """Executes a file of a user's folder, with an `import` that looks beside the file first."""
 
-    def __init__(self, name, path, folder):
+    def __init__(self, name: str, path: str, folder: str) -> None:
         super().__init__(name, path)
         self.folder = folder
 
-    def exec_module(self, module):
+    def exec_module(self, module: ModuleType) -> None:
         # the import statement, at the top of a file or in a function, calls __import__ of the file's own builtins
-        own = functools.partial(import_beside, f"{__name__}.{encode(self.folder)}", self.folder)
+        own = functools.partial(import_beside, f"{__name__}.{quote_path(self.folder)}", self.folder)
         module.__dict__["__builtins__"] = {**vars(builtins), "__import__": own}
-        module.__stamp__ = stamp(self.path)
+        module.__dict__["__stamp__"] = stamp(self.path)
         super().exec_module(module)
 
 
-def import_beside(package, folder, name, globals=None, locals=None, fromlist=(), level=0):
+def import_beside(
+    package: str,
+    folder: str,
+    name: str,
+    globals: Mapping[str, object] | None = None,
+    locals: Mapping[str, object] | None = None,
+    fromlist: Sequence[str] | None = (),
+    level: int = 0,
+) -> ModuleType:
     """`__import__` for the modules of `package`: an absolute name that is found in `folder` is one of the package."""
     if level or not is_beside(package, folder, name.partition(".")[0]):
         return builtins.__import__(name, globals, locals, fromlist, level)
@@ -98,7 +110,7 @@ def import_beside(package, folder, name, globals=None, locals=None, fromlist=(),
     return sys.modules[f"{package}.{name.partition('.')[0]}"]
 
 
-def is_beside(package, folder, top):
+def is_beside(package: str, folder: str, top: str) -> bool:
     """True if `top` is a module or package in the folder. As in Python, a folder without __init__.py comes last."""
     spec = Finder.find_spec(f"{package}.{top}", [folder])
     if spec is None or Path(folder) == ROOT:

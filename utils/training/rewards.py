@@ -21,7 +21,7 @@ class Rewards:
             return {}
         common, config, found = run.common, run.config, list(self.functions)
         if common.reward_model_path:
-            model = models.load_model(
+            model = models.load_reward(
                 common.reward_model_path,
                 run.rows.train,
                 policy_path=common.model_name_or_path,
@@ -52,5 +52,5 @@ def load(run: Run) -> Rewards:
             rewards.functions = functions.load_functions(common.reward_funcs, rows, run.tokenizer, limit)
     if run.method.sample_reward and not run.problems:
         with run.collecting():
-            rewards.judge = judge_reward.load(run.config, run.rows.train)
+            rewards.judge = judge_reward.load_judge(run.config, run.rows.train)
     return rewards

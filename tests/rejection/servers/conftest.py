@@ -7,17 +7,18 @@ import json
 import socket
 import threading
 import time
+import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import anyio
 import pytest
 
 import rejection_sampling
 from rlhf_args.rejection_config import RejectionConfig
 from tests.conftest import read_rows, write_rows
-from utils.rejection import engines
 from utils.results import plots
-from utils.rewards import judge, server
+from utils.rewards import client, judge
 
 KEY = "TEST_SERVER_KEY"
 
@@ -64,8 +65,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         api, body = self.server, json.loads(self.rfile.read(int(self.headers["content-length"])))
-        chat = self.path == "/v1/chat/completions"
-        if not chat and self.path != "/v1/completions":
+        path = urllib.parse.urlsplit(self.path).path  # a proxy is sent the whole address
+        chat = path == "/v1/chat/completions"
+        if not chat and path != "/v1/completions":
             return self.send({"error": {"message": "no such path"}}, 404)
         with api.lock:
             key = identity(body)
@@ -211,7 +213,11 @@ def start():
 def waits(monkeypatch):
     """The seconds that the client waited between attempts: noted, and not waited for."""
     noted = []
-    monkeypatch.setattr(server.Server, "pause", lambda self, seconds: noted.append(seconds))
+
+    async def sleep(seconds):
+        noted.append(seconds)
+
+    monkeypatch.setattr(anyio, "sleep", sleep)  # by which the SDK waits
     return noted
 
 
@@ -220,13 +226,12 @@ def clients(monkeypatch):
     """The Servers that a run made, whose failures are counted."""
     made = []
 
-    class Noted(server.Server):
+    class Noted(client.Server):
         def __init__(self, *args, **options):
             super().__init__(*args, **options)
             made.append(self)
 
-    for module in (engines, judge):
-        monkeypatch.setattr(module, "Server", Noted)
+    monkeypatch.setattr(client, "Server", Noted)
     return made
 
 
@@ -272,7 +277,7 @@ KEPT = ("prompts.jsonl", "completions.jsonl", "scores.jsonl", "sft.jsonl")
 
 def make_client(api, retries=4, concurrency=2, timeout=SOON):
     url = api if isinstance(api, str) else api.url
-    return server.Server(url, "m", KEY, concurrency=concurrency, timeout=timeout, retries=retries)
+    return client.Server(url, "m", KEY, concurrency=concurrency, timeout=timeout, retries=retries)
 
 
 def dead_url():

@@ -23,7 +23,7 @@ from tests.rejection.servers.conftest import (
     words_for,
 )
 from utils.data.rows import text_key
-from utils.rewards import judge, server
+from utils.rewards import client, judge, server
 
 # ── what fails to the end ────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -149,17 +149,17 @@ def test_a_server_that_is_gone_ends_the_run(run, waits, clients, tmp_path):
     wanted = rf"failed: {url}/chat/completions: (\d+) requests failed one after another, the last: ConnectError: .+"
     failed = int(re.search(wanted + "$", line)[1])
     # as many as may be under way are failing at the same moment
-    assert server.IN_A_ROW == 64 and 64 <= failed < 64 + 8 and len(waits) <= failed + 8
+    assert client.IN_A_ROW == 64 and 64 <= failed < 64 + 8 and len(waits) <= failed + 8
     assert not (tmp_path / "out" / "completions.jsonl").exists()
 
 
 def test_one_reply_in_between_says_that_the_server_is_there(start, waits):
     # each tenth request is answered: 63 in a row never fail
     api = start(plan=lambda body, attempt: None if "9?" in body["prompt"] else "status 500")
-    client = make_client(api, retries=0)
+    asker = make_client(api, retries=0)
     asks = [(f"Why {number}?", lambda written, *_: written, lambda attempt: {}) for number in range(130)]
-    found = client.ask_all(asks)
-    assert sum(isinstance(one, server.GivenUp) for one in found) == client.failures.total() == 117 > server.IN_A_ROW
+    found = asker.ask_all(asks)
+    assert sum(isinstance(one, server.GivenUp) for one in found) == asker.failures.total() == 117 > client.IN_A_ROW
 
 
 def test_a_server_that_is_gone_before_a_few_answers_leaves_them_for_the_next_run(run, start, tmp_path):

@@ -73,7 +73,7 @@ def test_a_server_or_a_model_that_is_not_named_is_refused(tmp_path, capsys):
     words = words_for("http://127.0.0.1:9/v1", prompts, tmp_path / "out")
     for flags, problems in [
         (["--api_base_url"], ["--engine openai: no server. Type --api_base_url http://localhost:8000/v1"]),
-        (["--api_model"], ["--engine openai: which of the server's models? Type --api_model NAME"]),
+        (["--api_model"], ["--engine openai: no model. Type --api_model NAME, the server's name for it"]),
     ]:
         left = [word for place, word in enumerate(words) if not {word, words[place - 1]} & set(flags)]
         assert rejection_sampling.main(left) == 2
@@ -84,26 +84,26 @@ def test_a_server_or_a_model_that_is_not_named_is_refused(tmp_path, capsys):
 @pytest.mark.parametrize(
     "flags, problem",
     [
-        ("--top_k 5", "--top_k with --engine openai: its API has no such field. Leave it out; --top_p it has"),
-        ("--api_concurrency 0", "--api_concurrency 0: must be "),
-        ("--api_timeout 0", "--api_timeout 0: must be "),
-        ("--api_timeout nan", "--api_timeout nan: must be "),
-        ("--api_retries -1", "--api_retries -1: must be "),
+        ("--top_k 5", "--top_k with --engine openai: "),
+        ("--api_concurrency 0", "--api_concurrency 0: must be at least 1"),
+        ("--api_timeout 0", "--api_timeout 0: must be more than 0"),
+        ("--api_timeout nan", "--api_timeout nan: must be more than 0"),
+        ("--api_retries -1", "--api_retries -1: must be at least 0"),
         (
             "--judge_base_url http://127.0.0.1:9/v1",
-            "--judge_base_url: without --judge_model there is no judge. Type --judge_model NAME",
+            "--judge_base_url: only used with a judge. Add --judge_model NAME",
         ),
-        ("--judge_model j --judge_scale 5 5", "--judge_scale 5.0 5.0: the least number and the highest, like 1 10"),
-        ("--judge_model j --judge_scale 1 nan", "--judge_scale 1 nan: must be "),
+        ("--judge_model j --judge_scale 5 5", "--judge_scale 5.0 5.0: "),
+        ("--judge_model j --judge_scale 1 nan", "--judge_scale 1.0 nan: "),
         (
             "--judge_model j --judge_mode pick --num_completions 1",
-            "--judge_mode pick: picks of 2 to 26 answers, and there are 1",
+            "--judge_mode pick: needs 2 to 26 answers to a prompt, not 1",
         ),
         (
             "--judge_model j --judge_mode pick --num_completions 27",
-            "--judge_mode pick: picks of 2 to 26 answers, and there are 27",
+            "--judge_mode pick: needs 2 to 26 answers to a prompt, not 27",
         ),
-        ("--engine transformers --judge_model j", "--api_model: is for --engine openai"),
+        ("--engine transformers --judge_model j", "--api_model: only used with --engine openai"),
     ],
 )
 def test_a_flag_of_servers_that_is_wrong_is_refused(flags, problem, refused):
