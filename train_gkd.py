@@ -24,9 +24,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def train_from_words(argv: list[str]) -> int:
     if recipes.asks_plan(argv):
-        from utils.plan import planner
+        from utils.plan import printout
 
-        return planner.run(argv, NAME)
+        return printout.print_plan(argv, NAME)
     run = chapters.from_words(argv, NAME)
 
     from utils.checks.distillation import prompt_room

@@ -23,9 +23,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def train_from_words(argv: list[str]) -> int:
     if recipes.asks_plan(argv):
-        from utils.plan import planner
+        from utils.plan import printout
 
-        return planner.run(argv)
+        return printout.print_plan(argv)
     run = chapters.from_words(argv)
 
     from utils.models.load import load_other_models, load_policy, needs_reference

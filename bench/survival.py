@@ -104,7 +104,7 @@ def time_checkpoint(folder, steps):
     words += ["--per_device_train_batch_size", "2", "--learning_rate", "1e-6"]
     status = train_rlhf.main(words)
     assert status == 0, status
-    size = sum(file.stat().st_size for file in checkpoints.walk(out / f"checkpoint-{steps}"))
+    size = sum(file.stat().st_size for file in checkpoints.list_files(out / f"checkpoint-{steps}"))
     return {
         "steps": steps,
         "megabytes": round(size / 1e6),

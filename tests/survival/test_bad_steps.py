@@ -274,10 +274,9 @@ def test_without_auto_batch_it_is_one_line_with_what_would_help(tiny_model, tmp_
     ],
 )
 def test_a_pass_is_halved_as_far_as_a_method_can(name, batch, slices, found):
-    args = SimpleNamespace(per_device_train_batch_size=batch, gradient_accumulation_steps=3)
-    if slices:
-        args.steps_per_generation = slices
-    assert " ".join(memory.halve(args, EVERY[name])) == found
+    sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": 3, "steps_per_generation": slices}
+    run = SimpleNamespace(config=SimpleNamespace(**sizes), method=EVERY[name])
+    assert " ".join(memory.halve(run)) == found
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ DAMAGE = {
     "half": (lambda c: os.truncate(c / "optimizer.pt", 100), "optimizer.pt has 100 of"),
     "empty": (lambda c: os.truncate(c / "adapter_model.safetensors", 0), "adapter_model.safetensors has 0 of"),
     "missing": (lambda c: os.remove(c / "rng_state.pth"), "rng_state.pth is missing"),
-    "one bit": (lambda c: flip(c / "scheduler.pt"), "scheduler.pt is not what was written (sha256)"),
+    "one bit": (lambda c: flip(c / "scheduler.pt"), "scheduler.pt has changed since it was written (sha256)"),
     "no manifest": (lambda c: os.remove(c / "manifest.json"), "no manifest.json"),
     "no JSON": (lambda c: (c / "manifest.json").write_text('{"files"'), "manifest.json cannot be read"),
     "not bytes": (lambda c: (c / "manifest.json").write_bytes(b"\xff\xfe"), "manifest.json cannot be read"),
@@ -170,7 +170,7 @@ def test_a_damaged_checkpoint_that_was_named_is_refused(models, whole, tmp_path,
     flip(folder / "checkpoint-2/optimizer.pt")
     before = tree(folder)
     assert train(models, folder, resume_from_checkpoint=folder / "checkpoint-2") == 2
-    said = f"--resume_from_checkpoint {folder}/checkpoint-2: optimizer.pt is not what was written (sha256)"
+    said = f"--resume_from_checkpoint {folder}/checkpoint-2: optimizer.pt has changed since it was written (sha256)"
     assert said in capsys.readouterr().err and tree(folder) == before
 
 
