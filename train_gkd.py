@@ -37,7 +37,7 @@ def train_from_words(argv: list[str]) -> int:
     # ── the text that is trained on ──────────────────────────────────────────────────────────────────────────────────
     chapters.prepare_text(run, prompt_room)
     chapters.say_plan(run, teacher.describe)
-    whole = probe.shorten(run)
+    whole = probe.prepare_probe(run)
     start = chapters.find_start(run)
     if chapters.is_checked(run):
         return 0
@@ -50,7 +50,7 @@ def train_from_words(argv: list[str]) -> int:
     # ── train, save, and prove the save ──────────────────────────────────────────────────────────────────────────────
     trainer = chapters.make_trainer(run, student, teacher_model=teaching)
     if whole:
-        return probe.measure(trainer, run, whole)
+        return probe.run_probe(trainer, run, whole)
     report = chapters.train_and_report(trainer, start, run)
     chapters.save_and_verify(trainer, report, run, again=run.config.variables())
     return 0

@@ -235,7 +235,7 @@ def test_a_probe_makes_the_longest_step_and_leaves_nothing(tiny_model, tmp_path,
     words += ["--output_dir", str(tmp_path / "out"), "--per_device_train_batch_size", "2", "--num_train_epochs", "2"]
     first, second = probe([*words, "--gradient_accumulation_steps", "2"], capsys)
     assert re.search(r"a step of 4 rows of \d+ tokens.*tokens a second; peak \d+\.\d GiB a process", first)
-    assert " 8 steps: " in second and "with rows as they are" in second  # 16 rows twice, 4 a step
+    assert " 8 steps: " in second and "with rows of average length" in second  # 16 rows twice, 4 a step
     assert not (tmp_path / "out").exists()
 
 
@@ -247,7 +247,7 @@ def test_a_probe_of_sampled_answers_makes_them_as_long_as_they_may_be(tiny_model
     first, second = probe(words, capsys)
     prompt, answer = len("Say yes."), 12
     assert f"a step of 4 rows of {prompt + answer} tokens" in first
-    assert " 48 steps: " in second and "as they are" not in second  # 4 rollouts, each learnt from 4 times, 3 epochs
+    assert " 48 steps: " in second and "average" not in second  # 4 rollouts, each learnt from 4 times, 3 epochs
     assert not (tmp_path / "out").exists()
 
 

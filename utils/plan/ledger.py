@@ -44,7 +44,7 @@ class Ledger(TorchDispatchMode):
         self.alive: dict[int, list] = {}  # {storage: [bytes, owner, weak reference]}
         self.held: Counter[str] = Counter()
         self.peaks: dict[tuple[str, str], dict[str, float]] = {}
-        self.total = self.highest = 0
+        self.total, self.highest = 0, 0.0
 
     def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is aten._local_scalar_dense.default:  # no data: every number that a trainer asks for is 1
@@ -95,7 +95,7 @@ class Ledger(TorchDispatchMode):
     def reach(self, moment: str, owner: str = "activations") -> None:
         """Begins a moment of the phase; new storages belong to `owner`."""
         self.moment, self.owner = moment, owner
-        self.highest = sum(self.peaks.get((self.phase, moment), {}).values())
+        self.highest = sum(self.peaks.get((self.phase, moment), {}).values(), start=0.0)
         self.note_peak()
 
 

@@ -136,7 +136,7 @@ def says_when_full(folder: str | Path, what: str) -> Iterator[None]:
         whole = [path.name for path in list_checkpoints(folder) if not problems_of(path, hashes=False)]
         kept = f"{', '.join(whole)} {'is' if len(whole) == 1 else 'are'} whole" if whole else "no checkpoint is there"
         raise Failed(
-            f"no space left on the disk of {folder}: {what} was not saved; {kept}. Free some space (--save_total_limit "
+            f"no space left on the disk of {folder}: {what} was not saved; {kept}. Free space (--save_total_limit "
             "keeps fewer checkpoints), then type the same command with --resume_from_checkpoint auto"
         ) from error
 

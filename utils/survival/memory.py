@@ -66,8 +66,8 @@ def describe_owners(trainer: "Trainer") -> str:
     """The peak, with the bytes of weights, gradients and optimizer; the passes took the rest."""
     import torch
 
-    model, optimizer = trainer.model, getattr(trainer, "optimizer", None)
-    states = optimizer.state.values() if hasattr(optimizer, "state") else ()
+    model, optimizer = trainer.model, trainer.optimizer
+    states = optimizer.state.values() if optimizer and hasattr(optimizer, "state") else ()
     parts = {
         "weights": bytes_of(model.parameters()),
         "optimizer": bytes_of(t for state in states for t in state.values() if isinstance(t, torch.Tensor)),

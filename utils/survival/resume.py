@@ -67,7 +67,7 @@ def describe_run(run: Run) -> dict:
     described |= {f"--{flag}": getattr(config, flag) for flag in (*TRAINER_FLAGS, *own, *LENGTH_FLAGS)}
     passes = config.per_device_train_batch_size * config.gradient_accumulation_steps
     described |= {
-        "model": describe_model(common.model_name_or_path),
+        "model": describe_model(common.model_name_or_path or ""),
         "data": f"{len(rows.train)} rows {hash_rows(rows.train, in_order=True)[:12]}",
         "processes": environment.processes_asked(),
         "engine": environment.engine() or "none",
@@ -94,7 +94,7 @@ def differences(there: dict, here: dict) -> list[str]:
 
 
 def find_start(run: Run) -> tuple[Start, list[str]]:
-    """(the Start of this run, lines to print); rank 0 decides for all. Raises Refused if the checkpoint does not fit."""
+    """(the Start, lines to print); rank 0 decides for all. Raises Refused if the checkpoint does not fit."""
     found: Any = None
     problems: list[str] = []
     if environment.is_main():

@@ -44,10 +44,8 @@ class Stops(TrainerCallback):
         self.asked = number
         if environment.is_main():
             name = signal.Signals(number).name
-            os.write(
-                2,
-                f"\n{name}: finishes this step and saves a checkpoint. A second signal ends the run at once\n".encode(),
-            )
+            said = f"{name}: finishes this step and saves a checkpoint. A second signal ends the run at once"
+            os.write(2, f"\n{said}\n".encode())
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
