@@ -1,13 +1,10 @@
 """How each engine divides weights, gradients and optimizer state among the GPUs."""
 
 from collections import defaultdict
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import Any
 
 from utils.runtime.environment import GIB
-
-if TYPE_CHECKING:
-    from utils.plan.rehearsal import Rehearsal
 
 BUCKET = 5 * 10**8  # DeepSpeed's reduce_bucket_size, in numbers; training.fit_bucket makes it no larger than needed
 LIVE = 10**9  # its stage3_max_live_parameters: gathered at the same time
@@ -29,6 +26,43 @@ class Case:
 
 
 @dataclass
+class Rehearsal:
+    """The memory of one process alone. A pair is (numbers as stored, bytes)."""
+
+    peaks: dict[tuple[str, str], dict[str, float]]  # {(phase, moment): {owner: bytes}} when the moment holds most
+    weights: float  # bytes of the policy, with its adapter, critic and buffers
+    foreseen: bool  # every pass runs the policy exactly once, always in the same order
+    accumulates: bool  # several passes a step
+    trained: tuple[float, float]  # the policy's trained parameters
+    frozen: tuple[float, float]  # the policy's frozen parameters
+    critic: tuple[float, float]  # bytes of the critic's own parameters, bytes of those shared with the policy
+    numbers: float  # the policy's parameters, each packed 4-bit weight counted
+    layer: int  # bytes of the larger of a decoder layer of the policy and one of the teacher
+    largest: int  # bytes of the policy's largest parameter
+    teacher_largest: int  # bytes of the teacher's largest parameter; 0 without a teacher
+
+
+def extend(two: Rehearsal, three: Rehearsal, layers: dict[str, int]) -> Rehearsal:
+    """The Rehearsal of many layers from those of two and three. `layers`: {owner: layers}, "" for all other owners.
+
+    Memory grows by the same amount with each layer, so the result is exact if the layers are alike.
+    """
+
+    def grow(few: float, more: float, owner: str = "") -> float:
+        return few + (more - few) * (layers.get(owner, layers[""]) - 2)
+
+    peaks = {
+        key: {owner: grow(few.get(owner, 0), more.get(owner, 0), owner) for owner in {**few, **more}}
+        for key, few in two.peaks.items()
+        if (more := three.peaks.get(key)) is not None
+    }
+    grown: dict[str, Any] = {name: grow(getattr(two, name), getattr(three, name)) for name in ("weights", "numbers")}
+    for name in ("trained", "frozen", "critic"):
+        grown[name] = tuple(map(grow, getattr(two, name), getattr(three, name)))
+    return replace(two, peaks=peaks, **grown)
+
+
+@dataclass
 class Estimate:
     """`phases`: {phase: {owner: bytes}} on each GPU when the phase holds most; `host`: bytes of memory on a node."""
 
@@ -42,7 +76,7 @@ class Estimate:
         return max(sum(owners.values()) for owners in self.phases.values())
 
 
-def shared_out(one: "Rehearsal", case: Case) -> Estimate:
+def shared_out(one: Rehearsal, case: Case) -> Estimate:
     """The Estimate of a Case from the Rehearsal of one process alone."""
     trained, host = one.trained[0], 0.0
     phases: dict[str, Held] = {}
@@ -64,7 +98,7 @@ def shared_out(one: "Rehearsal", case: Case) -> Estimate:
     return Estimate(phases, trained, one.numbers, host)
 
 
-def share_as_deepspeed(owners: Held, one: "Rehearsal", case: Case, phase: str, moment: str) -> None:
+def share_as_deepspeed(owners: Held, one: Rehearsal, case: Case, phase: str, moment: str) -> None:
     """ZeRO divides the optimizer state and a float32 copy, from stage 2 on gradients, in stage 3 weights.
 
     Source: deepspeed 0.19.8, runtime/zero/stage_1_and_2.py, stage3.py, partitioned_param_coordinator.py.
@@ -100,7 +134,7 @@ def share_as_deepspeed(owners: Held, one: "Rehearsal", case: Case, phase: str, m
         owners["gathered weights"] += min(frozen["ref_model"] + frozen["teacher_model"], width * FETCHED)
 
 
-def gathered_by_zero3(whole: float, one: "Rehearsal", width: float, phase: str, moment: str) -> float:
+def gathered_by_zero3(whole: float, one: Rehearsal, width: float, phase: str, moment: str) -> float:
     """Bytes of the policy gathered for a pass: parameters needed again soon, and those prefetched.
 
     If passes run the policy in different orders, DeepSpeed cannot foresee the next use and releases at once.
@@ -111,7 +145,7 @@ def gathered_by_zero3(whole: float, one: "Rehearsal", width: float, phase: str, 
     return min(whole, held) + arriving
 
 
-def share_as_fsdp2(owners: Held, one: "Rehearsal", processes: int, phase: str) -> None:
+def share_as_fsdp2(owners: Held, one: Rehearsal, processes: int, phase: str) -> None:
     """FSDP2 divides the float32 parameters, their gradients and the optimizer state.
 
     It gathers and copies the largest piece. A reference is float32, as the parameters are; a teacher's head stays

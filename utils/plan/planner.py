@@ -5,7 +5,6 @@ every further layer adds as much as the third one did. engines.py then divides t
 """
 
 import os
-from typing import TYPE_CHECKING
 
 from utils.checks import flags
 from utils.cli import arguments, recipes
@@ -13,14 +12,11 @@ from utils.cli.run import Run
 from utils.data.rows import Rows
 from utils.models import teacher
 from utils.plan import asked
-from utils.plan.engines import SHARES, Case, Estimate, shared_out
+from utils.plan.engines import SHARES, Case, Estimate, Rehearsal, extend, shared_out
 from utils.plan.longest import Longest
 from utils.runtime.environment import GIB
 from utils.runtime.errors import Refused, refuse_if
 from utils.training import pace
-
-if TYPE_CHECKING:
-    from utils.plan.rehearsal import Rehearsal
 
 CONTEXT = 1.0 * GIB  # about what the CUDA context, NCCL's buffers and the kernels' workspaces take; not estimated
 ROW_FLAGS = ("max_length", "max_prompt_length", "max_completion_length", "lmbda", "seq_kd", "packing")
@@ -81,10 +77,8 @@ class Planner:
             self.rehearsals[key] = self.rehearse(*key)
         return shared_out(self.rehearsals[key], case)
 
-    def rehearse(self, words: tuple[str, ...], sharded: bool) -> "Rehearsal":
+    def rehearse(self, words: tuple[str, ...], sharded: bool) -> Rehearsal:
         """The Rehearsal of one process alone, extended from two and three layers to all of them."""
-        from utils.plan import rehearsal
-
         run = self.read(words)
         models = asked.find_models(run)
         layers = {"": asked.count_layers(models.policy)}
@@ -93,12 +87,12 @@ class Planner:
             whole = self.rehearse_layers(words, sharded, max(layers.values()))
         else:
             two, three = (self.rehearse_layers(words, sharded, few) for few in (2, 3))
-            whole = rehearsal.extend(two, three, layers)
+            whole = extend(two, three, layers)
         if run.config.seq_kd:
             whole.peaks["answers", ""] = self.rehearse_answers(run)
         return whole
 
-    def rehearse_layers(self, words: tuple[str, ...], sharded: bool, layers: int) -> "Rehearsal":
+    def rehearse_layers(self, words: tuple[str, ...], sharded: bool, layers: int) -> Rehearsal:
         """The Rehearsal in which every model has at most this many layers."""
         from utils.plan import rehearsal
 

@@ -11,7 +11,6 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -21,48 +20,12 @@ from trainers.critics import find_layers
 from utils.cli.run import Run
 from utils.plan import hollow
 from utils.plan.asked import Models
+from utils.plan.engines import Rehearsal
 from utils.plan.hollow import hollow_model, size_of
 from utils.plan.ledger import Ledger, without_data
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, Trainer
-
-
-@dataclass
-class Rehearsal:
-    """The memory of one process alone. A pair is (numbers as stored, bytes)."""
-
-    peaks: dict[tuple[str, str], dict[str, float]]  # {(phase, moment): {owner: bytes}} when the moment holds most
-    weights: float  # bytes of the policy, with its adapter, critic and buffers
-    foreseen: bool  # every pass runs the policy exactly once, always in the same order
-    accumulates: bool  # several passes a step
-    trained: tuple[float, float]  # the policy's trained parameters
-    frozen: tuple[float, float]  # the policy's frozen parameters
-    critic: tuple[float, float]  # bytes of the critic's own parameters, bytes of those shared with the policy
-    numbers: float  # the policy's parameters, each packed 4-bit weight counted
-    layer: int  # bytes of the larger of a decoder layer of the policy and one of the teacher
-    largest: int  # bytes of the policy's largest parameter
-    teacher_largest: int  # bytes of the teacher's largest parameter; 0 without a teacher
-
-
-def extend(two: Rehearsal, three: Rehearsal, layers: dict[str, int]) -> Rehearsal:
-    """The Rehearsal of many layers from those of two and three. `layers`: {owner: layers}, "" for all other owners.
-
-    Memory grows by the same amount with each layer, so the result is exact if the layers are alike.
-    """
-
-    def grow(few: float, more: float, owner: str = "") -> float:
-        return few + (more - few) * (layers.get(owner, layers[""]) - 2)
-
-    peaks = {
-        key: {owner: grow(few.get(owner, 0), more.get(owner, 0), owner) for owner in {**few, **more}}
-        for key, few in two.peaks.items()
-        if (more := three.peaks.get(key)) is not None
-    }
-    grown: dict[str, Any] = {name: grow(getattr(two, name), getattr(three, name)) for name in ("weights", "numbers")}
-    for name in ("trained", "frozen", "critic"):
-        grown[name] = tuple(map(grow, getattr(two, name), getattr(three, name)))
-    return replace(two, peaks=peaks, **grown)
 
 
 def rehearse(run: Run, models: Models, lengths: tuple[int, int], sharded: bool, on_gpu: bool) -> Rehearsal:
