@@ -82,24 +82,25 @@ class SharedArgs:
     plan: str | None = field(
         default=None,
         metadata={
-            "help": "Say what would lie in each GPU's memory, and stop: as launched, under a launch of that name "
-            "(zero2, ...), or all. Takes no GPU, weights or data; the model may be a size, as qwen2-7b.",
+            "help": "Print the memory that the run needs on each GPU, and stop. A value names another launch (zero2, ...) or "
+            "all. Needs no GPU, weights or data; the model may be a named size, such as qwen2-7b.",
             "nargs": "?",
             "const": "launched",
         },
     )
     num_processes: int | None = field(
         default=None,
-        metadata={"help": "With --plan: GPUs, one process each; unset: NUM_PROCESSES, or those that are here, or 1."},
+        metadata={"help": "With --plan: number of GPUs. Unset: NUM_PROCESSES, or the GPUs of this machine, or 1."},
     )
     gpu_memory: str | None = field(
-        default=None, metadata={"help": "With --plan: what each is sold as, as 80GB; unset: as those here, or 40GB."}
+        default=None,
+        metadata={"help": "With --plan: memory of each GPU, such as 80GB. Unset: this machine's GPU, or 40GB."},
     )
     probe: bool = field(
         default=False,
         metadata={
-            "help": "Make two steps of the longest rows (or two rollouts of the longest answers), say what memory and "
-            "time they take and the whole run would, and stop."
+            "help": "Train two steps on the longest rows (or two rollouts of the longest answers), print their memory and "
+            "time and the time of the whole run, and stop."
         },
     )
     overwrite_output_dir: bool = field(
