@@ -82,8 +82,8 @@ class SharedArgs:
     plan: str | None = field(
         default=None,
         metadata={
-            "help": "Print the memory that the run needs on each GPU, and stop. A value names another launch (zero2, ...) or "
-            "all. Needs no GPU, weights or data; the model may be a named size, such as qwen2-7b.",
+            "help": "Print the memory that the run needs on each GPU, and stop. A value names another launch (zero2, ...) "
+            "or all. Needs no GPU, weights or data; the model may be a named size, such as qwen2-7b.",
             "nargs": "?",
             "const": "launched",
         },
@@ -94,13 +94,13 @@ class SharedArgs:
     )
     gpu_memory: str | None = field(
         default=None,
-        metadata={"help": "With --plan: memory of each GPU, such as 80GB. Unset: this machine's GPU, or 40GB."},
+        metadata={"help": "With --plan: memory of each GPU, such as 80GB; unset: as here, or 40GB."},
     )
     probe: bool = field(
         default=False,
         metadata={
-            "help": "Train two steps on the longest rows (or two rollouts of the longest answers), print their memory and "
-            "time and the time of the whole run, and stop."
+            "help": "Train two steps on the longest rows (or two rollouts of the longest answers), print their memory "
+            "and time and the time of the whole run, and stop."
         },
     )
     overwrite_output_dir: bool = field(
