@@ -82,8 +82,8 @@ class SharedArgs:
     plan: str | None = field(
         default=None,
         metadata={
-            "help": "Print the memory that the run needs on each GPU, and stop. A value names another launch (zero2, ...) "
-            "or all. Needs no GPU, weights or data; the model may be a named size, such as qwen2-7b.",
+            "help": "Print the memory that the run needs on each GPU, and stop. A value names another launch "
+            "(zero2, ...), or is all. Needs no GPU, weights or data; the model may be a named size, such as qwen2-7b.",
             "nargs": "?",
             "const": "launched",
         },
