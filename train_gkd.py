@@ -24,9 +24,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def train_from_words(argv: list[str]) -> int:
     if recipes.asks_plan(argv):
-        from utils.plan import planner
+        from utils.plan import printout
 
-        return planner.run(argv, NAME)
+        return printout.print_plan(argv, NAME)
     run = chapters.from_words(argv, NAME)
 
     from utils.checks.distillation import prompt_room
@@ -37,7 +37,7 @@ def train_from_words(argv: list[str]) -> int:
     # ── the text that is trained on ──────────────────────────────────────────────────────────────────────────────────
     chapters.prepare_text(run, prompt_room)
     chapters.say_plan(run, teacher.describe)
-    whole = probe.shorten(run)
+    whole = probe.prepare_probe(run)
     start = chapters.find_start(run)
     if chapters.is_checked(run):
         return 0
@@ -50,7 +50,7 @@ def train_from_words(argv: list[str]) -> int:
     # ── train, save, and prove the save ──────────────────────────────────────────────────────────────────────────────
     trainer = chapters.make_trainer(run, student, teacher_model=teaching)
     if whole:
-        return probe.measure(trainer, run, whole)
+        return probe.run_probe(trainer, run, whole)
     report = chapters.train_and_report(trainer, start, run)
     chapters.save_and_verify(trainer, report, run, again=run.config.variables())
     return 0

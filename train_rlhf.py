@@ -23,9 +23,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def train_from_words(argv: list[str]) -> int:
     if recipes.asks_plan(argv):
-        from utils.plan import planner
+        from utils.plan import printout
 
-        return planner.run(argv)
+        return printout.print_plan(argv)
     run = chapters.from_words(argv)
 
     from utils.models.load import load_other_models, load_policy, needs_reference
@@ -36,7 +36,7 @@ def train_from_words(argv: list[str]) -> int:
     chapters.prepare_text(run)
     chapters.say_plan(run)
     judges = rewards.load(run)
-    whole = probe.shorten(run)
+    whole = probe.prepare_probe(run)
     start = chapters.find_start(run)
     if chapters.is_checked(run):
         return 0
@@ -51,7 +51,7 @@ def train_from_words(argv: list[str]) -> int:
     # ── train, save, and prove the save ──────────────────────────────────────────────────────────────────────────────
     trainer = chapters.make_trainer(run, policy, **others)
     if whole:
-        return probe.measure(trainer, run, whole)
+        return probe.run_probe(trainer, run, whole)
     report = chapters.train_and_report(trainer, start, run)
     judges.say_failures()
     chapters.save_and_verify(trainer, report, run, again={"RLHF_TYPE": run.name})

@@ -193,7 +193,7 @@ def plan_cell(words, engine, processes, device):
     name = "GKD" if "gkd" in words[0] else None
     asked = [*words[1:], "--plan", engine, "--num_processes", str(processes)]
     planner = Planner(asked, name, on_gpu=device == "cuda")
-    estimate = planner.estimate(planner.asked)
+    estimate = planner.estimate(planner.case)
     return {phase: sum(estimate.phases[phase].values()) for phase in PHASES if phase in estimate.phases}
 
 

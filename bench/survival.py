@@ -93,7 +93,7 @@ def time_checkpoint(steps):
         status = train_rlhf.main(harness.as_flags(flags))
         if status:
             raise RuntimeError(f"the training ended with status {status}")
-        files = checkpoints.walk(Path(folder, "run", f"checkpoint-{steps}"))
+        files = checkpoints.list_files(Path(folder, "run", f"checkpoint-{steps}"))
         size = sum(file.stat().st_size for file in files)
     return {
         "steps": steps,

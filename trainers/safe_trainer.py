@@ -19,7 +19,7 @@ from utils.data import deal
 from utils.runtime import output
 from utils.runtime.errors import Failed
 from utils.survival import checkpoints
-from utils.survival.bad_steps import diagnose, explain
+from utils.survival.bad_steps import diagnose, explain_bad_step
 from utils.survival.stops import Left
 
 # Attributes that TRL's trainers keep between logs and rollouts, and that transformers' checkpoints leave out.
@@ -101,13 +101,13 @@ class Safe(Trainer):
                 self.state.save_to_json(str(written / "trainer_state.json"))
             self.finish_hashing()
             checkpoints.seal(written, self.run)
-            checkpoints.rename(written, folder / written.name)
+            checkpoints.move_into_place(written, folder / written.name)
             self.hashing = checkpoints.add_hashes_meanwhile(folder / written.name)
             best = self.state.best_model_checkpoint
             checkpoints.rotate(folder, self.args.save_total_limit, best, folder / written.name)
         self.accelerator.wait_for_everyone()
         if self.is_local_process_zero() and written.exists():
-            checkpoints.rename(written, folder / written.name)
+            checkpoints.move_into_place(written, folder / written.name)
         self.remove_aside(wait=False)
 
     def _save(self, *args: Any, **kwargs: Any) -> None:
@@ -224,7 +224,7 @@ class Safe(Trainer):
         if self.args.fp16 and not self.of_any_process(self.broken is not None):
             return norm  # the loss scaler skips this step and lowers its scale
         self.bad_steps += 1
-        said = explain(self, norm)
+        said = explain_bad_step(self, norm)
         if self.bad_steps >= self.max_bad_steps:
             raise Failed(said)
         output.warn(f"{said}. Step skipped: {self.bad_steps} so far, --max_bad_steps {self.max_bad_steps} stops")

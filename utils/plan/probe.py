@@ -1,9 +1,12 @@
-"""What a run takes, by doing some of it: --probe makes two steps of the longest rows, and leaves nothing behind."""
+"""--probe: measures two steps of the longest rows, extrapolates to the whole run, and leaves no files."""
+
+from __future__ import annotations
 
 import dataclasses
 import math
 import tempfile
 import time
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback
@@ -11,11 +14,15 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import SaveStrategy
 
 from utils.checks import schedule
+from utils.cli.run import Run
 from utils.data import prepare
 from utils.runtime import environment, output
 from utils.runtime.environment import GIB, peak_memory
 from utils.runtime.errors import Failed, Refused
 from utils.survival import memory
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 
 @dataclasses.dataclass
@@ -24,23 +31,23 @@ class Whole:
 
     steps: int
     tokens: float  # of a probed row
-    share: float | None  # tokens of an average row / of a probed row; None where answers are sampled
+    share: float | None  # tokens of an average row / of a probed row; None if answers are sampled
     folder: tempfile.TemporaryDirectory
 
 
-def shorten(run):
-    """Cuts a run with --probe to two steps of the longest rows, and returns the Whole of it; else None.
+def prepare_probe(run: Run) -> Whole | None:
+    """Cuts a run with --probe to two steps of the longest rows, and returns its Whole; None without --probe.
 
-    Where the policy answers itself: two rollouts with all their steps, and answers of the full length.
+    If the policy samples the answers: two rollouts with all their steps, and answers of the full length.
     """
-    if not run.common.probe or run.problems:
-        return None
     config, method, train = run.config, run.method, run.train
+    if not run.common.probe or run.problems or train is None:
+        return None
     tokens, a_pass = [sum(row) for row in train.sizes], schedule.count_batch(config)
     longest = sorted(range(len(tokens)), key=tokens.__getitem__)[-a_pass:]
     probed, share = sum(tokens[at] for at in longest) / len(longest), None
     a_step, lmbda = a_pass * config.gradient_accumulation_steps, config.lmbda
-    cycle, needed = 1, 2 * a_step  # steps after which all comes again, rows of two of them
+    cycle, needed = 1, 2 * a_step  # steps of one period, rows of two periods
     if method.sample_reward:
         answers, size = config.num_generations, config.rollout_size()
         steps = config.num_train_epochs * (len(tokens) * answers // size) * size * config.num_iterations / a_step
@@ -51,9 +58,7 @@ def shorten(run):
         needed = math.ceil(needed * config.max_length / probed) + 1
         probed = config.max_length
     elif config.seq_kd:
-        raise Refused(
-            ["--probe with --seq_kd: the teacher's answers are not there yet. Type --lmbda 0 and data with some"]
-        )
+        raise Refused(["--probe with --seq_kd: no answers of the teacher yet. Type --lmbda 0 and data with answers"])
     else:
         steps, share = schedule.count_steps(config, method, len(tokens)), sum(tokens) / len(tokens) / probed
         if lmbda:
@@ -76,8 +81,8 @@ def shorten(run):
     return whole
 
 
-def measure(trainer, run, whole):
-    """Trains, says what the second half took, and returns 0. Raises Failed where memory runs out."""
+def run_probe(trainer: Trainer, run: Run, whole: Whole) -> int:
+    """Trains, prints the time and memory of the second half, and returns 0. Raises Failed if memory runs out."""
     clock, args = Clock(), trainer.args
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
@@ -87,7 +92,7 @@ def measure(trainer, run, whole):
     except Exception as error:
         if not environment.is_out_of_memory(error):
             raise
-        raise Failed(memory.explain(trainer, run)) from error
+        raise Failed(memory.describe_out_of_memory(trainer, run)) from error
     seconds = clock.seconds()
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     tokens = rows * whole.tokens
@@ -95,45 +100,42 @@ def measure(trainer, run, whole):
         f"probe     a step of {rows} rows of {whole.tokens:.0f} tokens, the longest: {seconds:.3g} s, "
         f"{tokens / seconds:,.0f} tokens a second; peak {describe_peak(trainer)}"
     )
-    about = f"; about {say_time(whole.steps * seconds * whole.share)} with rows as they are" if whole.share else ""
+    about = (
+        f"; about {say_time(whole.steps * seconds * whole.share)} with rows of average length" if whole.share else ""
+    )
     output.say(
-        f"probe     {whole.steps} steps: {say_time(whole.steps * seconds)} if all were the longest{about}. "
-        "Without evaluation, saving and what is computed before the first step"
+        f"probe     {whole.steps} steps: {say_time(whole.steps * seconds)} if every row were the longest{about}. "
+        "Not included: evaluation, saving, and the work before the first step"
     )
     return 0
 
 
 class Clock(TrainerCallback):
-    """When each step was over."""
+    """Notes the end of each step."""
 
-    def __init__(self):
-        self.ends = []
+    def __init__(self) -> None:
+        self.ends: list[float] = []
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.ends.append(now())
+    def on_step_end(self, *call: Any, **kwargs: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.ends.append(time.perf_counter())
 
-    def on_step_end(self, args, state, control, **kwargs):
-        self.ends.append(now())
+    on_train_begin = on_step_end
 
-    def seconds(self):
-        """Of a step in the second half, when all is compiled and the optimizer has its state."""
+    def seconds(self) -> float:
+        """Seconds a step in the second half, when kernels are compiled and the optimizer has its state."""
         half = len(self.ends) // 2
         return (self.ends[-1] - self.ends[half]) / (len(self.ends) - 1 - half)
 
 
-def now():
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def describe_peak(trainer):
-    """The largest of all processes, of a GPU's memory or of the process's own."""
+def describe_peak(trainer: Trainer) -> str:
+    """The largest peak of all processes: GPU memory, or on a CPU the memory of the process."""
     peaks = trainer.accelerator.gather(torch.tensor([peak_memory()], device=trainer.args.device, dtype=torch.int64))
     there = f" of {torch.cuda.get_device_properties(0).total_memory / GIB:.1f}" if torch.cuda.is_available() else ""
     return f"{peaks.max().item() / GIB:.1f}{there} GiB a {'GPU' if there else 'process'}"
 
 
-def say_time(seconds):
+def say_time(seconds: float) -> str:
     minutes = seconds / 60
     return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"

@@ -1,24 +1,31 @@
-"""Memory that ran out: one line with what filled it and what would help, and a new start in smaller passes."""
+"""Out of memory: one line that says what filled the memory and what helps, or a restart with smaller passes."""
 
 import os
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from utils.cli import recipes
+from utils.cli.run import Run
 from utils.runtime import environment
 from utils.runtime.environment import GIB
 from utils.runtime.errors import Again, Failed
 
-# Names a file: there a process of several leaves what utils/launch.py is to start again with.
+if TYPE_CHECKING:
+    import torch
+    from transformers import Trainer
+
+# Names a file in which one of several processes leaves the flags that utils/launch.py is to restart with.
 HANDOVER = "LAUNCH_AGAIN"
 
 
-def run_out(trainer, run, error):
-    """What to raise in place of an out-of-memory error: Again where --auto_batch can halve, else Failed."""
+def run_out(trainer: "Trainer", run: Run, error: Exception) -> Again | Failed:
+    """The exception to raise for an out-of-memory error: Again if --auto_batch can halve the pass, else Failed."""
     words = halve(run)
     restarts = trainer.args.world_size == 1 or HANDOVER in os.environ
     if not run.common.auto_batch or not words or not restarts:
-        said = explain(trainer, run)
+        said = describe_out_of_memory(trainer, run)
         return Failed(said, f"{said}\n\n{error}")
     if trainer.in_pass and trainer.args.world_size == 1 and trainer.state.global_step:
         import gc
@@ -26,7 +33,7 @@ def run_out(trainer, run, error):
         import torch
 
         trainer.model.zero_grad(set_to_none=True)
-        trainer._tr_loss = trainer.loss_before[1]  # without the passes that will be made again
+        trainer._tr_loss = trainer.loss_before[1]  # without the passes that will be repeated
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -36,8 +43,8 @@ def run_out(trainer, run, error):
     return Again(words, f"out of memory in step {trainer.state.global_step + 1} with {rows} rows a pass")
 
 
-def halve(run):
-    """Flags for half the rows a pass and twice the passes: the same rows a step. [] where a pass cannot be halved."""
+def halve(run: Run) -> list[str]:
+    """Flags for half the rows a pass and twice the passes: the same rows a step. [] if a pass cannot be halved."""
     args = run.config
     batch, passes = args.per_device_train_batch_size, args.gradient_accumulation_steps
     if batch % 2 or batch // 2 < run.method.min_batch_size:
@@ -47,56 +54,54 @@ def halve(run):
     return words + (["--steps_per_generation", str(2 * slices)] if slices is not None else [])
 
 
-def explain(trainer, run):
-    args, step = trainer.args, trainer.state.global_step + 1
-    where = "in forward or backward" if trainer.in_pass else "outside of forward and backward"
-    said = f"out of memory in step {step}, {where} ({args.per_device_train_batch_size} rows a pass)"
-    helps = "; ".join(ways_out(run))
-    return f"{said}: {say_owners(trainer)}. Would help, the cheapest first: {helps}"
+def describe_out_of_memory(trainer: "Trainer", run: Run) -> str:
+    step, rows = trainer.state.global_step + 1, trainer.args.per_device_train_batch_size
+    where = "in" if trainer.in_pass else "outside"
+    helps = "; ".join(smaller_flags(run))
+    said = f"out of memory in step {step}, {where} the forward and backward pass ({rows} rows a pass)"
+    return f"{said}: {describe_owners(trainer)}. To use less, type one of these, the cheapest first: {helps}"
 
 
-def say_owners(trainer):
-    """What of the peak belongs to whom: weights, gradients and optimizer as counted, the rest is the passes'."""
+def describe_owners(trainer: "Trainer") -> str:
+    """The peak, with the bytes of weights, gradients and optimizer; the passes took the rest."""
     import torch
 
-    from utils.runtime.environment import peak_memory
-
-    model, optimizer = trainer.model, getattr(trainer, "optimizer", None)
-    parts = {"weights": count(model.parameters())}
-    states = optimizer.state.values() if hasattr(optimizer, "state") else ()
-    parts["optimizer"] = count(t for state in states for t in state.values() if isinstance(t, torch.Tensor))
-    parts["gradients"] = count(p.grad for p in model.parameters() if p.grad is not None)
-    peak = peak_memory()
+    model, optimizer = trainer.model, trainer.optimizer
+    states = optimizer.state.values() if optimizer and hasattr(optimizer, "state") else ()
+    parts = {
+        "weights": bytes_of(model.parameters()),
+        "optimizer": bytes_of(t for state in states for t in state.values() if isinstance(t, torch.Tensor)),
+        "gradients": bytes_of(p.grad for p in model.parameters() if p.grad is not None),
+    }
+    peak = environment.peak_memory()
     parts["activations and the rest"] = max(peak - sum(parts.values()), 0)
     owners = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())
     device = f" of {torch.cuda.get_device_properties(0).total_memory / GIB:.1f}" if torch.cuda.is_available() else ""
     return f"peak {peak / GIB:.1f}{device} GiB ({owners})"
 
 
-def count(tensors):
-    """Bytes of the storages behind tensors, each once."""
+def bytes_of(tensors: "Iterable[torch.Tensor]") -> int:
+    """Bytes of the storages behind tensors, each storage counted once."""
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def ways_out(run):
-    args, train_mode = run.config, run.common.train_mode
+def smaller_flags(run: Run) -> Iterator[str]:
+    """Flags under which the run needs less memory, the cheapest first."""
+    args, mode = run.config, run.common.train_mode
     if words := halve(run):
-        yield f"{' '.join(words)} (the same step; --auto_batch does it by itself)"
+        yield f"{' '.join(words)} (the same step; --auto_batch does this by itself)"
     if not args.gradient_checkpointing:
         yield "--gradient_checkpointing True"
-    for flag in ("max_completion_length", "max_length"):
-        if getattr(args, flag):
-            yield f"--{flag} {getattr(args, flag) // 2}"
-            break
-    if train_mode == "full":
-        yield "--train_mode lora"
-    elif train_mode == "lora":
-        yield "--train_mode qlora"
+    flag = "max_completion_length" if args.max_completion_length else "max_length"
+    if limit := getattr(args, flag):
+        yield f"--{flag} {limit // 2}"
+    if mode != "qlora":
+        yield f"--train_mode {'lora' if mode == 'full' else 'qlora'}"
     yield "LAUNCH=zero3 on more GPUs, or LAUNCH=zero3_offload"
 
 
-def start_again(argv, words):
-    """Starts the script anew in place of this process; of several processes, leaves that to utils/launch.py."""
+def start_again(argv: list[str], words: list[str]) -> int:
+    """Restarts the script in place of this process; with several processes, leaves that to utils/launch.py."""
     if environment.world_size() > 1:
         if file := os.environ.get(HANDOVER):
             Path(file).write_text("\n".join(words), encoding="utf-8")
@@ -105,13 +110,13 @@ def start_again(argv, words):
     os.execv(sys.executable, [sys.executable, sys.argv[0], *add_words(argv, words)])
 
 
-def add_words(argv, words):
-    """The command line of the new start: it must not delete what there is, and goes on from it."""
+def add_words(argv: list[str], words: list[str]) -> list[str]:
+    """The command line of the restart: it resumes, and does not delete the output folder."""
     gone = {"overwrite_output_dir"}
     if "--steps_per_generation" in words:
-        gone |= {"generation_batch_size", "num_mini_batches"}  # other words for the same
+        gone |= {"generation_batch_size", "num_mini_batches"}  # other ways to set the same
     kept, dropping = [], False
-    for word in recipes.expand(argv):  # with what a recipe says
+    for word in recipes.expand(argv):  # with the flags of a recipe
         if word.startswith("--"):
             dropping = word[2:].replace("-", "_") in gone
         kept += [] if dropping else [word]

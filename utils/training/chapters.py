@@ -265,7 +265,7 @@ def train_and_report(trainer: Trainer, start: resume.Start, run: Run) -> Report:
     config.eval_on_start = bool(held_out.rows) and onward is None
     try:
         with checkpoints.says_when_full(config.output_dir, "the newest line of the log"):
-            stops.train(trainer, onward)
+            stops.train_until_signal(trainer, onward)
             evaluated = trainer.state.global_step in log.evaluated_at(trainer.state)
             if held_out.rows and (config.load_best_model_at_end or not evaluated):
                 trainer.evaluate()
