@@ -209,7 +209,7 @@ def hold_out(rows, fraction, seed):
 
     A share above 0 is one row at least, and leaves one. Raises Refused where there is only one.
     """
-    if not fraction:
+    if not 0 < fraction < 1:  # any other share is refused by flags.check_common
         return
     places = list(dict.fromkeys(where for where, _ in rows.train))
     if len(places) < 2:

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from utils.models import shapes
+from utils.runtime.errors import Refused
 from utils.runtime.paths import looks_local, near_path
 
 TOKENIZERS = "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spm.model", "sentencepiece.bpe.model"
@@ -44,12 +45,9 @@ def check_folder(path, flag):
         problems.append(f"{path}: {what}. Needed: *.safetensors (model.save_pretrained writes them)")
     file = adapter if adapter.exists() else config
     try:
-        described = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        return [*problems, f"{file}: not valid JSON. Copy it from the original model"], None
-    if not isinstance(described, dict):
-        return [*problems, f"{file}: not a JSON object. Copy it from the original model"], None
-    return problems, described
+        return problems, read_json(file)
+    except Refused as refusal:
+        return [*problems, *refusal.problems], None
 
 
 def on_hub(path: str) -> bool:
@@ -227,8 +225,15 @@ def read_base_config(path, revision=None, file="config.json"):
         return {}
 
 
-def read_json(file):
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+def read_json(file: Path) -> dict | None:
+    """The JSON object in a model's file; None if there is no such file. Raises Refused."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    except ValueError:
+        raise Refused([f"{file}: not valid JSON. Copy it from the original model"]) from None
+    if found is not None and not isinstance(found, dict):
+        raise Refused([f"{file}: not a JSON object. Copy it from the original model"])
+    return found
 
 
 def same_path(one, other):

@@ -1,18 +1,26 @@
-"""The teacher of a distillation: checked before it is loaded, asked for its answers once, held beside the student."""
+"""The teacher of a distillation: its lines in the plan, its loading, and the answers that it samples."""
+
+from __future__ import annotations
 
 import gc
+from typing import TYPE_CHECKING
 
+from common_args import SharedArgs
+from utils.cli.run import Run
 from utils.models import folders, load, sampling
 from utils.models.folders import count_numbers, vocabulary_rows
 from utils.models.sampling import describe_sampling
 from utils.runtime.errors import Failed
 from utils.runtime.output import say
 
-# ── what is said of it ───────────────────────────────────────────────────────────────────────────────────────────────
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from rlhf_args.gkd_config import GKDConfig
 
 
-def describe(run):
-    """The plan's lines of a distillation."""
+def describe(run: Run) -> list[str]:
+    """The lines of a distillation in the plan."""
     common, config = run.common, run.config
     path = config.teacher_model_name_or_path
     if shares_base(common, config):
@@ -29,23 +37,20 @@ def describe(run):
     sizes = [vocabulary_rows(path) for path in (common.model_name_or_path, path)]
     if None not in sizes and sizes[0] != sizes[1]:
         lines.append(
-            f"note      embeddings of {sizes[0]} (student) and {sizes[1]} (teacher) rows for one tokenizer: compared "
-            f"over the {min(sizes)} that both have"
+            f"note      the student has {sizes[0]} embedding rows and the teacher {sizes[1]}: compared on the "
+            f"{min(sizes)} tokens that both have"
         )
     student, teacher = (count_numbers(path) for path in (common.model_name_or_path, path))
     if student and teacher and teacher < student:
         lines.append(
-            f"warning   the teacher has {teacher / 1e6:.0f}M parameters, the student {student / 1e6:.0f}M: is it the "
-            "better one?"
+            f"warning   the teacher has {teacher / 1e6:.0f}M parameters, the student {student / 1e6:.0f}M: is the "
+            "teacher really better?"
         )
     return lines
 
 
-# ── loading, and its answers ─────────────────────────────────────────────────────────────────────────────────────────
-
-
-def shares_base(common, config):
-    """Whether the teacher is the very base that the student's adapter is trained on, and needs no copy of its own."""
+def shares_base(common: SharedArgs, config: GKDConfig) -> bool:
+    """True if the teacher is the base of the student's adapter: it needs no second copy."""
     adapter = folders.read_adapter(common.model_name_or_path)
     base, revision = common.model_name_or_path, common.model_revision
     if adapter:
@@ -54,12 +59,12 @@ def shares_base(common, config):
     return same and common.train_mode != "full"
 
 
-def in_4bit(common, config):
+def in_4bit(common: SharedArgs, config: GKDConfig) -> bool:
     return config.teacher_load_in_4bit or common.train_mode == "qlora" and shares_base(common, config)
 
 
-def load_teacher(common, config, tokenizer):
-    """The frozen teacher; one that is an adapter is merged into its base, unless that is held in 4 bits."""
+def load_teacher(common: SharedArgs, config: GKDConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The frozen teacher. An adapter is merged into its base, unless the base is loaded in 4 bits."""
     four_bit = in_4bit(common, config)
     teacher = load.load_model(
         config.teacher_model_name_or_path,
@@ -77,21 +82,21 @@ def load_teacher(common, config, tokenizer):
     return teacher.eval().requires_grad_(False)
 
 
-def load_beside(run):
-    """The teacher that the trainer holds beside the student; None where it is the student's own base."""
+def load_beside(run: Run) -> PreTrainedModel | None:
+    """The teacher for the trainer; None if it is the student's own base."""
     return None if shares_base(run.common, run.config) else load_teacher(run.common, run.config, run.tokenizer)
 
 
-def rows_to_answer(run):
-    """The rows that the teacher answers: held-out rows without an answer, and with SeqKD all training rows."""
+def rows_to_answer(run: Run) -> list[dict]:
+    """Rows that the teacher answers: held-out rows without an answer, and with --seq_kd all training rows."""
     return [
         *(run.train.rows if run.config.seq_kd else ()),
         *(row for row in run.held_out.rows if not row["completion_ids"]),
     ]
 
 
-def write_answers(run):
-    """Puts the teacher's answers into the rows that want one, sampling those that are not in answers_dir yet."""
+def write_answers(run: Run) -> None:
+    """Add the teacher's answers to the rows that need one. Answers missing in --answers_dir are sampled first."""
     import torch
     from accelerate.utils import broadcast_object_list
 
@@ -109,7 +114,7 @@ def write_answers(run):
     held = "4bit" if in_4bit(common, config) else common.dtype
     folder = sampling.answers_folder(config.answers_dir, [*weights, held, tokenizer.eos_token_id], drawn)
     prompts = [row["prompt_ids"] for row in rows]
-    # the main process looks for all: what another run writes meanwhile, or another node's copy of the teacher, is else
+    # rank 0 decides for all: ranks could see other files while another run writes, or other copies of the teacher
     folder, missing = broadcast_object_list([folder, sampling.missing_prompts(folder, prompts)])
     say(f"answers   {len(missing)} to sample, {len({*map(tuple, prompts)}) - len(missing)} in {folder} already")
     if missing:
@@ -123,7 +128,7 @@ def write_answers(run):
     answers = sampling.read_answers(folder)
     lost = sum(sampling.prompt_key(ids) not in answers for ids in prompts)
     if lost:
-        raise Failed(f"{folder}: {lost} answers are not here. --answers_dir is on a disk that all nodes see")
+        raise Failed(f"{folder}: {lost} answers are missing. --answers_dir must be on a disk that all nodes share")
     for row in rows:
         row["completion_ids"] = answers[sampling.prompt_key(row["prompt_ids"])]
     full = [row["completion_ids"] for row in rows if len(row["completion_ids"]) == config.max_completion_length]

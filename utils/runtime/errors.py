@@ -53,16 +53,10 @@ def refuse_if(problems):
 
 @contextlib.contextmanager
 def collecting(problems):
-    """With a list, what is refused inside joins it and the caller goes on; with None it is raised as ever.
-
-    Of a run that is refused already, an error of another kind follows from that, and is no further problem.
-    """
+    """Collect refusals in `problems`, each line once, instead of raising (None: raise)."""
     try:
         yield
     except Refused as refusal:
         if problems is None:
             raise
         problems += [problem for problem in refusal.problems if problem not in problems]
-    except Exception:
-        if not problems:
-            raise
