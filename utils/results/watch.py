@@ -189,11 +189,8 @@ class Watch:
         groups = len(equal) == FEW and min(equal) == 1 and self.config.num_generations > 1  # each within itself
         if groups or len(spread) == FEW and max(spread) <= SAME * max(1, abs(self.newest("reward"))):
             whose = f"all answers{' to a prompt' * groups}"
-                f"all answers{' to a prompt' * groups}",
-            yield "equal", f"{said}a reward that differs, a higher --temperature or more --num_generations would help"
-            )
             said = f"{whose} got the same reward, so there is nothing to learn from. Look at completions.jsonl; "
-            yield "equal", f"{said}a reward that differs, {way_out} would help"
+            yield "equal", f"{said}a reward that differs, a higher --temperature or more --num_generations would help"
 
     def gradient(self) -> tuple[float, float, bool]:
         """(median of the earlier gradient norms, the newest if clipping removes most of it else 0, is it early)."""
