@@ -93,12 +93,12 @@ def from_words(argv: list[str], name: str | None = None) -> Run:
     from utils.checks.folders import check_folders, check_recipes
 
     with collecting(problems):
-        found = [*check_folders(common, config), *check_recipes(common, config, argv)]
+        found = check_folders(common, config)
         with collecting(found):  # these read the model's config.json, which may be refused above
             found += flags.check_config(common, config, name, method)
         with collecting(found):
             found += load(method.check)(common, config, rows) if method.check else []
-        refuse_if(found)
+        refuse_if([*found, *check_recipes(common, config, argv)])
     with collecting(problems):
         if all_read:  # a file without its refused rows may have one label, or one row
             hold_out(rows, common.eval_fraction, config.seed)
