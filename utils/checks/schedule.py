@@ -88,8 +88,8 @@ def check_disk(run: Run) -> tuple[tuple[str, str], list[str]]:
     )
     free = shutil.disk_usage(above).free
     text = (
-        f"{kept} checkpoint{'s' * (kept != 1)} of {gigabytes(one)} ({trained / 1e6:.1f}M trained numbers) and "
-        f"{gigabytes(weights)} at the end, about; {gigabytes(free)} free"
+        f"{kept} checkpoint{'s' * (kept != 1)} of {gigabytes(one)} ({trained / 1e6:.1f}M trained parameters) and "
+        f"{gigabytes(weights)} for the result (estimate); {gigabytes(free)} free"
     )
     fewer = (
         "Free some, name another --output_dir, or type --save_total_limit 1, --save_only_model or --save_strategy no"

@@ -60,7 +60,8 @@ class Report(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        say(f"start     {state.max_steps} steps of {rows} rows, learning rate {args.learning_rate:g}; measured first")
+        say(f"start     {state.max_steps} steps of {rows} rows, learning rate {args.learning_rate:g}")
+        say("          the model is measured before the first step")
         self.before = self.first_samples(state.global_step)
         if self.main:
             for name in ("metrics.jsonl", "completions.jsonl"):
