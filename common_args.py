@@ -11,8 +11,8 @@ class SharedArgs:
     typed = frozenset[str]()  # not a flag: names of the flags on the command line and in recipes
 
     # ── what to train ────────────────────────────────────────────────────────────────────────────────────────────────
-    model_name_or_path: str | None = field(
-        default=None,
+    model_name_or_path: str = field(
+        default=None,  # type: ignore[assignment]  # required: checks/flags.py refuses a run without it
         metadata={"help": "The policy to start from: a model folder, a LoRA adapter's folder, or a Hub id. Required."},
     )
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub model."})
@@ -61,8 +61,8 @@ class SharedArgs:
     )
 
     # ── data ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-    train_data_path: list[str] | None = field(
-        default=None,
+    train_data_path: list[str] = field(
+        default=None,  # type: ignore[arg-type]  # required, as above
         metadata={
             "help": "One or more files (jsonl, json, csv, parquet), folders, globs or Hub dataset ids "
             "(OWNER/NAME:split). Required."

@@ -21,7 +21,7 @@ class MethodConfig:
     precompute_ref_log_probs: bool | None = None
     sync_ref_model = False
     value_model_path: str | None = None
-    teacher_model_name_or_path: str | None = None
+    teacher_model_name_or_path = ""
     teacher_load_in_4bit: bool | None = None
 
     # ── the rest ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,41 +1,51 @@
-"""The teacher, the student and the vocabulary they must share."""
+"""Checks of a distillation: its flags, the teacher, and the vocabulary that teacher and student share."""
+
+from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
+from common_args import SharedArgs
 from rlhf_args.methods import DISTILLATION
 from utils.checks import flags
+from utils.cli.run import Run
+from utils.data.rows import Rows
 from utils.models import folders, load
 from utils.models.folders import ModelFolder
 from utils.models.teacher import shares_base
 from utils.runtime import environment
 from utils.runtime.errors import Refused
 
+if TYPE_CHECKING:
+    from rlhf_args.gkd_config import GKDConfig
 
-def check_distillation(common, config, rows):
-    """Problems of the distillation's own flags, of the teacher's folder, and of rows that lack an answer."""
+
+def check_distillation(common: SharedArgs, config: GKDConfig, rows: Rows) -> Iterator[str]:
+    """Problems of the flags of distillation, of the teacher's folder, and of rows without an answer."""
     if config.seq_kd and config.lmbda == 1:
         yield (
-            "--seq_kd True with --lmbda 1: every step would be on the student's own answers, and none on the "
+            "--seq_kd True with --lmbda 1: every step would train on the student's own answers, none on the "
             "teacher's. Type --lmbda 0 for SeqKD, or leave --seq_kd out"
         )
     if config.teacher_model_init_kwargs:
-        yield "--teacher_model_init_kwargs: not used here. --dtype and --teacher_load_in_4bit say how it is held"
-    yield from flags.check_sampling(common, config)
+        yield "--teacher_model_init_kwargs: not used here. Type --dtype or --teacher_load_in_4bit instead"
     if config.lmbda == 0:
         for flag in sorted(common.typed & {"min_p", "repetition_penalty", "generation_kwargs"}):
-            yield f"--{flag}: of the student's own answers, and --lmbda 0 learns from none. Leave it out"
+            yield f"--{flag}: for sampling the student's answers, and --lmbda 0 samples none. Leave it out"
     if config.learns_from_data():
         lacking = [where for where, values in rows.train if "completion" not in values]
         if lacking:
             yield (
-                f"{lacking[0]}: no answer, and so {len(lacking)} of {len(rows.train)} rows; --lmbda {config.lmbda:g} "
-                "learns from the answers in the data. Type --seq_kd True for the teacher's, or --lmbda 1 for the "
-                "student's own"
+                f"{lacking[0]}: no answer, as in {len(lacking)} of {len(rows.train)} rows; --lmbda {config.lmbda:g} "
+                "trains on the answers in the data. Type --seq_kd True to train on the teacher's answers, or "
+                "--lmbda 1 on the student's own"
             )
     yield from check_teacher(common, config)
+    yield from flags.check_sampling(common, config)
 
 
-def check_teacher(common, config):
+def check_teacher(common: SharedArgs, config: GKDConfig) -> Iterator[str]:
     path = config.teacher_model_name_or_path
     flag = f"--teacher_model_name_or_path {path}"
     if not path:
@@ -46,54 +56,54 @@ def check_teacher(common, config):
     if teacher.described is None:
         return
     if teacher.is_reward_model:
-        yield f"{flag}: a trained reward model, which scores and cannot answer. A teacher is a language model"
+        yield f"{flag}: a reward model, which scores and cannot generate. The teacher must be a language model"
     if teacher.adapter is not None:
         problems = [*teacher.check_adapter("GKD", DISTILLATION["GKD"])]
         yield from problems
         if problems:
-            return  # what follows looks into its base
+            return  # the checks below read its base
         if environment.engine() == "zero3" and not config.teacher_load_in_4bit:
             yield (
-                f"{flag}: an adapter, and zero3 holds its base in pieces, into which it cannot be merged. Type python "
-                f"-m utils.merge_lora {path} MERGED, and give that; or LAUNCH=zero2"
+                f"{flag}: an adapter, which cannot be merged into a base that zero3 shards. Type python -m "
+                f"utils.merge_lora {path} MERGED and --teacher_model_name_or_path MERGED, or LAUNCH=zero2"
             )
     if folders.same_path(common.model_name_or_path, path) and common.model_revision == config.teacher_model_revision:
         yield (
-            f"{flag}: the model that the student starts from, of which there is nothing to learn. A base teaches an "
-            "adapter that has moved away from it: give that as --model_name_or_path"
+            f"{flag}: the same model as the student, so there is nothing to learn. To distil a base into an adapter "
+            "that was trained on it, type the adapter as --model_name_or_path"
         )
     if teacher.described.get("quantization_config"):
-        yield f"{flag}: quantised already. Take the original; --teacher_load_in_4bit holds it in 4 bits"
+        yield f"{flag}: already quantised. Take the original, and type --teacher_load_in_4bit to load it in 4 bits"
     if config.teacher_load_in_4bit and common.train_mode == "lora" and shares_base(common, config):
         yield (
-            "--teacher_load_in_4bit: the teacher is the student's own base, which lora holds once and whole. Leave it "
-            "out, or type --train_mode qlora"
+            "--teacher_load_in_4bit: the teacher is the student's own base, which lora loads once, not in 4 bits. "
+            "Leave it out, or type --train_mode qlora"
         )
     different = folders.first_difference(ModelFolder.at(common.model_name_or_path).vocabulary, teacher.vocabulary)
     if different:
         yield different_tokenizers(flag, different)
 
-    student, teacher = (ModelFolder.at(one).vocabulary_rows for one in (common.model_name_or_path, path))
-    if environment.engine() == "zero3" and student and teacher and student > teacher:
+    student, taught = ModelFolder.at(common.model_name_or_path).vocabulary_rows, teacher.vocabulary_rows
+    if environment.engine() == "zero3" and student and taught and student > taught:
         yield (
-            f"{flag}: has embeddings of {teacher} rows, fewer than the student's {student}, and zero3 holds those in "
-            "pieces, which cannot be cut to the shared ones. Type LAUNCH=fsdp2 or LAUNCH=zero2"
+            f"{flag}: has {taught} embedding rows, fewer than the student's {student}, and the student's cannot be "
+            "cut to the shared ones while zero3 shards them. Type LAUNCH=fsdp2 or LAUNCH=zero2"
         )
 
 
-def different_tokenizers(flag, different):
+def different_tokenizers(flag: str, different: str) -> str:
     return (
         f"{flag}: its tokenizer is not the student's: {different}. Distillation compares the two token by token: take "
         "a teacher of the student's family"
     )
 
 
-def check_tokens(run):
-    """Raises Refused where the teacher cannot read the rows; its tokenizer, of a Hub id, is known only now."""
+def check_tokens(run: Run) -> None:
+    """Raises Refused if the teacher cannot read the tokens of the rows. Loads its tokenizer, also from the Hub."""
     config, tokenizer = run.config, run.tokenizer
     path = config.teacher_model_name_or_path
     flag = f"--teacher_model_name_or_path {path}"
-    if not path:
+    if not path or ModelFolder.at(path).check(flag):  # refused by check_teacher
         return
     theirs = load.load_tokenizer(path, config.teacher_model_revision, config.trust_remote_code, "the teacher's")
     different = folders.first_difference(tokenizer.get_vocab(), theirs.get_vocab())
@@ -105,8 +115,8 @@ def check_tokens(run):
         raise Refused([f"{flag}: has no token {highest} ({token!r}), which the student's template or data use"])
 
 
-def prompt_room(run):
-    """A function of a row's values: the most tokens that its prompt may have, so that a sampled answer fits."""
+def prompt_room(run: Run) -> Callable[[dict], float]:
+    """A function of a row's values: the highest number of prompt tokens that leaves room for a sampled answer."""
     config = run.config
     paths = run.common.model_name_or_path, config.teacher_model_name_or_path
     held = [ModelFolder.at(path).positions for path in paths if path]

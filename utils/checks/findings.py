@@ -1,7 +1,9 @@
-"""What can be known of a run before a model is loaded, beyond what is refused: its weights, lengths, rows, disk.
+"""Facts and warnings about a run before a model is loaded: weights, lengths, rows, disk.
 
-`findings` is what a run says at its start, what `--check` says, and what stands in run_card.json.
+They are printed at the start of a run and by --check, and kept in run_card.json.
 """
+
+from __future__ import annotations
 
 import importlib.metadata
 import math
@@ -9,25 +11,31 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from utils.checks import flags
 from utils.checks.folders import check_vocabulary
 from utils.checks.schedule import check_disk, check_schedule
 from utils.cli.run import Run
 from utils.data import repeats
+from utils.data.prepare import Prepared
+from utils.data.rows import Rows
 from utils.models.folders import ModelFolder
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 
 @dataclass(frozen=True)
 class Finding:
-    """`kind`: "warning", or the head of a line that informs. `text` is one line; that of a warning ends in its fix."""
+    """kind: "warning", or the head of an informing line. text: one line; a warning ends with its fix."""
 
     kind: str
     text: str
 
 
 def find(run: Run) -> list[Finding]:
-    """The Findings of a run whose text is prepared. Raises Refused where it could not work."""
+    """The findings of a run with prepared text. Raises Refused if the run cannot work."""
     common, config, rows, train, held_out = run.common, run.config, run.rows, run.train, run.held_out
     check_vocabulary(common, run.tokenizer, max(train.highest, held_out.highest))
     warnings = [
@@ -39,17 +47,20 @@ def find(run: Run) -> list[Finding]:
         *check_schedule(run),
     ]
     disk, further = check_disk(run)
-    weights = ModelFolder.at(common.model_name_or_path).describe_weights()
-    told = [("weights", weights), ("lengths", describe_lengths(train)), disk]
-    told = [Finding(kind, text) for kind, text in told if text]
+    lines = [
+        ("weights", ModelFolder.at(common.model_name_or_path).describe_weights()),
+        ("lengths", describe_lengths(train)),
+        disk,
+    ]
+    told = [Finding(kind, text) for kind, text in lines if text]
     return told + [Finding("warning", text) for text in [*warnings, *further]]
 
 
 # ── the installation ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def check_versions(file=Path(__file__).parents[2] / "requirements.txt"):
-    """Warnings of packages that are not in the version that requirements.txt pins."""
+def check_versions(file: Path = Path(__file__).parents[2] / "requirements.txt") -> Iterator[str]:
+    """Warn of packages in another version than requirements.txt pins."""
     from packaging.version import Version
 
     for name, pinned in re.findall(r"^([\w-]+)==([\w.]+)", file.read_text(encoding="utf-8"), re.MULTILINE):
@@ -65,14 +76,14 @@ def check_versions(file=Path(__file__).parents[2] / "requirements.txt"):
 # ── the text ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def describe_lengths(train):
-    """ "prompt 17, 40, 93; chosen ..., in tokens: median, 95 %, longest" of all rows read."""
+def describe_lengths(train: Prepared) -> str:
+    """ "prompt 17, 40, 93; chosen ... tokens (median, 95 %, longest)", over all rows read."""
     said = [f"{name} {', '.join(map(str, percentiles(lengths)))}" for name, lengths in train.lengths.items()]
     return f"{'; '.join(said)} tokens (median, 95 %, longest)" if said else ""
 
 
-def percentiles(lengths):
-    """(median, 95th percentile, longest): the smallest length that so many of the rows do not exceed."""
+def percentiles(lengths: list[int]) -> list[int]:
+    """[median, 95th percentile, longest]: each is the smallest length that this share of rows does not exceed."""
     ordered = sorted(lengths)
     return [ordered[math.ceil(share * len(ordered)) - 1] for share in (0.5, 0.95, 1)]
 
@@ -95,27 +106,27 @@ def check_lengths(run: Run) -> Iterator[str]:
     yield f"--{flag} {limit} drops {dropped} and cuts {cut} of {total} rows; {way_out}"
 
 
-def check_tokens(train, held_out):
-    """Warnings of tokens between prompt and answer that a row has once and another time, or not once."""
+def check_tokens(train: Prepared, held_out: Prepared) -> Iterator[str]:
+    """Warn where a token spans prompt and answer, or a row does not have exactly one BOS and one end of turn."""
     total = len(train.rows) + len(held_out.rows)
     spanned = train.spanned + held_out.spanned
     if spanned:
         yield (
             f"in {spanned} of {total} rows ({spanned / max(total, spanned):.0%}) a token spans prompt and answer, "
-            "which is not so when the model answers by itself. End the prompts without a space, and begin the answers "
+            "which never happens when the model generates. End the prompts without a space, and begin the answers "
             "with it"
         )
     odd = train.odd + held_out.odd
     if odd:
         (where, what), *_ = odd
         yield (
-            f"{len(odd)} rows have more or less than one BOS and one end of turn, as {where} ({what}). Take the "
-            "template's own tokens out of the data: it writes them"
+            f"{len(odd)} rows do not have exactly one BOS and one end of turn, as {where} ({what}). Remove the "
+            "special tokens from the data: the chat template adds them"
         )
 
 
-def check_rows(rows):
-    """Warnings of rows that stand twice, in both parts, or against each other."""
+def check_rows(rows: Rows) -> Iterator[str]:
+    """Warn of duplicate rows, contradicting rows, and held-out rows that are also trained on."""
     mend, total = "python -m utils.doctor_data FILE --fix OUT.jsonl", len(dict(rows.train))
     again, against = repeats.find_again(rows.train), repeats.find_against(rows.train)
     if again:
@@ -123,19 +134,19 @@ def check_rows(rows):
         yield f"{len(again)} of {total} rows repeat another, as {two}. `{mend}` keeps the first of each"
     if against:
         two = repeats.say_two(against)
-        yield f"{len(against)} of {total} rows contradict another, as {two}. Take out the wrong ones"
+        yield f"{len(against)} of {total} rows contradict another, as {two}. Remove the wrong ones"
     known = {repeats.to_key(row): where for where, row in rows.train} if rows.held_out else {}
     held = {where: known[key] for where, row in rows.held_out if (key := repeats.to_key(row)) in known}
     if held:
         yield (
             f"{len(held)} of {len(dict(rows.held_out))} held-out rows are trained on too, as "
-            f"{repeats.say_two(held)}: the result would look better than it is. Take them out of one of the two; "
-            f"`{mend}` leaves each once in a file"
+            f"{repeats.say_two(held)}: the result would look better than it is. Remove them from one of the two "
+            f"files; `{mend}` removes the duplicates within a file"
         )
 
 
-def check_balance(config, rows):
-    """A warning where KTO's weights x rows, good to bad, are not within 1:1 to 4:3. Source: doctor_data.weigh."""
+def check_balance(config: TrainingArguments, rows: Rows) -> Iterator[str]:
+    """Warn if KTO's weight x rows, desirable to undesirable, is not within 1:1 to 4:3. Source: repeats.weigh."""
     labels = [values["label"] for _, values in rows.train if "label" in values]
     true, false = labels.count(True), labels.count(False)
     if not true or not false:

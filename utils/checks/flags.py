@@ -6,7 +6,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from common_args import RewardArgs, SharedArgs
+from common_args import CommonArgs, RewardArgs, SharedArgs
 from rlhf_args.judge_config import JudgeConfig
 from rlhf_args.methods import METHODS, Method
 from utils.checks.folders import check_model, check_output_dir, check_value_model
@@ -72,7 +72,7 @@ def check_rewards(common: RewardArgs, name: str, method: Method, judged: JudgeCo
         ]
     from utils.rewards import functions, judge, models  # imported only if needed
 
-    problems = [*functions.check_reward_functions(common.reward_funcs or ())]
+    problems = [*functions.check_reward_functions(common.reward_funcs or [])]
     if common.reward_timeout is not None and not common.reward_funcs:
         problems.append(
             "--reward_timeout: only used with --reward_funcs. Add --reward_funcs FILE.py:FUNCTION, or remove it"
@@ -83,7 +83,7 @@ def check_rewards(common: RewardArgs, name: str, method: Method, judged: JudgeCo
     return problems + (models.check_reward_model(common.reward_model_path) if common.reward_model_path else [])
 
 
-def check_config(common: SharedArgs, config: Any, name: str, method: Method) -> list[str]:
+def check_config(common: CommonArgs, config: Any, name: str, method: Method) -> list[str]:
     """Problems of the method's own flags and of the output folder."""
     problems = []
     batch = config.per_device_train_batch_size
@@ -150,7 +150,7 @@ def check_best(config: Any, name: str, method: Method) -> Iterator[str]:
     yield f"--metric_for_best_model {asked}: {name} does not log it. It logs {', '.join(names)}{guess}"
 
 
-def check_rollouts(common: SharedArgs, config: Any) -> Iterator[str]:
+def check_rollouts(common: RewardArgs, config: Any) -> Iterator[str]:
     """Problems of the sampling of answers and of their rewards."""
     from utils.rewards import judge  # imported only if needed
 
@@ -248,8 +248,8 @@ def check_critic(common: SharedArgs, config: Any, kind: str) -> Iterator[str]:
     elif path is not None:
         yield from check_value_model(path, common, kind)
     if config.critic_layer is not None:
-        layers = ModelFolder.at(common.model_name_or_path, common.model_revision).config
-        layers = (layers.get("text_config") or layers).get("num_hidden_layers")
+        described = ModelFolder.at(common.model_name_or_path, common.model_revision).config
+        layers = (described.get("text_config") or described).get("num_hidden_layers")
         if own:
             yield f"--critic_layer {config.critic_layer}: only used with --critic head or mlp, not {kind}. Remove it"
         elif layers and not -layers <= config.critic_layer < layers:

@@ -1,6 +1,7 @@
 """The folders that a run reads and writes: models, adapters, tokenizers, output."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from utils.runtime.paths import check_overwrite, check_writable, looks_local, ne
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-    from common_args import CommonArgs
+    from common_args import CommonArgs, SharedArgs
     from rlhf_args.methods import Method
 
 
@@ -35,7 +36,7 @@ def check_model(path: str, name: str, method: "Method") -> list[str]:
     return problems if folder.adapter is None else [*problems, *folder.check_adapter(name, method)]
 
 
-def check_value_model(path, common, kind):
+def check_value_model(path: str, common: "SharedArgs", kind: str) -> Iterator[str]:
     """Problems of the weights that a critic with a trunk of its own starts from. It reads the policy's tokens."""
     from utils.rewards.models import on_policy_base
 
@@ -86,7 +87,7 @@ def reads(*configs: object) -> list[tuple[str, str]]:
     return found
 
 
-def check_output_dir(common: "CommonArgs", config: "TrainingArguments") -> list[str]:
+def check_output_dir(common: "SharedArgs", config: "TrainingArguments") -> list[str]:
     folder = Path(config.output_dir)
     if problems := check_writable(folder):
         return problems

@@ -1,19 +1,28 @@
 """Steps, learning rate, checkpoints and disk space."""
 
+from __future__ import annotations
+
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from rlhf_args.methods import Method
+from utils.cli.run import Run
 from utils.models.folders import count_trained, gigabytes
 from utils.runtime import environment
 from utils.runtime.errors import Refused
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 USUAL = "AdamW usually takes 1e-6 to 5e-5 for full weights and 1e-5 to 5e-4 for adapters"
 HIGHEST = {"full": 1e-3, "lora": 1e-2, "qlora": 1e-2}  # learning rates; above them AdamW hardly learns
 
 
-def count_steps(config, method, rows):
-    """Optimizer steps of the run; None where the rows do not tell (sampled answers, packing)."""
+def count_steps(config: TrainingArguments, method: Method, rows: int) -> int | None:
+    """Optimizer steps of the run; None if the rows do not determine them (sampled answers, packing)."""
     if config.max_steps > 0:
         return config.max_steps
     if method.sample_reward or config.packing:
@@ -23,13 +32,13 @@ def count_steps(config, method, rows):
     return math.ceil(math.ceil(passes / max(config.gradient_accumulation_steps, 1)) * config.num_train_epochs)
 
 
-def count_batch(config):
-    """Rows that all processes take at once; 1 of a batch of 0, which is refused elsewhere."""
+def count_batch(config: TrainingArguments) -> int:
+    """Rows of one pass over all processes. A batch of 0 counts as 1: flags.check_config refuses it."""
     return max(config.per_device_train_batch_size, 1) * environment.processes_asked()
 
 
-def check_schedule(run):
-    """Warnings of a learning rate, warm-up or batch that hardly trains. Raises Refused where nothing would."""
+def check_schedule(run: Run) -> Iterator[str]:
+    """Warn of a learning rate, warm-up or batch size that hardly trains. Raises Refused if no step would be made."""
     common, config, method, rows = run.common, run.config, run.method, len(run.train.rows)
     steps, a_pass = count_steps(config, method, rows), count_batch(config)
     a_step = a_pass * config.gradient_accumulation_steps
@@ -46,7 +55,7 @@ def check_schedule(run):
     warm_up = config.get_warmup_steps(steps) if steps else 0
     if steps and warm_up >= steps:
         yield (
-            f"--warmup_steps {config.warmup_steps:g}: all {steps} steps would warm up, and the learning rate never be "
+            f"--warmup_steps {config.warmup_steps:g}: all {steps} steps are warm-up, and --learning_rate is never "
             f"reached. Type --warmup_steps {steps // 10}"
         )
     if not method.sample_reward and not config.packing and a_step > rows:
@@ -56,14 +65,15 @@ def check_schedule(run):
         )
 
 
-def check_disk(run):
-    """(("disk", what the run will take), warnings). Raises Refused where not even one checkpoint fits."""
+def check_disk(run: Run) -> tuple[tuple[str, str], list[str]]:
+    """(("disk", the space that the run needs), warnings). Raises Refused if not even one checkpoint fits."""
     common, config = run.common, run.config
     trained = count_trained(common)
     if not trained:
         return ("disk", ""), []
-    small = sum(file.stat().st_size for file in Path(common.model_name_or_path).glob("*.json"))
-    # as models.load_policy holds them; DeepSpeed saves those of --dtype and its own float32 copy
+    folder = str(common.model_name_or_path)
+    small = sum(file.stat().st_size for file in Path(folder).glob("*.json"))
+    # dtypes as in load.load_policy; DeepSpeed saves weights in --dtype and its own float32 copy
     sharded = environment.engine().startswith("zero") and common.train_mode == "full"
     weights = trained * (2 if sharded and common.dtype != "float32" else 4) + small
     optim = str(getattr(config.optim, "value", config.optim))
@@ -78,8 +88,8 @@ def check_disk(run):
     )
     free = shutil.disk_usage(above).free
     text = (
-        f"{kept} checkpoint{'s' * (kept != 1)} of {gigabytes(one)} ({trained / 1e6:.1f}M trained numbers) and "
-        f"{gigabytes(weights)} at the end, about; {gigabytes(free)} free"
+        f"{kept} checkpoint{'s' * (kept != 1)} of {gigabytes(one)} ({trained / 1e6:.1f}M trained parameters) and "
+        f"{gigabytes(weights)} for the result (estimate); {gigabytes(free)} free"
     )
     fewer = (
         "Free some, name another --output_dir, or type --save_total_limit 1, --save_only_model or --save_strategy no"
@@ -89,8 +99,8 @@ def check_disk(run):
     return ("disk", text), [f"the disk would run full: {text}. {fewer}"] if needed > free else []
 
 
-def count_checkpoints(config, method, rows):
-    """The most checkpoints that are on the disk at once; a new one is written before the oldest is deleted."""
+def count_checkpoints(config: TrainingArguments, method: Method, rows: int) -> float:
+    """The highest number of checkpoints on disk: a new one is written before the oldest is deleted."""
     strategy, steps = config.save_strategy.value, count_steps(config, method, rows)
     if strategy == "no":
         return 0

@@ -1,41 +1,40 @@
-"""One training run: the flags that were typed, the rows that they name, and the text made of these."""
+"""One training run: its flags, its rows, and the text that is made of them."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from common_args import CommonArgs
 from rlhf_args.methods import EVERY, Method
+from utils.data.prepare import Prepared
 from utils.data.rows import Rows
 from utils.runtime.errors import collecting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-    from utils.data.prepare import Prepared
-
 
 @dataclass
 class Run:
-    """What every stage of a training reads. utils/training/chapters.py fills it: from_words, then prepare_text."""
+    """What every stage of a training reads. Filled by chapters.from_words, then by chapters.prepare_text."""
 
-    argv: list[str]  # the words of the command line
-    name: str  # of the method
-    common: CommonArgs  # the flags that every method shares
-    config: TrainingArguments  # the method's own flags, with all of TRL's
-    rows: Rows  # every row of the data, checked
-    problems: list[str] | None = None  # refusals so far, to be said at once; None: each is raised where it is found
-    tokenizer: PreTrainedTokenizerBase | None = None  # None: the text could not be prepared
-    train: Prepared | None = None
-    held_out: Prepared | None = None
+    argv: list[str]  # the command line
+    name: str  # the method's name
+    common: CommonArgs  # the flags that all methods share
+    config: TrainingArguments  # the method's own flags and TRL's
+    rows: Rows  # the data, checked row by row
+    problems: list[str] | None = None  # refusals, printed together at the end of the checks; None: raise the first
+    tokenizer: PreTrainedTokenizerBase = None  # set by prepare_text; None if the text is refused
+    train: Prepared = field(default_factory=Prepared)
+    held_out: Prepared = field(default_factory=Prepared)
 
     @property
     def method(self) -> Method:
-        """The method's row of the table."""
+        """The method's row of the table in rlhf_args/methods.py."""
         return EVERY[self.name]
 
     def collecting(self) -> AbstractContextManager:
-        """A stage whose refusal joins `problems`, so that the stages behind it are still checked."""
+        """A stage of the checks: its refusals join `problems`, and the next stage is still checked."""
         return collecting(self.problems)

@@ -4,7 +4,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 from rlhf_args.methods import ANSWERED, DIALOGUE, EVERY, PAIR, PROMPT, RANKED, UNPAIRED
@@ -34,7 +34,7 @@ RESERVED = (
 HALVED = "holds half a character (\\ud800 to \\udfff), as of an emoji that was cut in two. Mend it"
 
 
-def find_kind(rows: list[Row], columns: Kind) -> Kind:
+def find_kind(rows: Iterable[Row], columns: Kind) -> Kind:
     """The accepted set of columns of this data: the first that some row has, or the fuller set that contains it.
 
     {"prompt", "chosen", "rejected"} contains {"chosen", "rejected"}: if one row has a prompt, all need one.

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import BatchEncoding, PreTrainedTokenizerBase, Trainer
 
-Room = Callable[[dict], int]  # of a row's values: the most tokens that its prompt may have
+Room = Callable[[dict], float]  # of a row's values: the most tokens that its prompt may have
 CHUNK = 512  # rows whose texts are tokenised at once
 
 
@@ -43,7 +43,7 @@ class Prepared:
     highest: int = 0  # highest token id
 
 
-def no_limit(values: dict) -> int:
+def no_limit(values: dict) -> float:
     return 10**9
 
 

@@ -124,7 +124,7 @@ def make_rows(
     return made, found.dropped
 
 
-def walk(rows: list[Row], columns: Kind, notes: list[str], found: Pass) -> Iterator[Row]:
+def walk(rows: Iterable[Row], columns: Kind, notes: list[str], found: Pass) -> Iterator[Row]:
     """Usable rows, (where, converted). Iterates over `rows` more than once."""
     found.kind = find_kind(rows, columns)
     found.names = {name: None for _, values in rows for name in values}
@@ -221,7 +221,7 @@ def hold_out(rows: Rows, fraction: float, seed: int) -> None:
 
     A share above 0 is at least one row and leaves at least one. Raises Refused for a single row.
     """
-    if not fraction:
+    if not 0 < fraction < 1:  # any other share is refused by flags.check_common
         return
     places = list(dict.fromkeys(where for where, _ in rows.train))
     if len(places) < 2:

@@ -1,8 +1,12 @@
-"""The teacher of a distillation: loaded beside the student; its answers are sampled once and kept."""
+"""The teacher of a distillation: its lines in the plan, its loading, and the answers that it samples."""
+
+from __future__ import annotations
 
 import gc
 from typing import TYPE_CHECKING
 
+from common_args import SharedArgs
+from utils.cli.run import Run
 from utils.models import load, sampling
 from utils.models.folders import ModelFolder, same_path
 from utils.models.sampling import describe_sampling
@@ -12,14 +16,11 @@ from utils.runtime.output import say
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from common_args import CommonArgs
     from rlhf_args.gkd_config import GKDConfig
 
-# ── the plan's lines ─────────────────────────────────────────────────────────────────────────────────────────────────
 
-
-def describe(run):
-    """The plan's lines of a distillation."""
+def describe(run: Run) -> list[str]:
+    """The lines of a distillation in the plan."""
     common, config = run.common, run.config
     path = config.teacher_model_name_or_path
     if shares_base(common, config):
@@ -34,37 +35,34 @@ def describe(run):
     if wanted:
         lines.append(f"answers   {wanted} by the teacher, kept in {config.answers_dir}")
     pair = [ModelFolder.at(model) for model in (common.model_name_or_path, path)]
-    sizes = [model.vocabulary_rows for model in pair]
-    if None not in sizes and sizes[0] != sizes[1]:
+    sizes = [model.vocabulary_rows or 0 for model in pair]  # 0: the config does not say
+    if min(sizes) and sizes[0] != sizes[1]:
         lines.append(
-            f"note      embeddings of {sizes[0]} (student) and {sizes[1]} (teacher) rows for one tokenizer: compared "
-            f"over the {min(sizes)} that both have"
+            f"note      the student has {sizes[0]} embedding rows and the teacher {sizes[1]}: compared on the "
+            f"{min(sizes)} tokens that both have"
         )
     student, teacher = (model.numbers for model in pair)
     if student and teacher and teacher < student:
         lines.append(
-            f"warning   the teacher has {teacher / 1e6:.0f}M parameters, the student {student / 1e6:.0f}M: is it the "
-            "better one?"
+            f"warning   the teacher has {teacher / 1e6:.0f}M parameters, the student {student / 1e6:.0f}M: is the "
+            "teacher really better?"
         )
     return lines
 
 
-# ── loading and answers ──────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def shares_base(common: "CommonArgs", config: "GKDConfig") -> bool:
-    """True if the teacher is the base of the student's adapter, so that no second copy is needed."""
+def shares_base(common: SharedArgs, config: GKDConfig) -> bool:
+    """True if the teacher is the base of the student's adapter: it needs no second copy."""
     base = ModelFolder.at(common.model_name_or_path, common.model_revision).base
     same = same_path(base.path, config.teacher_model_name_or_path) and base.revision == config.teacher_model_revision
     return same and common.train_mode != "full"
 
 
-def in_4bit(common: "CommonArgs", config: "GKDConfig") -> bool:
+def in_4bit(common: SharedArgs, config: GKDConfig) -> bool:
     return config.teacher_load_in_4bit or common.train_mode == "qlora" and shares_base(common, config)
 
 
-def load_teacher(common: "CommonArgs", config: "GKDConfig", tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedModel":
-    """The frozen teacher; an adapter is merged into its base, unless the base is in 4 bits."""
+def load_teacher(common: SharedArgs, config: GKDConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The frozen teacher. An adapter is merged into its base, unless the base is loaded in 4 bits."""
     four_bit = in_4bit(common, config)
     teacher = load.load_model(
         config.teacher_model_name_or_path,
@@ -82,21 +80,21 @@ def load_teacher(common: "CommonArgs", config: "GKDConfig", tokenizer: "PreTrain
     return teacher.eval().requires_grad_(False)
 
 
-def load_beside(run):
-    """The teacher that the trainer holds beside the student; None where it is the student's own base."""
+def load_beside(run: Run) -> PreTrainedModel | None:
+    """The teacher for the trainer; None if it is the student's own base."""
     return None if shares_base(run.common, run.config) else load_teacher(run.common, run.config, run.tokenizer)
 
 
-def rows_to_answer(run):
-    """The rows that the teacher answers: held-out rows without an answer, and with SeqKD all training rows."""
+def rows_to_answer(run: Run) -> list[dict]:
+    """Rows that the teacher answers: held-out rows without an answer, and with --seq_kd all training rows."""
     return [
         *(run.train.rows if run.config.seq_kd else ()),
         *(row for row in run.held_out.rows if not row["completion_ids"]),
     ]
 
 
-def write_answers(run):
-    """Puts the teacher's answers into the rows that want one, sampling those that are not in answers_dir yet."""
+def write_answers(run: Run) -> None:
+    """Add the teacher's answers to the rows that need one. Answers missing in --answers_dir are sampled first."""
     import torch
     from accelerate.utils import broadcast_object_list
 
@@ -112,7 +110,7 @@ def write_answers(run):
     held = "4bit" if in_4bit(common, config) else common.dtype
     folder = sampling.answers_folder(config.answers_dir, [*weights, held, tokenizer.eos_token_id], drawn)
     prompts = [row["prompt_ids"] for row in rows]
-    # rank 0 looks for all ranks: another run may write meanwhile, and another node's copy of the teacher may differ
+    # rank 0 decides for all: ranks could see other files while another run writes, or other copies of the teacher
     folder, missing = broadcast_object_list([folder, sampling.missing_prompts(folder, prompts)])
     say(f"answers   {len(missing)} to sample, {len({*map(tuple, prompts)}) - len(missing)} in {folder} already")
     if missing:
@@ -126,7 +124,7 @@ def write_answers(run):
     answers = sampling.read_answers(folder)
     lost = sum(sampling.prompt_key(ids) not in answers for ids in prompts)
     if lost:
-        raise Failed(f"{folder}: {lost} answers are not here. --answers_dir is on a disk that all nodes see")
+        raise Failed(f"{folder}: {lost} answers are missing. --answers_dir must be on a disk that all nodes share")
     for row in rows:
         row["completion_ids"] = answers[sampling.prompt_key(row["prompt_ids"])]
     full = [row["completion_ids"] for row in rows if len(row["completion_ids"]) == config.max_completion_length]

@@ -210,7 +210,7 @@ def generation_settings(common: CommonArgs, config: RejectionConfig) -> dict[str
     }
 
 
-def weights_of(path: str | None, revision: str | None) -> list[Any]:
+def weights_of(path: str, revision: str | None) -> list[Any]:
     adapter = ModelFolder.at(path).adapter
     base = [adapter["base_model_name_or_path"], adapter.get("revision")] if adapter else None
     return [sampling.identify_weights(path, revision), base and sampling.identify_weights(*base)]

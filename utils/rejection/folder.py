@@ -123,7 +123,7 @@ def check_reference(prompt: Prompt, answer: Any, name: str | None) -> str | None
         return None
     if isinstance(answer, list) and isinstance(prompt, str):
         return f'"{name}" is a list, and the prompt is plain text'
-    return columns.check_text(answer, name)
+    return columns.check_text(answer, name or "")
 
 
 class Lines:

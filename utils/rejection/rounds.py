@@ -34,7 +34,7 @@ PLAIN = ("auto", "cpu", "single_gpu", "multi_gpu")  # launches with a whole mode
 
 def run_rounds(common: CommonArgs, config: RejectionConfig, words: list[str]) -> int:
     """Exit status of all rounds. words: the flags of the training method."""
-    method, folder = find_method(config.then), Path(config.output_dir or "")
+    method, folder = find_method(config.then) or "", Path(config.output_dir or "")
     file = selection.file_for(method) or ""
     config.write = [*config.write, *({file} - {*config.write})]
     check_training(common, config, method, file, words)

@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
+from rlhf_args.methods import Method
 from utils.results.log import read_lines
 
 
-def draw_report(folder, method):
+def draw_report(folder: Path, method: Method) -> None:
     train, held = read_lines(folder / "metrics.jsonl"), read_lines(folder / "eval.jsonl")
     if not train:
         return
@@ -36,7 +37,7 @@ def draw_report(folder, method):
     pyplot.close(figure)
 
 
-def draw(folder, found, shown):
+def draw(folder: str | Path, found: dict, shown: list[tuple[float, int]]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,6 @@
-"""What a person sees of a run: live bar, metrics.jsonl, two answers before and after, report.png, run_card.json."""
+"""The report of a run: progress bar, metrics.jsonl, two answers before and after, report.png, run_card.json."""
+
+from __future__ import annotations
 
 import contextlib
 import json
@@ -7,10 +9,12 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from utils.cli.run import Run
 from utils.data.rows import count_reasons, hash_rows
 from utils.data.template import render, tokenize
 from utils.results.log import append_line, evaluated_at, keep, read_lines
@@ -21,24 +25,29 @@ from utils.runtime.environment import peak_memory
 from utils.runtime.output import say
 from utils.runtime.paths import write_whole
 
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+
 SAMPLES = 2
 SAMPLE_TOKENS = 48
+Sample = tuple[str, str | float]  # (question, answer), or (question, score) for a reward model
 
 
 class Report(TrainerCallback):
-    """Follows one training. Its first held-out rows (else its first rows) are answered or scored before and after."""
+    """Follows one training. The first held-out rows (or training rows) are answered or scored before and after it."""
 
-    def __init__(self, trainer, run):
+    def __init__(self, trainer: Trainer, run: Run) -> None:
         self.trainer, self.run, self.method, self.tokenizer = trainer, run, run.method, run.tokenizer
         examples = run.rows.held_out or run.rows.train
         rendered = [(last_words(values), *render(self.tokenizer, values)[:2]) for _, values in examples[: 4 * SAMPLES]]
-        # nothing can be answered where there is no prompt: plain text to be continued, a chat that we begin
+        # a row without a prompt cannot be answered: plain text, or a chat that the assistant opens
         self.examples = [e for e in rendered if tokenize(self.tokenizer, e[1]) or self.method.task == "SEQ_CLS"][
             :SAMPLES
         ]
         self.folder = Path(trainer.args.output_dir)
         self.main = trainer.accelerator.is_main_process
-        self.before, self.bar, self.seconds, self.steps = [], None, 0.0, 0
+        self.before: list[Sample] = []
+        self.bar, self.seconds, self.steps = None, 0.0, 0
         self.watch = Watch(self.method, trainer.args)
         trainer.generating, trainer.scoring = self.show_generating, self.show_scoring
         for callback in (ProgressCallback, PrinterCallback):
@@ -47,23 +56,28 @@ class Report(TrainerCallback):
 
     # ── while it trains ──────────────────────────────────────────────────────────────────────────────────────────────
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        say(f"start     {state.max_steps} steps of {rows} rows, learning rate {args.learning_rate:g}; measured first")
+        say(f"start     {state.max_steps} steps of {rows} rows, learning rate {args.learning_rate:g}")
+        say("          the model is measured before the first step")
         self.before = self.first_samples(state.global_step)
         if self.main:
             for name in ("metrics.jsonl", "completions.jsonl"):
                 keep(self.folder / name, lambda step: 0 < step <= state.global_step)
-            keep(self.folder / "eval.jsonl", evaluated_at(state).__contains__)  # the last is made behind the last step
+            keep(self.folder / "eval.jsonl", evaluated_at(state).__contains__)  # the last one follows the last step
             self.watch.replay(read_lines(self.folder / "eval.jsonl") + read_lines(self.folder / "metrics.jsonl"))
             self.tokens_before = self.count_tokens()
 
-    def on_step_begin(self, args, state, control, **kwargs):
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         if self.main and self.bar is None:
             self.open_bar(state)
         self.step_began = time.perf_counter()
 
-    def open_bar(self, state):
+    def open_bar(self, state: TrainerState) -> None:
         from tqdm import tqdm
 
         live = sys.stderr.isatty()
@@ -76,13 +90,13 @@ class Report(TrainerCallback):
             dynamic_ncols=live,
         )
 
-    def show_generating(self, tokens, limit):
+    def show_generating(self, tokens: int, limit: int) -> None:
         if self.bar and sys.stderr.isatty():
             said = f"training, answer token {tokens} of {limit}" if tokens < limit else "training"
             self.bar.set_description(said, refresh=False)
             self.bar.update(0)  # draws no more often than mininterval
 
-    def show_scoring(self, name, seconds):
+    def show_scoring(self, name: str, seconds: float | None) -> None:
         """Show the reward that is computed; seconds: None when it is done. In a log file: one line a minute."""
         if self.bar and sys.stderr.isatty():
             said = "training" if seconds is None else f"training, {name} has been scoring for {seconds:.0f} s"
@@ -90,13 +104,22 @@ class Report(TrainerCallback):
         elif self.bar and seconds is not None and round(seconds) % 60 == 0:
             self.bar.write(f"note      {name} has been scoring for {seconds:.0f} s", file=sys.stderr)
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         self.seconds += time.perf_counter() - self.step_began
         self.steps += 1
         if self.bar:
             self.bar.update(state.global_step - self.bar.n)
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
         if not self.main or not logs:
             return
         if "loss" in logs:
@@ -116,8 +139,8 @@ class Report(TrainerCallback):
             append_line(self.folder / "eval.jsonl", line)
             self.warn(state.global_step, logs)
 
-    def say_sampled(self, step):
-        """The newest of the answers that the policy learns from, with its rewards, ten times a run."""
+    def say_sampled(self, step: int) -> None:
+        """Print the newest sampled answer with its rewards, ten times a run."""
         logs = getattr(self.trainer, "_logs", None)
         if logs and logs["prompt"]:
             rewards = ", ".join(f"{name} {values[-1]:.3g}" for name, values in logs.get("rewards", {}).items())
@@ -127,17 +150,19 @@ class Report(TrainerCallback):
             )
             (self.bar.write if self.bar else print)(said, file=sys.stdout)
 
-    def warn(self, step, logs):
-        """Says in plain words, once each, what the log shows when a run goes wrong."""
+    def warn(self, step: int, logs: dict[str, float]) -> None:
+        """Print the new warnings of this line of the log (watch.py)."""
         for text in self.watch.see(step, logs):
             (self.bar.write if self.bar else print)(f"warning   step {step}: {text}", file=sys.stderr)
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         if self.bar:
             self.bar.close()
 
-    def first_samples(self, step):
-        """What the model said before its first step: said now, or read back where a run goes on."""
+    def first_samples(self, step: int) -> list[Sample]:
+        """The samples from before the first step: made now, or read from samples.json on resume."""
         file = self.folder / "samples.json"
         if step and file.exists():
             return json.loads(file.read_text(encoding="utf-8"))
@@ -146,18 +171,18 @@ class Report(TrainerCallback):
             write_whole(file, json.dumps(samples, ensure_ascii=False))
         return samples
 
-    def sample(self):
-        """[(question, answer)], of a reward model [(question, score)]; every process takes part."""
+    def sample(self) -> list[Sample]:
+        """[(question, answer)], or [(question, score)] for a reward model. Collective: every rank calls it."""
         import torch
         from trl.models.utils import unwrap_model_for_generation
 
-        found = []
+        found: list[Sample] = []
         model = self.trainer.model_wrapped
         was_training = model.training
         model.eval()
         accelerator = self.trainer.accelerator
-        # autocast: accelerate wraps forward alone in it, and generate goes around that
-        # ZeRO-3 was chosen against the whole model on one GPU; on a CPU there is room, and gloo is slow
+        # accelerate autocasts forward only, and generate does not call that wrapper
+        # ZeRO-3: do not gather the whole model on one GPU; a CPU has the memory, and gloo is slow
         gather = accelerator.device.type == "cpu"
         unwrapping = unwrap_model_for_generation(model, accelerator, gather_deepspeed3_params=gather)
         with unwrapping as unwrapped, torch.no_grad(), accelerator.autocast():
@@ -182,32 +207,32 @@ class Report(TrainerCallback):
 
     # ── when it is over ──────────────────────────────────────────────────────────────────────────────────────────────
 
-    def draw(self):
-        """report.png from what metrics.jsonl and eval.jsonl hold, also of a run that was interrupted."""
+    def draw(self) -> None:
+        """Draw report.png from metrics.jsonl and eval.jsonl, also after an interruption."""
         if self.main:
             if self.bar:
                 self.bar.close()
-            with contextlib.suppress(OSError):  # of a full disk, which must not hide why the run ended
+            with contextlib.suppress(OSError):  # a full disk must not hide why the run ended
                 draw_report(self.folder, self.method)
 
-    def write_error(self, details):
-        """error.log: the whole traceback of what ended the run in one line."""
-        with contextlib.suppress(OSError):  # a full disk, which the one line says
+    def write_error(self, details: str) -> None:
+        """Write the whole traceback to error.log."""
+        with contextlib.suppress(OSError):  # a full disk: the printed line says why the run ended
             (self.folder / "error.log").write_text(secrets.hide(details), encoding="utf-8")
 
-    def held_out(self):
-        """The method's figures at the first and the last evaluation, or None where nothing is held out."""
+    def held_out(self) -> list[dict] | None:
+        """[first, last] evaluation as {label: value}; None without held-out rows."""
         lines = read_lines(self.folder / "eval.jsonl")
         return [self.read_eval(lines[0]), self.read_eval(lines[-1])] if lines else None
 
-    def read_eval(self, line):
-        # the loss of a policy upon its own answers says nothing
+    def read_eval(self, line: dict) -> dict:
+        # the loss of a policy on its own answers says nothing
         found = {} if self.method.sample_reward else {"loss": line["eval_loss"]}
         found |= {label: line[f"eval_{key}"] for label, key in self.method.metrics if f"eval_{key}" in line}
         return found | {"tied": True} if line.get("tied") else found
 
-    def speed(self):
-        """Steps, rows and tokens a second inside the optimizer steps: evaluation, samples and saving are left out."""
+    def speed(self) -> dict[str, float]:
+        """Rows and tokens per second of the optimizer steps, without evaluation, samples and saving."""
         args = self.trainer.args
         rows = self.steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         found = {"train_seconds": round(self.seconds, 2), "steps": self.steps}
@@ -218,11 +243,11 @@ class Report(TrainerCallback):
             found["tokens_per_second"] = round(tokens / self.seconds, 1)
         return found
 
-    def count_tokens(self):
-        """The tokens that the log says were seen so far; a run that goes on has those of before in it."""
+    def count_tokens(self) -> int:
+        """Tokens seen so far, from the log; on resume it includes the earlier part."""
         return max((line.get("num_tokens") or 0 for line in read_lines(self.folder / "metrics.jsonl")), default=0)
 
-    def write_run_card(self, after):
+    def write_run_card(self, after: list[Sample]) -> None:
         """run_card.json: everything needed to do this run again and to judge it."""
         run, config, rows = self.run, self.run.config, self.run.rows
         held, launch = self.held_out(), environment.describe_launch()
@@ -254,17 +279,17 @@ class Report(TrainerCallback):
         text = json.dumps(card, indent=2, ensure_ascii=False, default=str)
         write_whole(self.folder / "run_card.json", secrets.hide(text) + "\n")
 
-    def nothing_learnt(self):
-        """Why no weight moved: the rewards of each prompt were equal in every step. None if they were not.
+    def nothing_learnt(self) -> str | None:
+        """Why no weight moved: all answers to each prompt got equal rewards in every step. None if some differed.
 
-        The reason joins the warnings of run_card.json.
+        The reason is added to the warnings of run_card.json.
         """
         step, lines = self.trainer.state.global_step, self.trainer.state.log_history
         rollouts = [line for line in lines if "frac_reward_zero_std" in line]  # a rollout may serve several steps
         if not rollouts or any(line["frac_reward_zero_std"] != 1 for line in rollouts):
             return None
         if self.trainer.args.num_generations == 1 and any(line["reward_std"] for line in rollouts):
-            return None  # PPO: a group of one answer is always equal to itself
+            return None  # PPO: a group of one answer has no spread
         if any(line.get("grad_norm") for line in lines):
             return None
         rewards = [line["reward"] for line in rollouts]
@@ -277,8 +302,8 @@ class Report(TrainerCallback):
         self.watch.warnings.append({"step": step, "text": reason})
         return reason
 
-    def say_end(self, after):
-        """The two examples and the held-out numbers, before and after."""
+    def say_end(self, after: list[Sample]) -> None:
+        """Print the two examples and the held-out metrics, before and after."""
         for number, ((question, old), (_, new)) in enumerate(zip(self.before, after, strict=True)):
             if self.method.task == "SEQ_CLS":
                 side = ("chosen", "rejected")[number % 2]
@@ -289,19 +314,19 @@ class Report(TrainerCallback):
                 say(f"  after   {shorten(new, 240)}")
         held = self.held_out()
         if held:
-            before, after = held
-            notes = {"accuracy": "  (before: policy = reference, every pair ties)"} if before.get("tied") else {}
-            names = [name for name in after if name in before and name != "tied"]
+            first, last = held
+            notes = {"accuracy": "  (before: policy = reference, every pair ties)"} if first.get("tied") else {}
+            names = [name for name in last if name in first and name != "tied"]
             width = max(10, *(len(name) + 1 for name in names))
             say(f"\n{'held out':{width}}{'before':>10}{'after':>10}")
             for name in names:
-                say(f"{name:{width}}{before[name]:10.4f}{after[name]:10.4f}{notes.get(name, '')}")
+                say(f"{name:{width}}{first[name]:10.4f}{last[name]:10.4f}{notes.get(name, '')}")
 
 
-def versions():
+def versions() -> dict[str, str | None]:
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {"python": sys.version.split()[0]}
+    found: dict[str, str | None] = {"python": sys.version.split()[0]}
     for name in ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed", "bitsandbytes"):
         try:
             found[name] = version(name)
@@ -310,18 +335,18 @@ def versions():
     return found
 
 
-# ── jsonl files of one run ───────────────────────────────────────────────────────────────────────────────────────────
+# ── text ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def last_words(values):
-    """What is asked in a row: the last turn before the answer, or the end of a plain prompt."""
-    asked = values.get("prompt", values.get("messages"))
+def last_words(values: dict) -> str:
+    """The question of a row: the last turn before the answer, or the last 200 characters of a plain prompt."""
+    asked = values["prompt"] if "prompt" in values else values["messages"]
     if isinstance(asked, str):
         return asked[-200:]
     users = [message["content"] for message in asked if message["role"] != "assistant"]
     return users[-1] if users else asked[-1]["content"] if asked else ""
 
 
-def shorten(text, length):
+def shorten(text: object, length: int) -> str:
     text = " ".join(str(text).split())
     return text if len(text) <= length else text[: length - 1] + "…"

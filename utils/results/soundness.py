@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 from utils.models.folders import ModelFolder
 from utils.runtime import output
@@ -9,7 +10,7 @@ from utils.runtime import output
 PICKLED = re.compile(r"(pytorch_model|adapter_model|model|consolidated).*\.(bin|pt|pth|ckpt)")
 
 
-def check_files(folder):
+def check_files(folder: Path) -> tuple[list[str], int, int]:
     """(problems, tensors, bytes of the weights) of a model's or adapter's folder, or of a checkpoint."""
     model = ModelFolder.at(folder)
     problems = model.check("folder")
@@ -37,7 +38,7 @@ def check_files(folder):
     return problems, sum(map(len, held.values())), size
 
 
-def check_tensors(file):
+def check_tensors(file: Path) -> tuple[list[str], list[str], bool]:
     """(problems, names, whether a lora_B is not zero) of one safetensors file."""
     from safetensors import SafetensorError, safe_open
 
@@ -57,7 +58,7 @@ def check_tensors(file):
     return problems, names, adapts
 
 
-def check_index(folder, held):
+def check_index(folder: Path, held: dict[str, list[str]]) -> list[str]:
     """Problems of weights in several files. `held`: {file name: names of its tensors}."""
     index = next(iter(sorted(folder.glob("*.safetensors.index.json"))), None)
     if index is None:

@@ -1,11 +1,17 @@
-"""What is said of a run before and after it: the plan, and where the result is."""
+"""What a run prints before and after the training: the plan, and where the result is."""
+
+from __future__ import annotations
 
 import os
 import shlex
 import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
+from common_args import CommonArgs, SharedArgs
+from utils.cli.run import Run
 from utils.data import prepare
-from utils.data.rows import count_reasons
+from utils.data.rows import Rows, count_reasons
 from utils.models import load
 from utils.models.folders import ModelFolder
 from utils.models.sampling import describe_sampling
@@ -13,9 +19,12 @@ from utils.rewards import models
 from utils.runtime import environment
 from utils.runtime.output import say
 
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
-def say_plan(run, further=()):
-    """Say what is about to happen, before a model is loaded. further: lines that only one script has."""
+
+def say_plan(run: Run, further: Sequence[str] = ()) -> None:
+    """Print the plan, before a model is loaded. further: lines that only one script has."""
     common, config, method, rows, train, held_out = (
         run.common, run.config, run.method, run.rows, run.train, run.held_out,
     )  # fmt: skip
@@ -52,18 +61,18 @@ def say_plan(run, further=()):
     say(f"first row {prepare.mark(train, run.tokenizer, sys.stdout.isatty())}")
 
 
-def say_findings(rows):
+def say_findings(rows: Rows) -> None:
     for finding in rows.findings:
         say(f"{finding.kind:<9} {finding.text}")
 
 
-def say_checked(rows):
+def say_checked(rows: Rows) -> None:
     warnings = sum(finding.kind == "warning" for finding in rows.findings)
     counted = f"; {warnings} warning{'s' * (warnings > 1)}" if warnings else ""
     say(f"checked   nothing stands in the way; no model was loaded, nothing was written{counted}")
 
 
-def describe_reward(common, config):
+def describe_reward(common: CommonArgs, config: TrainingArguments) -> str:
     judges = [*(common.reward_funcs or ()), *([common.reward_model_path] if common.reward_model_path else [])]
     if common.reward_model_path and models.on_policy_base(
         common.reward_model_path, common.model_name_or_path, common.train_mode, common.model_revision
@@ -79,8 +88,8 @@ def describe_reward(common, config):
     return said + (f" - {penalty:g} for an answer that is cut" if penalty else "")
 
 
-def describe_cut(common, config):
-    """A note where a reward model cannot see that an answer is cut."""
+def describe_cut(common: CommonArgs, config: TrainingArguments) -> Iterator[str]:
+    """Note that a reward model does not see that an answer is cut."""
     if common.reward_model_path and config.missing_eos_penalty is None:
         yield (
             f"an answer that is cut at --max_completion_length {config.max_completion_length} is scored by "
@@ -88,7 +97,7 @@ def describe_cut(common, config):
         )
 
 
-def describe_lora(common, notes):
+def describe_lora(common: SharedArgs, notes: list[str]) -> str:
     if common.train_mode == "full":
         return ""
     rank, alpha, dora = common.lora_rank, common.lora_alpha, common.use_dora
@@ -96,14 +105,14 @@ def describe_lora(common, notes):
     if adapter:
         if (rank, alpha) != (adapter["r"], adapter["lora_alpha"]):
             notes.append(f"the adapter keeps its own rank {adapter['r']}: --lora_rank and its kin have no effect")
-        rank, alpha, dora = adapter["r"], adapter["lora_alpha"], adapter.get("use_dora")
+        rank, alpha, dora = adapter["r"], adapter["lora_alpha"], bool(adapter.get("use_dora"))
     return f", {'DoRA' if dora else 'LoRA'} rank {rank}, alpha {alpha}"
 
 
-def say_result(run, proof, again):
-    """Where the result is, and what to type next. `proof`: what the process said that reopened it.
+def say_result(run: Run, proof: str, again: dict[str, str]) -> None:
+    """Print where the result is, and what to type next. proof: the line of the process that reopened the result.
 
-    `again`: the run script's variables that only this script has.
+    again: variables of the run script that only this script has.
     """
     common, config, method = run.common, run.config, run.method
     out = config.output_dir
@@ -114,7 +123,8 @@ def say_result(run, proof, again):
     if common.train_mode != "full":
         say(f"merge     python -m utils.merge_lora {out} {out}-merged")
     again = {**again, "TRAIN_MODE": common.train_mode, "MODEL": out, "OUTPUT_DIR": f"{out}-2"}
-    again |= {"TRAIN_DATA": common.train_data_path[0]} if len(common.train_data_path) == 1 else {}
+    files = common.train_data_path or []
+    again |= {"TRAIN_DATA": files[0]} if len(files) == 1 else {}
     again |= {"MAX_STEPS": str(config.max_steps)} if config.max_steps > 0 else {}
     launch = {key: os.environ.get(key, "") for key in ("LAUNCH", "NUM_PROCESSES")}
     again |= {key: value for key, value in launch.items() if value not in ("", "auto")}

@@ -1,39 +1,46 @@
-"""What the log shows of a run that goes wrong, in plain words and once each, with the flag that helps."""
+"""Warnings while a run trains: each problem that the log shows is said once, with the flag that helps."""
+
+from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from statistics import median
+from typing import TYPE_CHECKING
 
-from rlhf_args.methods import load
+from rlhf_args.methods import Method, load
 
-# Before the first update policy and reference compute the same, mostly to the last bit. Where one's batches or weights
-# are rounded otherwise (precomputed, QLoRA's twin), log-probabilities differ by this share and less.
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+# Before the first update policy and reference give the same log-probabilities. With different batches (precomputed) or
+# different rounding (a second QLoRA base) they differ by at most this share.
 ROUNDED_HALF, ROUNDED = 1e-2, 1e-3  # bfloat16 and float16, float32
-NO_KL = 1e-2  # nats a token: LoRA's own dropout, in an adapter that goes on, makes 0.002 and does no harm
+NO_KL = 1e-2  # nats per token: the dropout of an adapter that is trained further makes 0.002, which is harmless
 
-BLOWN_UP = 10  # a loss so many times its first, plus 1 for one that began near 0: more than the choice of rows does
+BLOWN_UP = 10  # a loss of this many times its first, plus 1 for a first near 0: beyond the noise of the rows
 RISEN = 3  # the same in the median of SOME lines, plus 0.5
-STEEP = 30  # a gradient norm so many times the median of those before it, in the first EARLY lines: up to 7 is healthy
+STEEP = 30  # a gradient norm of this many times the median before, in the first EARLY lines: up to 7 is healthy
 EARLY = 10
-SPIKE = 100  # the same later: where most pairs are learned, one that is not has a gradient tens of times larger
-BEYOND = 10  # and so many times --max_grad_norm: beside the tiny gradients of equal rewards any other looks steep
+SPIKE = 100  # the same later: among learned pairs, one pair that is not has a gradient tens of times larger
+BEYOND = 10  # and this many times --max_grad_norm: after the tiny gradients of equal rewards, any other looks steep
 FAR = 1.0  # KL: an answer's token is e times as likely as under the reference; 0.01 to 0.3 is usual
-FALLEN = 2.0  # chosen and rejected cost so many times the nats they did: falling somewhat is usual
+FALLEN = 2.0  # chosen and rejected cost this many times their first nats: some fall is usual
 SURE = 20.0  # a margin at which a pair's loss is 2e-9
 SAME = 1e-6  # the spread of rewards that are equal, rounded in float32
 NO_CHOICE = 0.02, 0.1  # entropy: nats a token (one word in 300 is in doubt), and that share of the first line's
 EMPTY = 2.0  # tokens: an answer of one is its end alone
-GROWN, CUT = 2.0, 0.5  # answers so many times as long as at first, and that share of them cut, which was not before
-FEW, SOME = 3, 5  # lines that must say it, so that one odd rollout does not
-MANY = 20  # lines to compare where the rows are others, of other lengths
+GROWN, CUT = 2.0, 0.5  # answers this many times as long as at first, and this share of them cut, fewer before
+FEW, SOME = 3, 5  # lines that must agree, so that one odd rollout gives no warning
+MANY = 20  # lines to compare if the rows and their lengths differ
 
-SUMMED = ("ipo", "sigmoid_norm")  # losses a token, whose logged margins are an answer's and do not measure them
+SUMMED = ("ipo", "sigmoid_norm")  # losses per token, but the logged margins are per answer
 
 
 # ── where a run begins ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def dpo_loss(config):
-    """DPO's loss while policy and reference are one; None where that depends on the data.
+def dpo_loss(config: TrainingArguments) -> float | None:
+    """DPO's loss while policy and reference are equal; None if it depends on the data.
 
     Source: trl 1.16.0, trainer/dpo_trainer.py, _compute_loss with all log-ratios 0.
     """
@@ -50,30 +57,32 @@ def dpo_loss(config):
     return sum(known[kind] * weight for kind, weight in zip(kinds, weights, strict=True))
 
 
-def kto_loss(config):
-    """Half a row's weight while policy and reference are one; None where the labels weigh differently."""
+def kto_loss(config: TrainingArguments) -> float | None:
+    """KTO's loss while policy and reference are equal: half a row's weight; None if the labels weigh differently."""
     return config.desirable_weight / 2 if config.desirable_weight == config.undesirable_weight else None
 
 
-def as_list(value):
+def as_list(value: str | list[str] | None) -> list[str]:
     return [value] if isinstance(value, str) else value or []
 
 
 class Watch:
-    """Follows the log of a run of `method`. `warnings`: [{"step", "text"}], all that was said.
+    """Follows the log of a run. warnings: [{"step", "text"}], all that were said.
 
-    `from_reference`: False where training starts from weights that the reference does not have.
+    from_reference: False if training starts from other weights than the reference's.
     """
 
-    def __init__(self, method, config, from_reference=True):
+    def __init__(self, method: Method, config: TrainingArguments, from_reference: bool = True) -> None:
         self.method, self.config, self.from_reference = method, config, from_reference
-        self.warnings, self.said, self.values = [], set(), {}
+        self.warnings: list[dict] = []
+        self.said: set[str] = set()
+        self.values: dict[str, list[float]] = {}  # the log so far, by name
         self.rounded = ROUNDED_HALF if config.bf16 or config.fp16 else ROUNDED
         self.rate = f"--learning_rate {config.learning_rate:g}"
         self.too_high = f"{self.rate} is too high. Type a tenth of it, --learning_rate {config.learning_rate / 10:g}"
 
-    def see(self, step, logs):
-        """The new warnings of one line of the log, be it of training or of an evaluation."""
+    def see(self, step: int, logs: dict[str, float]) -> list[str]:
+        """The new warnings of one line of the log, from training or from an evaluation."""
         found = list(self.check_begin(step, logs))
         if "loss" in logs and "lost" not in self.said:
             for key, value in logs.items():
@@ -86,20 +95,20 @@ class Watch:
         self.warnings += [{"step": step, "text": text} for text in new]
         return new
 
-    def replay(self, lines):
-        """What an interrupted run logged, so that nothing is said twice."""
+    def replay(self, lines: list[dict]) -> None:
+        """Read the log of an interrupted run, so that no warning is repeated on resume."""
         for line in lines:
             self.see(line["step"], line)
 
-    def newest(self, key, lines=FEW):
-        """Median of the newest lines that have `key`; until there are enough nan, above and below nothing."""
+    def newest(self, key: str, lines: int = FEW) -> float:
+        """Median of `key` over its newest lines; nan with fewer lines (every comparison with it is False)."""
         found = self.values.get(key, [])[-lines:]
         return median(found) if len(found) == lines else math.nan
 
     # ── before the first update ──────────────────────────────────────────────────────────────────────────────────────
 
-    def check_begin(self, step, logs):
-        """Of the evaluation before the first step, or of a line of the first step alone."""
+    def check_begin(self, step: int, logs: dict[str, float]) -> Iterator[tuple[str, str]]:
+        """Compare policy and reference before the first update: in the first evaluation, or in the line of step 1."""
         training = "loss" in logs
         if step != int(training) or not self.from_reference:
             return
@@ -107,7 +116,7 @@ class Watch:
         wrong = []
         for key, begins in self.method.begins:
             begins, found = load(begins)(self.config) if isinstance(begins, str) else begins, logs.get(key)
-            if None not in (begins, found) and abs(found - begins) > self.rounding(key, begins, logs):
+            if begins is not None and found is not None and abs(found - begins) > self.rounding(key, begins, logs):
                 wrong.append(f"{key} is {found:.3g} and should be {begins:.3g}")
         if not wrong:
             return
@@ -118,8 +127,8 @@ class Watch:
             cause = "what was precomputed is another model's. Leave --precompute_ref_log_probs out"
         yield "begin", f"policy and reference differ before the first update ({', '.join(wrong)}): likely {cause}"
 
-    def rounding(self, key, begins, logs):
-        """How far the value may be from where it begins."""
+    def rounding(self, key: str, begins: float, logs: dict[str, float]) -> float:
+        """The difference from the starting value that rounding explains."""
         if key == "kl":
             return NO_KL
         if key == "loss":  # a unit of reward changes none of these losses by more than twice their value
@@ -129,8 +138,8 @@ class Watch:
 
     # ── while it trains ──────────────────────────────────────────────────────────────────────────────────────────────
 
-    def find_lost(self):
-        """What a run does that is lost."""
+    def find_lost(self) -> Iterator[str]:
+        """Warnings after which the run cannot recover."""
         *earlier, loss = self.values["loss"] if self.values.get("loss") else [0]
         first, late = median(earlier[:FEW] or [loss]), [*earlier[FEW:], loss][-SOME:]
         risen = len(late) == SOME and median(late) > RISEN * abs(first) + 0.5
@@ -153,15 +162,15 @@ class Watch:
             fell = f"entropy {now:.2g} a token, {first:.2g} at first"
             yield f"the policy hardly varies its answers any more ({fell}). {lower}, or a higher --temperature, helps"
 
-    def find_odd(self):
-        """(name, text) of what is not as it should be."""
+    def find_odd(self) -> Iterator[tuple[str, str]]:
+        """(name, text) of problems from which the run may recover."""
         usual, norm, early = self.gradient()
         if not early and norm > SPIKE * usual:
             advice = f"If that comes again, look at the rows, or type a lower value than {self.rate}"
             yield "spike", f"the gradient norm is {norm:.3g}, mostly it is {usual:.3g}. {advice}"
         kinds = as_list(self.config.loss_type)
         measures = self.method.begins or self.method.task == "SEQ_CLS" or kinds == ["simpo"]  # or depend on lengths
-        margin = self.newest(dict(self.method.metrics).get("margin"), SOME)
+        margin = self.newest(dict(self.method.metrics).get("margin", ""), SOME)
         if measures and not set(kinds) & set(SUMMED) and margin > SURE:
             advice = f"Fewer --num_train_epochs or a lower value than {self.rate} would do"
             yield "margin", f"the margin is {margin:.3g}: no loss is left to learn from, the policy drifts. {advice}"
@@ -179,19 +188,19 @@ class Watch:
         spread, equal = (self.values.get(key, [])[-FEW:] for key in ("reward_std", "frac_reward_zero_std"))
         groups = len(equal) == FEW and min(equal) == 1 and self.config.num_generations > 1  # each within itself
         if groups or len(spread) == FEW and max(spread) <= SAME * max(1, abs(self.newest("reward"))):
-            whose, more = f"all answers{' to a prompt' * groups}", "a higher --temperature or more --num_generations"
+            whose = f"all answers{' to a prompt' * groups}"
             said = f"{whose} got the same reward, so there is nothing to learn from. Look at completions.jsonl; "
-            yield "equal", f"{said}a reward that differs, {more} would help"
+            yield "equal", f"{said}a reward that differs, a higher --temperature or more --num_generations would help"
 
-    def gradient(self):
-        """(median of the earlier norms, the newest where clipping takes most of it, whether that is early)."""
+    def gradient(self) -> tuple[float, float, bool]:
+        """(median of the earlier gradient norms, the newest if clipping removes most of it else 0, is it early)."""
         *earlier, norm = self.values["grad_norm"] if self.values.get("grad_norm") else [0]
         usual = median(earlier) if earlier else 0
         clipped = usual and norm > BEYOND * (self.config.max_grad_norm or 1)
         return usual, norm if clipped else 0, len(earlier) <= EARLY
 
-    def cost(self, side):
-        """How many times the nats of the start these answers cost: by the reference, or else by the first lines."""
+    def cost(self, side: str) -> float:
+        """Negative log-likelihood of these answers, as a multiple of the reference's, or of the first lines'."""
         logps, rewards = (self.values.get(f"{name}/{side}", []) for name in ("logps", "rewards"))
         if self.method.begins and self.config.beta:
             pairs = list(zip(logps, rewards, strict=False))[-FEW:]

@@ -240,7 +240,7 @@ def on_policy_base(path: str, policy_path: str | None, train_mode: str, revision
     """True if the reward model is an adapter on the base of the policy's adapter."""
     adapter, other = ModelFolder.at(path).adapter, policy_path and ModelFolder.at(policy_path).adapter
     base, at = (other["base_model_name_or_path"], other.get("revision")) if other else (policy_path, revision)
-    if not adapter or train_mode == "full" or adapter.get("revision") != at:
+    if not adapter or not base or train_mode == "full" or adapter.get("revision") != at:
         return False
     return same_path(adapter["base_model_name_or_path"], base)
 

@@ -99,9 +99,14 @@ def find_start(run: Run) -> tuple[Start, list[str]]:
     problems: list[str] = []
     if environment.is_main():
         try:
-            described = describe_run(run)
-            start, said = choose_start(run.common, run.config, described)
-            found = replace(start, run=described), said
+            if run.problems:  # a refused run cannot be compared with the checkpoint's
+                asked = str(run.config.resume_from_checkpoint)
+                refuse_if(check_named(asked, hashes=False) if Path(asked).is_dir() else [])
+                found = Start(), []
+            else:
+                described = describe_run(run)
+                start, said = choose_start(run.common, run.config, described)
+                found = replace(start, run=described), said
         except Refused as refusal:
             problems = refusal.problems
     if environment.world_size() > 1:
@@ -149,7 +154,7 @@ def find_checkpoint(common: SharedArgs, config: TrainingArguments, run: dict) ->
     if named:
         if checkpoint and weights_only and not differences(read_manifest(checkpoint)["run"], run):
             return checkpoint, said  # the run that started from the named checkpoint resumes
-        refuse_if([f"--resume_from_checkpoint {asked}: {line}" for line in problems_of(asked, read_all)])
+        refuse_if(check_named(asked, read_all))
         return Path(asked), []
     if checkpoint is None and weights_only:
         checkpoint, further = newest_whole(folder / EARLIER, read_all)
@@ -157,6 +162,11 @@ def find_checkpoint(common: SharedArgs, config: TrainingArguments, run: dict) ->
     if checkpoint is None and (folder / "metrics.jsonl").exists():
         said.append(f"no checkpoint in {folder} to resume from: starts at step 0")
     return checkpoint, said
+
+
+def check_named(checkpoint: str, hashes: bool) -> list[str]:
+    """Problems of the files of a checkpoint that --resume_from_checkpoint names."""
+    return [f"--resume_from_checkpoint {checkpoint}: {line}" for line in problems_of(checkpoint, hashes)]
 
 
 def lacking(checkpoint: Path, config: TrainingArguments) -> str | None:

@@ -1,4 +1,4 @@
-"""The chapters that the training scripts share: from the words typed to a run, its text, the training, the save."""
+"""The chapters of both training scripts, in their order: the command line, the text, the training, the save."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import PreTrainedModel, Trainer
 
+    from utils.data import prepare
     from utils.results.report import Report
 
 
@@ -32,9 +33,9 @@ def guard(
     argv: list[str],
     onward: str = "the same command with --resume_from_checkpoint auto goes on from there",
 ) -> int:
-    """Exit status of story(argv): 0 done, 2 refused, 1 failed in one line, 128+N stopped by signal N.
+    """Exit status of story(argv): 0 done, 2 refused, 1 failed with one line, 128+N stopped by signal N.
 
-    Raises any other error. onward: how to continue a run that was stopped.
+    Any other error is raised. onward: how to continue a stopped run.
     """
     environment.calm_libraries()
     try:
@@ -58,22 +59,23 @@ def guard(
     except Exception as error:
         environment.record_failure(error)
         if is_out_of_memory(error):
-            print("failed: out of memory outside of the training: a smaller model, --train_mode qlora or LAUNCH=zero3 "
-                  f"would help ({secrets.hide(' '.join(str(error).split()))[:300]})", file=sys.stderr)  # fmt: skip
+            print("failed: out of memory outside training. Take a smaller model, --train_mode qlora or LAUNCH=zero3 "
+                  f"({secrets.hide(' '.join(str(error).split()))[:300]})", file=sys.stderr)  # fmt: skip
             return 1
         raise
 
 
 def from_words(argv: list[str], name: str | None = None) -> Run:
-    """The run that a command line asks for: flags, folders and every data row are checked. Raises Refused.
+    """Parse the command line, and check the flags, the folders and every data row. Raises Refused.
 
-    name: the method, where the script has only one. What needs no library is refused within a second, so that comes
-    first. With --check, and in the one process of utils/launch.py, refusals are collected in Run.problems as far as
-    the checks can go on without what is refused, so that all are said at once.
+    name: the method, for a script with a single one. Checks that import no library come first: they take a second.
+    With --check, and in the process that checks for utils/launch.py, refusals are collected in Run.problems and
+    printed together; a check whose input is refused does not run.
     """
     words = recipes.expand(argv)
+    found: list[str] = []
     if name is None:
-        (common, name), found = arguments.parse_common(words), []
+        common, name = arguments.parse_common(words)
     else:
         common, found = arguments.peek(words, load(EVERY[name].arguments))
     method, config = EVERY[name], None
@@ -85,31 +87,34 @@ def from_words(argv: list[str], name: str | None = None) -> Run:
             found += flags.check_rewards(common, name, method, arguments.peek(words, JudgeConfig)[0])
         paths = common.train_data_path, common.eval_data_path
         rows = load_rows(*paths, method.columns, name, common.max_samples, found, problems)
+        all_read = not problems or problems == found
     with collecting(problems):
         common, config = arguments.parse(words, name)
     if config is None:
-        raise Refused(problems)
+        raise Refused(problems or [])
     from utils.checks.folders import check_folders, check_recipes
 
     with collecting(problems):
-        found = flags.check_config(common, config, name, method)
-        found += load(method.check)(common, config, rows) if method.check else []
-        found += [*check_folders(common, config), *check_recipes(common, config, argv)]
-        refuse_if(found)
+        found = check_folders(common, config)
+        with collecting(found):  # these read the model's config.json, which may be refused above
+            found += flags.check_config(common, config, name, method)
+        with collecting(found):
+            found += load(method.check)(common, config, rows) if method.check else []
+        refuse_if([*found, *check_recipes(common, config, argv)])
     with collecting(problems):
-        if rows.train:  # empty if the files are refused
+        if all_read:  # a file without its refused rows may have one label, or one row
             hold_out(rows, common.eval_fraction, config.seed)
-        check_labels(rows.train, name)
+            check_labels(rows.train, name)
     if not config.learns_from_data():
         rows.train = [(where, {"prompt": values["prompt"]}) for where, values in rows.train]
     return Run(argv, name, common, config, rows, problems)
 
 
-def prepare_text(run: Run, room: Callable[[Run], Callable[[dict], float]] | None = None) -> None:
-    """Fills tokenizer, train and held_out: the rows as text in the model's own template. Raises Refused.
+def prepare_text(run: Run, room: Callable[[Run], prepare.Room] | None = None) -> None:
+    """Set run.tokenizer, run.train and run.held_out: the rows in the model's chat template. Raises Refused.
 
-    room: a function that limits the tokens of a row's prompt (prepare.prepare_rows). What the main process finds in
-    the text (utils/checks/findings.py) goes to run.rows.findings.
+    room: makes the limit of a row's prompt tokens (max_prompt of prepare.prepare_rows). Rank 0 also appends the
+    findings of utils/checks/findings.py to run.rows.findings.
     """
     from utils.checks import findings
     from utils.data import cache, columns, prepare, template
@@ -124,10 +129,9 @@ def prepare_text(run: Run, room: Callable[[Run], Callable[[dict], float]] | None
         refuse_if(ModelFolder.at(common.model_name_or_path).check("--model_name_or_path"))
         run.tokenizer = load_tokenizer(common.model_name_or_path, common.model_revision, config.trust_remote_code)
         rows.notes += template.fit_tokenizer(run.tokenizer, chat=columns.is_chat(rows.train[0][1]))
-        how = run.tokenizer, method.columns, flags.length_limit(config, common.model_name_or_path)
-        limits = {"max_prompt": room(run)} if room else {}
-        run.train = cache.prepare_rows(rows.train, *how, **limits)
-        run.held_out = cache.prepare_rows(rows.held_out, *how, **limits)
+        limits = flags.length_limit(config, common.model_name_or_path), room(run) if room else prepare.no_limit
+        run.train = cache.prepare_rows(rows.train, run.tokenizer, method.columns, *limits)
+        run.held_out = cache.prepare_rows(rows.held_out, run.tokenizer, method.columns, *limits)
         rows.dropped += run.train.dropped + run.held_out.dropped
         faster = pace.choose(run)
         if environment.is_main() and run.train.rows:
@@ -140,9 +144,9 @@ def prepare_text(run: Run, room: Callable[[Run], Callable[[dict], float]] | None
 
 
 def say_plan(run: Run, describe: Callable[[Run], list[str]] = lambda run: []) -> None:
-    """Says what is about to happen; of a run that is refused only what was found in its data, with --check.
+    """Print the plan. For a run with refusals: only the findings in its data, and only with --check.
 
-    describe: lines that only one script has.
+    describe: further lines of the plan.
     """
     from utils.results import summary
 
@@ -153,7 +157,7 @@ def say_plan(run: Run, describe: Callable[[Run], list[str]] = lambda run: []) ->
 
 
 def is_checked(run: Run) -> bool:
-    """True if the run ends here, as --check asks. Raises Refused with all that was collected."""
+    """True if the run ends here (--check). Raises Refused with all collected problems."""
     from utils.results import summary
 
     refuse_if(run.problems)
@@ -163,7 +167,7 @@ def is_checked(run: Run) -> bool:
 
 
 def model_source(run: Run) -> dict:
-    """The keyword arguments of models.load_policy and load_other_models."""
+    """Keyword arguments of load.load_policy and load.load_other_models."""
     return {
         "path": run.common.model_name_or_path,
         "revision": run.common.model_revision,
@@ -179,7 +183,7 @@ def model_source(run: Run) -> dict:
 
 
 def find_start(run: Run) -> resume.Start:
-    """The checkpoint that this run goes on from, said. Raises Refused where it is one of another run."""
+    """Find the checkpoint to resume from, and print it. Raises Refused if it belongs to another run."""
     from utils.runtime import output
 
     start = resume.Start()
@@ -191,7 +195,7 @@ def find_start(run: Run) -> resume.Start:
 
 
 def make_lora(run: Run) -> LoraConfig | None:
-    """The LoraConfig to train; None for full weights, or an adapter that goes on being trained."""
+    """The LoraConfig of a new adapter; None for full weights, or if the model is an adapter already."""
     from utils.models import load
 
     common = run.common
@@ -202,9 +206,9 @@ def make_lora(run: Run) -> LoraConfig | None:
 
 
 def make_trainer(run: Run, policy: PreTrainedModel, **others: object) -> Trainer:
-    """The trainer, of all the processes that were asked for. Raises Refused where TRL refuses these flags.
+    """Build the trainer, and check that all processes take part. Raises Refused if TRL refuses the flags.
 
-    others: the further models, by the trainer's keywords.
+    others: the other models, by the trainer's keywords.
     """
     from trainers.safe_trainer import make_safe
     from utils.data import prepare
@@ -241,7 +245,7 @@ def fit_bucket(trainer: Trainer) -> None:
 
 
 def train_and_report(trainer: Trainer, start: resume.Start, run: Run) -> Report:
-    """Trains from `start` on, evaluates and draws the report."""
+    """Train from `start`, evaluate, and draw the report."""
     from utils.data import prepare
     from utils.models import load
     from utils.results import log, report, saves
@@ -252,7 +256,7 @@ def train_and_report(trainer: Trainer, start: resume.Start, run: Run) -> Report:
     start = resume.set_aside(config.output_dir, start)
     if environment.is_main():
         saves.prepare_output_dir(config.output_dir, common.overwrite_output_dir, rows.dropped)
-    trainer.accelerator.wait_for_everyone()  # no process looks for a checkpoint while the folder changes
+    trainer.accelerator.wait_for_everyone()  # no rank looks for a checkpoint while rank 0 moves files
     prepare.check_none_lost(trainer, train, held_out)
     resume.load_adapter(trainer.model, start)
     bad_steps.refuse_broken(trainer.model, common.model_name_or_path)
@@ -281,9 +285,9 @@ def train_and_report(trainer: Trainer, start: resume.Start, run: Run) -> Report:
 
 
 def save_and_verify(trainer: Trainer, follow: Report, run: Run, again: dict[str, str]) -> None:
-    """Saves the result, has a fresh process reopen it, and says the outcome.
+    """Save the result, reopen it in a fresh process, and print the outcome.
 
-    again: variables of the run script that continue this run, beside those of every method.
+    again: variables of the run script to train the result further, in addition to the shared ones.
     """
     from utils.results import saves, summary
     from utils.results.proof import record, verify_in_fresh_process

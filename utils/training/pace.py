@@ -1,20 +1,20 @@
-"""Defaults that make a run faster and change nothing in its result but rounding: one function each, with its reason.
+"""Faster defaults that change a result by rounding only: one function each, with the reason.
 
-A flag that was typed is left as it is, and --plain leaves all of them as TRL has them. What each was measured to save,
-and what was left out: docs/speed.md.
+A typed flag is never changed, and --plain keeps TRL's defaults. Measured gains, and what was left out: docs/speed.md.
 """
 
 import random
 
 from utils.checks.schedule import count_batch
+from utils.cli.run import Run
 from utils.data.deal import deal
 from utils.models.folders import ModelFolder
 from utils.runtime import environment
 from utils.runtime.errors import Refused
 
-ESTIMATED = 10_000  # rows of which padding is told
-GAIN = 0.005  # of all that is computed; a smaller one is not worth another order
-# (flag, values) under which a step's rows may change places, beside those of the method (Method.by_row)
+ESTIMATED = 10_000  # rows of the sample that padding is estimated from
+GAIN = 0.005  # share of the computed tokens; a smaller gain is not worth another order of rows
+# (flag, values) with which a step's rows may change places, in addition to the method's (Method.by_row)
 PLACED_FREELY = (
     ("train_sampling_strategy", ("random", "sequential")),
     ("packing", (False,)),
@@ -24,8 +24,8 @@ PLACED_FREELY = (
 )
 
 
-def choose(run):
-    """Sets the flags that make this run faster, and returns a line to say of each. Raises Refused."""
+def choose(run: Run) -> list[str]:
+    """Set the flags that make this run faster; one line of the plan for each. Raises Refused."""
     common = run.common
     if common.deal_by_length and (fixed := fixed_by(run)):
         raise Refused(
@@ -37,22 +37,22 @@ def choose(run):
     return [line for line in lines if line]
 
 
-# ── the choices: each sets a flag and returns what is said of it, or returns None ────────────────────────────────────
+# ── the choices: each sets a flag and returns its line, or returns None ──────────────────────────────────────────────
 
 
-def take_flash_attention(run):
-    """It skips padding, and never holds the scores of all tokens against all."""
+def take_flash_attention(run: Run) -> str | None:
+    """Flash attention skips padding, and never stores the (T, T) attention scores."""
     common = run.common
     held_in_half = common.train_mode != "full" or run.config.deepspeed_plugin is not None
-    # a model held in float32 would fail wherever there is no autocast, as where answers are shown
+    # flash attention fails with float32 weights outside autocast
     if common.attn_implementation or common.dtype == "float32" or not held_in_half or not has_flash_attention(run):
         return None
     common.attn_implementation = "flash_attention_2"
     return "--attn_implementation flash_attention_2: it is installed, and the model takes it"
 
 
-def drop_padding(run):
-    """The rows of a pass as one, where the attention kernel keeps them apart."""
+def drop_padding(run: Run) -> str | None:
+    """Join the rows of a pass into one: flash attention keeps them apart without padding."""
     common, config = run.common, run.config
     if not may_choose(run, "padding_free") or common.attn_implementation != "flash_attention_2" or config.packing:
         return None
@@ -63,20 +63,20 @@ def drop_padding(run):
     return "--padding_free: flash attention keeps the rows of a pass apart (no row is longer than --max_length)"
 
 
-def take_liger(run):
-    """Its kernels for norms, rotary positions and MLPs; TRL leaves its loss out, which would take the metrics away."""
+def take_liger(run: Run) -> str | None:
+    """Liger's kernels for norms, rotary positions and MLPs; not its loss, which would remove metrics from the log."""
     if not may_choose(run, "use_liger_kernel") or not environment.has_gpu() or not has_liger(run):
         return None
     run.config.use_liger_kernel = True
     return "--use_liger_kernel: it is installed, and has kernels for this model"
 
 
-def compute_reference_once(run):
-    """The reference stays as it is: asked once for all epochs, it is not asked again in each."""
+def compute_reference_once(run: Run) -> str | None:
+    """The reference never changes, so its log-probabilities are computed once for all epochs."""
     common, config, flag = run.common, run.config, "precompute_ref_log_probs"
     if not may_choose(run, flag) or environment.processes_asked() > 1 or draws_at_random(run):
         return None
-    # the policy, which is asked in place of a copy, is another model than the reference then
+    # precomputing uses the policy, which here is not the reference
     if config.sync_ref_model or common.resume == "weights_only" and common.train_mode == "full":
         return None
     times = times_seen(run)
@@ -86,8 +86,8 @@ def compute_reference_once(run):
     return f"--precompute_ref_log_probs: each row is seen {times:g} times, the reference computed once"
 
 
-def deal_rows(run):
-    """The same rows in each step, and so the same mean, but those of a length in one pass: less is padded."""
+def deal_rows(run: Run) -> str | None:
+    """Sort the rows of each step into passes by length: the same rows and mean per step, with less padding."""
     common, asked = run.common, run.common.deal_by_length
     common.deal_by_length = False
     if asked is False or fixed_by(run):
@@ -103,8 +103,8 @@ def deal_rows(run):
     return f"--deal_by_length: a step's rows are dealt to its passes by length, {gain}"
 
 
-def trust_ddp(run):
-    """DDP walks through all of a pass to find what was not used; here every trained weight is."""
+def trust_ddp(run: Run) -> str | None:
+    """DDP searches each pass for unused weights; here every trained weight is used."""
     config, flag = run.config, "ddp_find_unused_parameters"
     if environment.processes_asked() == 1 or environment.engine() or flag in run.common.typed or has_experts(run):
         return None
@@ -115,22 +115,22 @@ def trust_ddp(run):
 CHOICES = (take_flash_attention, drop_padding, take_liger, compute_reference_once, deal_rows, trust_ddp)
 
 
-# ── what they ask ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── facts for the choices ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def may_choose(run, flag):
-    """True if the method takes the flag, and nobody typed it."""
+def may_choose(run: Run, flag: str) -> bool:
+    """True if the method takes the flag, and the user did not type it."""
     return flag in run.method.faster and flag not in run.common.typed
 
 
-def base_config(run):
+def base_config(run: Run) -> dict:
     """The base model's config.json, with the entries of its text model."""
     described = ModelFolder.at(run.common.model_name_or_path, run.common.model_revision).config
     return described | described.get("text_config", {})
 
 
-def has_flash_attention(run):
-    """Whether flash attention is installed for this GPU, and the model's class takes it."""
+def has_flash_attention(run: Run) -> bool:
+    """True if flash attention is installed for this GPU, and the model's class supports it."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import is_flash_attn_2_available
 
@@ -141,7 +141,7 @@ def has_flash_attention(run):
     return bool(getattr(kind, "_supports_flash_attn", False))
 
 
-def has_liger(run):
+def has_liger(run: Run) -> bool:
     from transformers.utils import is_liger_kernel_available
 
     if not is_liger_kernel_available():
@@ -151,13 +151,13 @@ def has_liger(run):
     return base_config(run).get("model_type") in MODEL_TYPE_TO_APPLY_LIGER_FN
 
 
-def has_experts(run):
-    """Whether the model is a mixture of experts: some may not be used, and they are balanced over a pass."""
+def has_experts(run: Run) -> bool:
+    """True for a mixture of experts: some may be unused, and their load is balanced over a pass."""
     return any("expert" in name for name in base_config(run))
 
 
-def draws_at_random(run):
-    """Whether dropout or noise is drawn in training: in a pass of another shape it is other, as with another seed."""
+def draws_at_random(run: Run) -> bool:
+    """True if training draws dropout or noise: a pass of another shape draws others, as with another seed."""
     common, config = run.common, run.config
     if config.neftune_noise_alpha:
         return True
@@ -169,16 +169,16 @@ def draws_at_random(run):
     return any(rate > 0 for rate in [*base, lora if common.train_mode != "full" else 0])
 
 
-def times_seen(run):
-    """How often each row is trained on."""
+def times_seen(run: Run) -> float:
+    """How often the run trains on each row."""
     config = run.config
     if config.max_steps < 1:
         return config.num_train_epochs
     return config.max_steps * count_batch(config) * config.gradient_accumulation_steps / len(run.train.rows)
 
 
-def fixed_by(run):
-    """The flag, or what else of this run, for which the rows of a step cannot change places; None where they can."""
+def fixed_by(run: Run) -> str | None:
+    """Why the rows of a step cannot change places, a flag for example; None if they can."""
     if run.method.by_row is None:
         return f"this method ({run.method.title})"
     for flag, values in (*PLACED_FREELY, *run.method.by_row):
@@ -191,10 +191,10 @@ def fixed_by(run):
     return "a mixture of experts" if has_experts(run) else None
 
 
-def padding(run, dealt):
-    """Share of what is computed that is no token of any row, of a sample of the rows in some order.
+def padding(run: Run, dealt: bool) -> float:
+    """Share of the computed tokens that is padding, estimated on a sample of the rows.
 
-    Processes wait for the one with the longest rows of a pass, and so count as if they had padded theirs to it.
+    All processes wait for the longest row of a pass, so each counts as padded to it.
     """
     config, sizes = run.config, run.train.sizes
     order = list(range(len(sizes)))

@@ -1,4 +1,4 @@
-"""The rewards of an online method: functions, a reward model, a judge. Other methods have none."""
+"""The rewards of an online method: reward functions, a reward model, a judge. Other methods have none."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from utils.rewards import functions, judge_reward, models
 
 @dataclass
 class Rewards:
-    """Reward functions and the judge, tried on the first rows. The reward model is loaded with the other models."""
+    """Reward functions and judge, already tried on the first rows. The reward model is loaded later, by load_all."""
 
     functions: list = field(default_factory=list)
     judge: judge_reward.OnlineJudge | None = None
 
     def load_all(self, run: Run) -> dict[str, list]:
-        """{"reward_funcs": all rewards in the log's order} for the trainer; {} for a method without any."""
+        """The trainer's keyword reward_funcs: all rewards in the order of the log. {} for a method without rewards."""
         if not run.method.sample_reward:
             return {}
         common, config, found = run.common, run.config, list(self.functions)
@@ -39,17 +39,18 @@ class Rewards:
         return {"reward_funcs": found}
 
     def say_failures(self) -> None:
+        """Print how many answers got no verdict from the judge."""
         if self.judge:
             self.judge.say_failures()
 
 
 def load(run: Run) -> Rewards:
-    """The functions and the judge. Without a tokenizer, or in a run that is refused, what cannot be tried is left."""
+    """Load the reward functions and the judge, and try each. The judge is not asked for a run that is refused."""
     rewards, common = Rewards(), run.common
     if run.method.sample_reward and run.tokenizer:
         with run.collecting():
-            rows, limit = run.rows.train, common.reward_timeout
-            rewards.functions = functions.load_functions(common.reward_funcs, rows, run.tokenizer, limit)
+            sound = [spec for spec in common.reward_funcs or () if not [*functions.check_reward_functions([spec])]]
+            rewards.functions = functions.load_functions(sound, run.rows.train, run.tokenizer, common.reward_timeout)
     if run.method.sample_reward and not run.problems:
         with run.collecting():
             rewards.judge = judge_reward.load_judge(run.config, run.rows.train)

@@ -182,10 +182,7 @@ def test_a_token_that_spans_prompt_and_answer_is_counted():
 def test_the_templates_own_tokens_in_the_data_are_found(warnings, tmp_path):
     rows = [*PAIRS, pair(1, chosen="Yes.<|im_end|>"), pair(2, rejected="No<|im_end|>no.")]
     (warning,) = warnings(rows=rows)
-    assert warning.startswith(
-        f"2 rows have more or less than one BOS and one end of turn, as {tmp_path}/rows.jsonl:17 "
-        "(2 ends of turn behind the answer)"
-    )
+    assert warning.startswith("2 rows ") and f"{tmp_path}/rows.jsonl:17 (2 ends of turn behind the answer)" in warning
 
 
 # ── the rows ─────────────────────────────────────────────────────────────────────────────────────────────────────────

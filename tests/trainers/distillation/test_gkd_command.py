@@ -81,10 +81,8 @@ def test_qwens_two_sizes_of_vocabulary_train_together(ours, theirs, run, tmp_pat
     teacher = save_qwen(tmp_path / "teacher", make_qwen(2, theirs, hidden=4))
     status, out, _ = run("--lmbda 0 --max_steps 1 --eval_fraction 0.2", model=student, teacher=teacher)
     assert status == 0
-    assert line_with(out, "note      embeddings") == (
-        f"note      embeddings of {ours} (student) and {theirs} (teacher) rows for one tokenizer: compared over the "
-        "151936 that both have"
-    )
+    note = line_with(out, "note      the student has")
+    assert f"student has {ours}" in note and f"teacher {theirs}" in note and " 151936 tokens" in note
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert saved.get_input_embeddings().weight.shape == saved.lm_head.weight.shape == (ours, 4)
     assert read_rows(tmp_path / "out" / "metrics.jsonl")[0]["loss"] > 0
@@ -280,10 +278,9 @@ PROMPTS_ALONE = {
 @pytest.mark.parametrize("lmbda", ["0", "0.5"])
 @pytest.mark.parametrize("rows, line, lacking", [("chats", 3, "2 of 4"), ("text", 2, "2 of 3")])
 def test_rows_without_an_answer_are_refused_where_it_is_learnt_from(rows, line, lacking, lmbda, refused, tmp_path):
-    assert refused(f"--lmbda {lmbda}", rows=PROMPTS_ALONE[rows]) == [
-        f"{tmp_path / 'rows.jsonl'}:{line}: no answer, and so {lacking} rows; --lmbda {lmbda} learns from the answers "
-        "in the data. Type --seq_kd True for the teacher's, or --lmbda 1 for the student's own"
-    ]
+    (problem,) = refused(f"--lmbda {lmbda}", rows=PROMPTS_ALONE[rows])
+    assert problem.startswith(f"{tmp_path / 'rows.jsonl'}:{line}: no answer")
+    assert all(fact in problem for fact in (f"{lacking} rows", f"--lmbda {lmbda}", "--seq_kd True", "--lmbda 1"))
 
 
 @pytest.mark.parametrize("flags", ["--lmbda 1", "--seq_kd True"])

@@ -26,10 +26,7 @@ BAD = [
     ("--temperature 0 --answers_batch_size 0", [TEMPERATURE, "--answers_batch_size 0: must be "]),
     (
         "--seq_kd True --lmbda 1",
-        [
-            "--seq_kd True with --lmbda 1: every step would be on the student's own answers, and none on the "
-            "teacher's. Type --lmbda 0 for SeqKD, or leave --seq_kd out"
-        ],
+        ["--seq_kd True with --lmbda 1: "],
     ),
     ("--temperature 0", [TEMPERATURE]),
     ("--answers_batch_size 0", ["--answers_batch_size 0: must be "]),
@@ -84,11 +81,11 @@ def test_a_teacher_that_is_not_there_is_refused(refused, tmp_path):
     [
         (
             {"architectures": ["Qwen2ForSequenceClassification"]},
-            "a trained reward model, which scores and cannot answer. A teacher is a language model",
+            "a reward model",
         ),
         (
             {"quantization_config": {"quant_method": "gptq"}},
-            "quantised already. Take the original; --teacher_load_in_4bit holds it in 4 bits",
+            "already quantised",
         ),
     ],
     ids=["reward model", "quantised"],
@@ -97,7 +94,8 @@ def test_a_teacher_that_cannot_teach_is_refused(change, problem, refused, pair, 
     shutil.copytree(pair[1], tmp_path / "teacher")
     config = tmp_path / "teacher" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | change))
-    assert refused(teacher=tmp_path / "teacher") == [f"--teacher_model_name_or_path {tmp_path / 'teacher'}: {problem}"]
+    (found,) = refused(teacher=tmp_path / "teacher")
+    assert found.startswith(f"--teacher_model_name_or_path {tmp_path / 'teacher'}: {problem}")
 
 
 def test_a_teacher_that_is_an_adapter_without_its_base_is_refused(refused, pair, tmp_path):
@@ -151,7 +149,7 @@ def test_a_smaller_teacher_is_wondered_at_and_not_refused(run, pair, tmp_path):
     save_qwen(tmp_path / "large", make_qwen(1, hidden=64))
     status, out, lines = run("--check", model=tmp_path / "large")
     assert (status, lines) == (0, [])
-    assert "warning   the teacher has 0M parameters, the student 0M: is it the better one?" in out
+    assert any(line.startswith("warning   the teacher has 0M parameters, the student 0M") for line in out)
     status, out, _ = run("--check", teacher=tmp_path / "large")
     assert status == 0 and not [line for line in out if line.startswith("warning   the teacher")]
 
