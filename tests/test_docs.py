@@ -116,7 +116,7 @@ def test_every_recipe_is_read_by_the_real_command_line(path):
         for flag, value in asked.items():
             assert getattr(common, flag, getattr(config, flag, None)) in (value, [value]), flag
         return
-    name = arguments.parse_common(words)[1] if "rlhf_type" in asked else "GKD"
+    name = arguments.peek_shared(words)[1] if "rlhf_type" in asked else "GKD"
     common, config = arguments.parse(words, name)
     for flag, value in asked.items():
         found = getattr(common, flag, getattr(config, flag, None))
@@ -125,7 +125,7 @@ def test_every_recipe_is_read_by_the_real_command_line(path):
 
 def test_flags_on_the_command_line_win_over_a_recipe():
     words = expand(["--config", str(recipes()[0]), "--lora_rank", "8", "--learning_rate=3e-6"])
-    _, name = arguments.parse_common(words)
+    name = arguments.peek_shared(words)[1]
     common, config = arguments.parse(words, name)
     assert (common.lora_rank, config.learning_rate) == (8, 3e-6)
 

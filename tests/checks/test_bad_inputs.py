@@ -371,5 +371,5 @@ def test_the_run_scripts_pass_refusals_on(script, flags, warm, tiny_model, teach
     assert done.returncode == 2
     assert bool(done.stdout) == bool(flags)  # with --check, what else is found of the rows is told beside the refusals
     found = done.stderr.splitlines()
-    assert [line.split(":")[1] for line in found] == [" --learning_rate 0.0", f" {tmp_path}/model/model.safetensors"]
+    assert [line.split(":")[1] for line in found] == [" --learning_rate 0", f" {tmp_path}/model/model.safetensors"]
     assert not (tmp_path / "out").exists()

@@ -218,9 +218,8 @@ def test_kto_refuses_labels_of_one_kind(label, said, refused, tmp_path):
 
 
 def test_kto_refuses_a_batch_of_one(refused):
-    assert refused("--per_device_train_batch_size 1", method="KTO") == [
-        "--per_device_train_batch_size 1: KTO compares rows of a batch and needs 2 or more a device"
-    ]
+    (line,) = refused("--per_device_train_batch_size 1", method="KTO")
+    assert line.startswith("--per_device_train_batch_size 1: KTO ") and "2" in line
 
 
 def test_too_many_rows_that_cannot_be_used_are_refused_unless_allowed(refused, run, tmp_path):

@@ -61,7 +61,7 @@ BAD = [
     ("--top_k -1", ["--top_k -1: … at least 0"]),
     ("--generate_batch_size 0", ["--generate_batch_size 0: … at least 1"]),
     ("--score_batch_size 0", ["--score_batch_size 0: … at least 1"]),
-    ("--max_failed_fraction 2", ["--max_failed_fraction 2: … from 0 to 1"]),
+    ("--max_failed_fraction 2", ["--max_failed_fraction 2: … at least 0 … at most 1"]),
     ("--reward_weights 1 2", ["--reward_weights: 2 … 1 rewards"]),
     ("--reward_weights nan", ["--reward_weights nan: … finite"]),
     ("--stages generate,judge", ["--stages generate,judge: … generate, score, select"]),

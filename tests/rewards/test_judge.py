@@ -435,7 +435,7 @@ OTHER = RUBRIC.replace("brief", "brevity", 1)  # a criterion with the name of an
 # the judge's template if not the default, flags -> the beginning of the refusal … further facts in it
 REFUSED = [
     (None, "--judge_scale 5 5", "--judge_scale 5.0 5.0"),
-    (None, "--judge_scale 1 inf", "--judge_scale 1.0 inf"),
+    (None, "--judge_scale 1 inf", "--judge_scale 1 inf"),
     (None, "--judge_scale 0 1 --judge_mode pick", "--judge_scale with --judge_mode pick"),
     (None, "--judge_max_tokens 0", "--judge_max_tokens 0"),
     (None, "--api_concurrency 0", "--api_concurrency 0"),

@@ -169,7 +169,7 @@ def judge(completions, **columns):
 def test_a_function_that_fails_later_ends_the_run_with_one_line(run, write, tmp_path):
     file = write(LATER)  # its first call is the trial, its third the second rollout
     status, out, lines = run(f"--reward_funcs {file}:judge")
-    assert (status, "result" in out) == (1, False)
+    assert (status, "\nresult " in out) == (1, False)
     assert lines == [f"failed: judge raised NameError: name 'nothing' is not defined at {file}:7"]
     log = (tmp_path / "out" / "error.log").read_text(encoding="utf-8")
     assert log.startswith("Traceback") and f'{file}", line 7, in judge' in log and "name 'nothing'" in log

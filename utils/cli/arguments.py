@@ -12,7 +12,7 @@ from common_args import CommonArgs
 from rlhf_args.method_config import MethodConfig
 from rlhf_args.methods import DISTILLATION, EVERY, METHODS, REJECTION, Method, find_method, load
 from utils.cli.ranges import check_ranges, explain_range
-from utils.cli.recipes import typed_flags
+from utils.cli.recipes import drop_flags, typed_flags
 from utils.runtime import environment
 from utils.runtime.errors import Refused, refuse_if
 from utils.runtime.output import one_line
@@ -24,30 +24,42 @@ ELSEWHERE = {
 }
 
 
-def parse_common(argv: list[str]) -> tuple[CommonArgs, str]:
-    """(shared flags, name of the method), without importing a heavy library. Raises Refused."""
-    common, problems = peek(argv, CommonArgs)
-    name = find_method(common.rlhf_type)
-    if name is None:
+def peek_shared(argv: list[str], name: str | None = None) -> tuple[Any, str, list[str]]:
+    """(shared flags, name of the method, problems), without importing a heavy library.
+
+    name: the method, for a script with a single one. Raises Refused if --rlhf_type names no method.
+    """
+    common, problems = peek(argv, load(EVERY[name].arguments) if name else CommonArgs)
+    found = name or find_method(common.rlhf_type)
+    if found is None:
         near = difflib.get_close_matches(common.rlhf_type.lower(), [known.lower() for known in METHODS], 1)
         guess = f". Did you mean {find_method(near[0])}?" if near else ""
         guess = ". That is train_gkd.py" if common.rlhf_type.upper() in DISTILLATION else guess
-        problems.append(f"--rlhf_type {common.rlhf_type}: no such method. There are {', '.join(METHODS)}{guess}")
-    refuse_if(problems)
-    return common, str(name)
+        kinds = f"There are {', '.join(METHODS)}{guess}"
+        raise Refused([*problems, f"--rlhf_type {common.rlhf_type}: no such method. {kinds}"])
+    return common, found, problems
 
 
 def peek(argv: list[str], shared: type) -> tuple[Any, list[str]]:
-    """(an instance of the dataclass `shared`, problems), from the words that are its flags."""
+    """(an instance of the dataclass `shared`, problems), from the words that are its flags; a bad one has its default."""
     parser = make_parser([shared], add_help=False)
-    common, _ = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
-    return common, parser.problems
+    how = {"return_remaining_strings": True, "look_for_args_file": False}
+    found, _ = parser.parse_args_into_dataclasses(argv, **how)
+    if parser.problems:
+        found, _ = parser.parse_args_into_dataclasses(drop_flags(argv, flags_in(parser.problems)), **how)
+    return found, parser.problems
 
 
-def parse(argv: list[str], name: str, planned: bool = False) -> tuple[Any, Any]:
+def flags_in(problems: list[str]) -> set[str]:
+    """The names of the flags that the problems begin with."""
+    return {found[1] for problem in problems if (found := re.match(r"--(\w+)", problem))}
+
+
+def parse(argv: list[str], name: str, planned: bool = False, collected: list[str] | None = None) -> tuple[Any, Any]:
     """(shared flags, TRL config) of the method `name`. Raises Refused; --help prints and exits.
 
-    planned: as on a GPU with bfloat16, whatever this machine has.
+    planned: as on a GPU with bfloat16, whatever this machine has. collected: takes the problems of single flags
+    instead; each of these flags then has its default, so that the rest of the run can still be checked.
     """
     method = EVERY[name]
     config_class = load(method.config)
@@ -67,19 +79,29 @@ def parse(argv: list[str], name: str, planned: bool = False) -> tuple[Any, Any]:
         problems = [f"{' '.join(unknown)}: not a flag. Every value follows its --flag"]
     # TRL's configs default to bf16, and without the hardware raise in their constructor: choose the dtype first.
     typed = typed_flags(argv)
+    dtype = "float32"
     try:
         dtype = resolve_dtype(asked.dtype, asked.bf16, asked.fp16, name, method, typed, planned)
     except Refused as refusal:
         problems += refusal.problems
-    kinds = parser.dataclass_types if planned else [config_class]  # a run has checked the shared flags: check_common
-    problems += [problem for kind in kinds for problem in check_ranges(kind, asked)]
-    refuse_if(parser.problems + problems)
+    problems = [
+        *parser.problems,
+        *problems,
+        *(p for kind in parser.dataclass_types for p in check_ranges(kind, asked)),
+    ]
+    if collected is None:
+        refuse_if(problems)
+    else:
+        collected += [problem for problem in problems if problem not in collected]
+        argv = drop_flags(argv, flags_in(problems))
     defaults = {"use_cpu": True, "dataloader_pin_memory": False} if planned else environment.device_defaults()
     if asked.plain:
         defaults.pop("gradient_checkpointing", None)
     parser.set_defaults(bf16=dtype == "bfloat16", fp16=dtype == "float16", **defaults)
     try:
-        common, config = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+        common, config, *_ = parser.parse_args_into_dataclasses(
+            argv, look_for_args_file=False, return_remaining_strings=bool(problems)
+        )
     except json.JSONDecodeError as error:
         flag = argv[argv.index(error.doc) - 1] if error.doc in argv else "a flag"
         why = f"{error.msg}, character {error.pos + 1}"

@@ -43,6 +43,16 @@ def expand(argv: list[str], quiet: bool = False) -> list[str]:
     return translate(read_use_peft(recipe + argv, quiet), RENAMED, quiet)
 
 
+def drop_flags(words: list[str], names: set[str]) -> list[str]:
+    """The words without these flags and their values."""
+    kept, dropping = [], False
+    for word in words:
+        if word.startswith("--"):
+            dropping = word[2:].replace("-", "_") in names
+        kept += [] if dropping else [word]
+    return kept
+
+
 def read_recipe(path: str) -> list[str]:
     """The flags of a YAML file as command-line words. Raises Refused."""
     import yaml

@@ -30,11 +30,8 @@ class Planner:
 
     def __init__(self, argv: list[str], name: str | None = None, on_gpu: bool = True):
         words = recipes.expand(argv)
-        if name is None:
-            shared, name = arguments.parse_common(words)
-        else:
-            shared, problems = arguments.peek(words, arguments.load(arguments.EVERY[name].arguments))
-            refuse_if(problems)
+        shared, name, problems = arguments.peek_shared(words, name)
+        refuse_if(problems)
         self.name, self.method, self.on_gpu = name, arguments.EVERY[name], on_gpu
         engine, processes = asked.read_launch(shared, os.environ)
         os.environ["LAUNCH_PROCESSES"] = str(processes)  # the size of a rollout depends on it

@@ -340,10 +340,11 @@ def try_reward_function(reward: RewardFunction, rows: list[Row], tokenizer: Call
     prompts = [values["prompt"] for values in tried]
     completions = [example_answers(values)[0] for values in tried]
     further = {name: [values["further"].get(name) for values in tried] for name in tried[0]["further"]}
-    kwargs = {"trainer_state": TrainerState(), "log_extra": lambda *_: None, "log_metric": lambda *_: None, **further}
     ids = [tokenizer(text_of(completion))["input_ids"] for completion in completions]
+    given = {"prompts": prompts, "completions": completions, "completion_ids": ids, "trainer_state": TrainerState()}
+    given |= {"log_extra": lambda *_: None, "log_metric": lambda *_: None}
     try:
-        reward(prompts=prompts, completions=completions, completion_ids=ids, **kwargs)
+        reward(**further | given)
     except RewardFailed as error:
         raise Refused([f"--reward_funcs: tried on the first {len(tried)} rows, {error}"]) from error
 

@@ -115,9 +115,5 @@ def add_words(argv: list[str], words: list[str]) -> list[str]:
     gone = {"overwrite_output_dir"}
     if "--steps_per_generation" in words:
         gone |= {"generation_batch_size", "num_mini_batches"}  # other ways to set the same
-    kept, dropping = [], False
-    for word in recipes.expand(argv):  # with the flags of a recipe
-        if word.startswith("--"):
-            dropping = word[2:].replace("-", "_") in gone
-        kept += [] if dropping else [word]
+    kept = recipes.drop_flags(recipes.expand(argv), gone)  # with the flags of a recipe
     return [*kept, *words, "--resume_from_checkpoint", "auto"]

@@ -73,11 +73,7 @@ def from_words(argv: list[str], name: str | None = None) -> Run:
     printed together; a check whose input is refused does not run.
     """
     words = recipes.expand(argv)
-    found: list[str] = []
-    if name is None:
-        common, name = arguments.parse_common(words)
-    else:
-        common, found = arguments.peek(words, load(EVERY[name].arguments))
+    common, name, found = arguments.peek_shared(words, name)
     method, config = EVERY[name], None
     problems: list[str] | None = [] if common.check or environment.is_launched_alone() else None
     words = recipes.translate(words, dict(method.renamed))
@@ -89,7 +85,7 @@ def from_words(argv: list[str], name: str | None = None) -> Run:
         rows = load_rows(*paths, method.columns, name, common.max_samples, found, problems)
         all_read = not problems or problems == found
     with collecting(problems):
-        common, config = arguments.parse(words, name)
+        common, config = arguments.parse(words, name, collected=problems)
     if config is None:
         raise Refused(problems or [])
     from utils.checks.folders import check_folders, check_recipes

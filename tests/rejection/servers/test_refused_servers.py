@@ -86,15 +86,15 @@ def test_a_server_or_a_model_that_is_not_named_is_refused(tmp_path, capsys):
     [
         ("--top_k 5", "--top_k with --engine openai: "),
         ("--api_concurrency 0", "--api_concurrency 0: must be at least 1"),
-        ("--api_timeout 0", "--api_timeout 0: must be more than 0"),
-        ("--api_timeout nan", "--api_timeout nan: must be more than 0"),
+        ("--api_timeout 0", "--api_timeout 0: must be above 0"),
+        ("--api_timeout nan", "--api_timeout nan: must be above 0"),
         ("--api_retries -1", "--api_retries -1: must be at least 0"),
         (
             "--judge_base_url http://127.0.0.1:9/v1",
             "--judge_base_url: only used with a judge. Add --judge_model NAME",
         ),
         ("--judge_model j --judge_scale 5 5", "--judge_scale 5.0 5.0: "),
-        ("--judge_model j --judge_scale 1 nan", "--judge_scale 1.0 nan: "),
+        ("--judge_model j --judge_scale 1 nan", "--judge_scale 1 nan: "),
         (
             "--judge_model j --judge_mode pick --num_completions 1",
             "--judge_mode pick: needs 2 to 26 answers to a prompt, not 1",

@@ -104,10 +104,8 @@ def test_whoever_answers_says_nothing_that_the_other_has_no_row_for(ours, theirs
 
 @pytest.mark.parametrize("mode", ["full", "lora"])
 def test_a_teacher_that_is_what_the_student_starts_from_is_refused(mode, refused, pair):
-    assert refused(f"--train_mode {mode}", teacher=pair[0]) == [
-        f"--teacher_model_name_or_path {pair[0]}: the model that the student starts from, of which there is nothing "
-        "to learn. A base teaches an adapter that has moved away from it: give that as --model_name_or_path"
-    ]
+    (line,) = refused(f"--train_mode {mode}", teacher=pair[0])
+    assert line.startswith(f"--teacher_model_name_or_path {pair[0]}: ") and "--model_name_or_path" in line
 
 
 def test_an_adapter_learns_from_its_base_as_from_a_copy_of_it(run, pair, trainers, tmp_path):
