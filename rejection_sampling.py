@@ -21,10 +21,10 @@ from utils.training.chapters import guard
 
 
 def main(argv: list[str] | None = None) -> int:
-    return guard(run, sys.argv[1:] if argv is None else list(argv), "The same command goes on from here")
+    return guard(sample_from_words, sys.argv[1:] if argv is None else list(argv), "The same command goes on from here")
 
 
-def run(argv: list[str]) -> int:
+def sample_from_words(argv: list[str]) -> int:
     common, config, words = parse_and_check(argv)
     from utils.rejection import rounds, stages
 

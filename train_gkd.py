@@ -36,9 +36,9 @@ def train_from_words(argv: list[str]) -> int:
 
     # ── the text that is trained on ──────────────────────────────────────────────────────────────────────────────────
     chapters.prepare_text(run, prompt_room)
-    chapters.say_plan(run, teacher.describe)
+    chapters.announce(run, teacher.describe_teacher)
     whole = probe.prepare_probe(run)
-    start = chapters.find_start(run)
+    start = chapters.say_start(run)
     if chapters.is_checked(run):
         return 0
 

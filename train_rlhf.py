@@ -34,10 +34,10 @@ def train_from_words(argv: list[str]) -> int:
 
     # ── the text that is trained on ──────────────────────────────────────────────────────────────────────────────────
     chapters.prepare_text(run)
-    chapters.say_plan(run)
-    judges = rewards.load(run)
+    chapters.announce(run)
+    judges = rewards.load_rewards(run)
     whole = probe.prepare_probe(run)
-    start = chapters.find_start(run)
+    start = chapters.say_start(run)
     if chapters.is_checked(run):
         return 0
 

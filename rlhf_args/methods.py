@@ -261,7 +261,7 @@ DISTILLATION = {
         curves=(("entropy", "entropy"), ("tokens", "completions/mean_length"), ("on-policy", "on_policy")),
         evaluated=(*(log for _, log in DIVERGENCE), "completions/*", *COUNTED),
         check="utils.checks.distillation:check_distillation",
-        check_text="utils.checks.distillation:check_tokens",
+        check_text="utils.checks.distillation:check_teacher_tokens",
         renamed=(("teacher_model", "teacher_model_name_or_path"), ("max_new_tokens", "max_completion_length")),
     ),
 }

@@ -177,6 +177,11 @@ def test_ruff_finds_nothing():
         assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_the_type_hints_are_complete_and_right():
+    done = subprocess.run([sys.executable, "-m", "mypy"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_every_library_that_is_imported_stands_in_the_requirements():
     import ast
     import re

@@ -69,3 +69,14 @@ def test_a_flat_file_in_utils_is_a_command():
     assert flat == {"launch", "chat", "merge_lora", "verify", "doctor_data", "score_reward_model", "demo_model"}
     for name in flat:
         assert 'if __name__ == "__main__":' in (ROOT / "utils" / f"{name}.py").read_text(encoding="utf-8"), name
+
+
+def test_a_function_name_has_one_meaning():
+    """Two modules may share a name only where they do the same: a command's way in."""
+    found: dict[str, list[Path]] = {}
+    for file in files():
+        for node in ast.parse((ROOT / file).read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                found.setdefault(node.name, []).append(file)
+    assert len(found) > 500
+    assert {name: where for name, where in found.items() if len(where) > 1}.keys() == {"main", "train_from_words"}

@@ -134,7 +134,7 @@ class GKDTrainer(SamplesAnswers, trl.DistillationTrainer):
                 heads = maybe_gather_lm_head_ctx(ours.weight, ours.bias, theirs.weight, theirs.bias)
                 with torch.no_grad(), heads:
                     targets = inputs["completion_ids"][answered]
-                    self.compared += compare(states, ours.gather(), taught, theirs.gather(), targets)
+                    self.compared += sum_divergences(states, ours.gather(), taught, theirs.gather(), targets)
         return loss, entropy.detach(), count
 
     def teach(self, student: Any, ids: Tensor, mask: Tensor, width: int) -> tuple[Any, Tensor]:
@@ -203,7 +203,7 @@ def logit_scale(config: Any) -> float:
     return scaling if config.model_type == "hyperclovax" else 1 / scaling
 
 
-def compare(states: Tensor, student: Head, taught: Tensor, teacher: Head, targets: Tensor) -> Tensor:
+def sum_divergences(states: Tensor, student: Head, taught: Tensor, teacher: Head, targets: Tensor) -> Tensor:
     """Sums (6,) over N tokens: KL(t || s), KL(s || t), same argmax, -log s, -log t (as HELD_OUT), and N."""
     sums = torch.zeros(len(HELD_OUT) + 1, device=states.device, dtype=torch.float64)
     for start in range(0, len(states), CHUNK):

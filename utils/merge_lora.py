@@ -50,9 +50,9 @@ def merge(adapter: str | Path, output: str | Path, dtype: str = "auto") -> tuple
     base.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     own_dtype, base = base.dtype, base.float()
     model = PeftModel.from_pretrained(base, adapter).eval()
-    trained = proof.ask(model, ids, task)
+    trained = proof.compute_outputs(model, ids, task)
     with model.disable_adapter():
-        untrained = proof.ask(model, ids, task)
+        untrained = proof.compute_outputs(model, ids, task)
     effect = float((trained - untrained).abs().mean())
     if not effect:
         raise Refused([f"{adapter}: does not change the outputs of its base. Nothing to merge"])
@@ -69,13 +69,13 @@ def merge(adapter: str | Path, output: str | Path, dtype: str = "auto") -> tuple
         merged.save_pretrained(output, state_dict=state)
         tokenizer.save_pretrained(output)
         del once, state
-        found = proof.ask(kind.from_pretrained(output, dtype=torch.float32, **safely).eval(), ids, task)
+        found = proof.compute_outputs(kind.from_pretrained(output, dtype=torch.float32, **safely).eval(), ids, task)
         kept = 1 - float((found - trained).abs().mean()) / effect
         name = str(target).removeprefix("torch.")
         if kept >= ENOUGH or dtype != "auto" or target == torch.float32:
             break
         notes.append(f"in {name} the merge keeps {max(kept, 0):.0%} of what the adapter does")
-    proof.write(output, trained, tokenizer, task=task, dtype="float32", exact_to=name, same=name == "float32")
+    proof.write_probe(output, trained, tokenizer, task=task, dtype="float32", exact_to=name, same=name == "float32")
     return name, kept, notes
 
 

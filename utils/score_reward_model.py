@@ -38,16 +38,16 @@ def main(argv: list[str] | None = None) -> int:
     environment.calm_libraries()
     folder = Path(asked.output_dir or Path("output") / f"score-{Path(asked.model).absolute().name}")
     try:
-        rows, reward = load(asked.model, asked.data, folder)
+        rows, reward = load_scored(asked.model, asked.data, folder)
         scored = score_pairs(reward, rows.train)
     except Refused as refusal:
-        Refused([say_here(problem) for problem in refusal.problems]).say()
+        Refused([with_scoring_flags(problem) for problem in refusal.problems]).say()
         return 2
     found = {"model": asked.model, "data": asked.data, "data_hash": hash_rows(rows.train)}
-    found |= {"dropped_rows": count_reasons(rows.dropped)} | measure(**scored)
+    found |= {"dropped_rows": count_reasons(rows.dropped)} | count_figures(**scored)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "reward_model.json").write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    draw(folder / "reward_model.png", found, **scored)
+    draw_scores(folder / "reward_model.png", found, **scored)
     for note in rows.notes:
         print(f"note      {note}")
     dropped = ", ".join(f"{count} {reason}" for reason, count in found["dropped_rows"].items()) or "none"
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def load(model: str, paths: list[str], folder: Path) -> tuple[Rows, "RewardModel"]:
+def load_scored(model: str, paths: list[str], folder: Path) -> tuple[Rows, "RewardModel"]:
     """(Rows of pairs, RewardModel), tried on a few pairs. Raises Refused."""
     from utils.rewards.models import check_reward_model, load_reward_model, try_reward_model
 
@@ -77,7 +77,7 @@ def load(model: str, paths: list[str], folder: Path) -> tuple[Rows, "RewardModel
     return rows, reward
 
 
-def say_here(problem: str) -> str:
+def with_scoring_flags(problem: str) -> str:
     """A problem of training, with the names of the flags of this command."""
     return problem.replace("--reward_model_path", "MODEL").replace("--train_data_path", "DATA")
 
@@ -103,7 +103,7 @@ def tokens_of(tokenizer: "PreTrainedTokenizerBase", answer: str | list[dict]) ->
     return tokenizer(columns.text_of(answer), add_special_tokens=False)["input_ids"]
 
 
-def measure(scores: Pairs, lengths: Pairs, cut: int) -> dict:
+def count_figures(scores: Pairs, lengths: Pairs, cut: int) -> dict:
     """The figures of reward_model.json; the correlation is None if scores or lengths are constant."""
     flat = [[value for pair in pairs for value in pair] for pairs in (lengths, scores)]
     varies = all(len(set(values)) > 1 for values in flat)
@@ -127,7 +127,7 @@ def say_r(found: dict) -> str:
     return "no correlation (constant values)" if r is None else f"correlation of score and answer tokens {r:+.2f}"
 
 
-def draw(file: Path, found: dict, scores: Pairs, lengths: Pairs, cut: int) -> None:
+def draw_scores(file: Path, found: dict, scores: Pairs, lengths: Pairs, cut: int) -> None:
     import matplotlib
 
     matplotlib.use("Agg")

@@ -77,7 +77,7 @@ class Loaded(Exception):
 
 @pytest.fixture
 def no_picture(monkeypatch):
-    monkeypatch.setattr(plots, "draw", lambda *args: None)
+    monkeypatch.setattr(plots, "draw_rewards", lambda *args: None)
 
 
 @pytest.fixture

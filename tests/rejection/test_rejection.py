@@ -62,7 +62,7 @@ def scored(tiny_model, tmp_path_factory):
         words += f"--reward_funcs {folder / 'reward.py'}:total {FAST} "
         (folder / kind).mkdir()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(plots, "draw", lambda *args: None)
+            patch.setattr(plots, "draw_rewards", lambda *args: None)
             assert rejection_sampling.main(f"{words} --output_dir {folder / kind}".split()) == 0
         made[kind] = folder / kind, words
     return made

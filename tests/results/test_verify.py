@@ -120,10 +120,11 @@ def test_the_probe_is_computed_as_the_weights_are_held_not_under_autocast(sound,
     model, tokenizer = make_trained(tiny_model, "CAUSAL_LM", "lora")
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     model = accelerator.prepare(model)
-    under_autocast = proof.ask(model.eval(), json.loads((sound / "probe.json").read_text())["input_ids"], "CAUSAL_LM")
+    ids = json.loads((sound / "probe.json").read_text())["input_ids"]
+    under_autocast = proof.compute_outputs(model.eval(), ids, "CAUSAL_LM")
     proof.record(model, tokenizer, tmp_path, task="CAUSAL_LM", accelerator=accelerator)
     assert (tmp_path / "probe.json").read_text() == (sound / "probe.json").read_text()
-    again = proof.ask(model.eval(), json.loads((sound / "probe.json").read_text())["input_ids"], "CAUSAL_LM")
+    again = proof.compute_outputs(model.eval(), ids, "CAUSAL_LM")
     assert again.equal(under_autocast)  # the autocast is back in its place
     best = torch.tensor(json.loads((sound / "probe.json").read_text())["values"])
     assert not under_autocast.topk(64).values.equal(best)  # and it would have made a difference
@@ -252,14 +253,14 @@ def test_how_near_is_near_enough_depends_on_the_rounding(exact_to, off, status):
     found = torch.tensor([[-1.0, -3.0, -0.5 + off]])
     probe = make_probe(exact_to, [[-0.5, -1.0]])
     if status:
-        assert proof.compare("out", probe, found).endswith(status)
+        assert proof.compare_outputs("out", probe, found).endswith(status)
     else:
         with pytest.raises(Failed, match=f"Rounding to {exact_to} allows"):
-            proof.compare("out", probe, found)
+            proof.compare_outputs("out", probe, found)
     here = proof.name_device(torch.device("cpu"))
     near = off / 2 < (1e-3 if exact_to == "float32" else 0.05) / 4  # TOLERANCE of float32, else SAME_DEVICE
     with contextlib.nullcontext() if near else pytest.raises(Failed, match=f"Rounding to {exact_to} allows"):
-        proof.compare("out", probe | {"device": here}, found)
+        proof.compare_outputs("out", probe | {"device": here}, found)
 
 
 @pytest.mark.parametrize(("mode", "same"), [("lora", False), ("qlora", True)])
@@ -276,19 +277,19 @@ def test_fsdp2_rounds_an_adapter_that_is_held_in_float32(tiny_model, mode, same,
 def test_another_likeliest_token_is_a_tie_or_another_model():
     probe = make_probe("bfloat16", [[-1.0, -1.25]] * 4)  # token 2 before token 0, at four positions
     same, tie = [-1.25, -5.0, -1.0], [-1.0, -5.0, -1.1]  # token 0 is the likeliest now, as likely as token 2 was
-    said = proof.compare("out", probe, torch.tensor([tie, same, same, same]))
+    said = proof.compare_outputs("out", probe, torch.tensor([tie, same, same, same]))
     assert said.endswith("(another token is the likeliest at 1 of 4 positions, where they tie)")
     with pytest.raises(Failed, match="another token is the likeliest at 2 of 4 positions"):  # 2 / 4 > 0.25
-        proof.compare("out", probe, torch.tensor([tie, tie, same, same]))
+        proof.compare_outputs("out", probe, torch.tensor([tie, tie, same, same]))
     with pytest.raises(Failed, match="another token is the likeliest at 1 of 4 positions"):  # token 1, by 0.5 + 1 > 1
-        proof.compare("out", probe, torch.tensor([[-1.25, 0.5, -1.0], same, same, same]))
+        proof.compare_outputs("out", probe, torch.tensor([[-1.25, 0.5, -1.0], same, same, same]))
 
 
 def test_scores_may_differ_in_proportion_to_their_size():
     probe = make_probe("float32", [[1000.0]], task="SEQ_CLS")  # 1e-3 x 1000 = 1, a quarter in the mean
-    assert proof.compare("out", probe, torch.tensor([[1000.2]])).startswith("scores of a fresh process equal")
+    assert proof.compare_outputs("out", probe, torch.tensor([[1000.2]])).startswith("scores of a fresh process equal")
     with pytest.raises(Failed):
-        proof.compare("out", probe, torch.tensor([[1000.5]]))
+        proof.compare_outputs("out", probe, torch.tensor([[1000.5]]))
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def different_tokenizers(flag: str, different: str) -> str:
     )
 
 
-def check_tokens(run: Run) -> None:
+def check_teacher_tokens(run: Run) -> None:
     """Raises Refused if the teacher cannot read the tokens of the rows. Loads its tokenizer, also from the Hub."""
     config, tokenizer = run.config, run.tokenizer
     path = config.teacher_model_name_or_path

@@ -41,7 +41,7 @@ def find(run: Run) -> list[Finding]:
     warnings = [
         *check_versions(),
         *check_lengths(run),
-        *check_tokens(train, held_out),
+        *check_row_tokens(train, held_out),
         *check_rows(rows),
         *check_balance(config, rows),
         *check_schedule(run),
@@ -106,7 +106,7 @@ def check_lengths(run: Run) -> Iterator[str]:
     yield f"--{flag} {limit} drops {dropped} and cuts {cut} of {total} rows; {way_out}"
 
 
-def check_tokens(train: Prepared, held_out: Prepared) -> Iterator[str]:
+def check_row_tokens(train: Prepared, held_out: Prepared) -> Iterator[str]:
     """Warn where a token spans prompt and answer, or a row does not have exactly one BOS and one end of turn."""
     total = len(train.rows) + len(held_out.rows)
     spanned = train.spanned + held_out.spanned

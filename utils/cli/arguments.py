@@ -41,7 +41,7 @@ def peek_shared(argv: list[str], name: str | None = None) -> tuple[Any, str, lis
 
 
 def peek(argv: list[str], shared: type) -> tuple[Any, list[str]]:
-    """(an instance of the dataclass `shared`, problems), from the words that are its flags; a bad one has its default."""
+    """(an instance of the dataclass `shared`, problems), from its flags among the words. A bad one has its default."""
     parser = make_parser([shared], add_help=False)
     how = {"return_remaining_strings": True, "look_for_args_file": False}
     found, _ = parser.parse_args_into_dataclasses(argv, **how)

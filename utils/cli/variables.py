@@ -61,7 +61,7 @@ def fill_rlhf(values: Flags) -> Flags:
     defaults = {"model_name_or_path": DEMO_MODEL, "output_dir": f"output/{name}-{values.get('train_mode')}"}
     defaults |= {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
     if "train_data_path" not in values:  # the sample data: takes minutes
-        defaults |= sample(method, values) | recipes.read_flags(method.sample_flags)
+        defaults |= sample_flags(method, values) | recipes.read_flags(method.sample_flags)
     return training_defaults(values) | defaults | values
 
 
@@ -87,12 +87,16 @@ def fill_rejection(values: Flags) -> Flags:
     if "eval_data_path" not in values:
         defaults["eval_fraction"] = "0.2" if is_sample else "0.1"
     if is_sample:  # takes minutes
-        defaults |= sample(REJECTION, values) | {"max_samples": "40", "max_new_tokens": "64", "num_train_epochs": "2"}
+        defaults |= sample_flags(REJECTION, values) | {
+            "max_samples": "40",
+            "max_new_tokens": "64",
+            "num_train_epochs": "2",
+        }
         defaults["system_prompt"] = "Answer in one short sentence."
     return {flag: value for flag, value in (defaults | values).items() if then or flag not in THEN}
 
 
-def sample(method: Method, values: Flags) -> Flags:
+def sample_flags(method: Method, values: Flags) -> Flags:
     """The method's sample data and, unless a reward is given, its sample reward."""
     judged = values.keys() & {*REWARD, "judge_model"}
     reward = {"reward_funcs": method.sample_reward} if method.sample_reward and not judged else {}

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 ROOM = 4 * 1024**3  # bytes of all entries; an entry above half of it is not kept
 
 
-def prepare_rows(
+def prepare_once(
     rows: list[Row],
     tokenizer: "PreTrainedTokenizerBase",
     columns: tuple[str, ...],
@@ -33,13 +33,13 @@ def prepare_rows(
     max_prompt: Room = no_limit,
 ) -> prepare.Prepared:
     """prepare.prepare_rows, or its result from an earlier start with the same inputs."""
-    made_of = describe(rows, tokenizer, columns, max_length, max_prompt)
+    made_of = make_key(rows, tokenizer, columns, max_length, max_prompt)
     file = folder() / f"{made_of}.json" if made_of else None
     prepared = read(file, rows, columns) if file else None
     if prepared is None:
         prepared = prepare.prepare_rows(rows, tokenizer, columns, max_length, max_prompt)
         if file and os.environ.get("LOCAL_RANK", "0") == "0":
-            write(file, rows, columns, prepared)
+            write_entry(file, rows, columns, prepared)
     return prepared
 
 
@@ -47,7 +47,7 @@ def folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rlhf_prepared"
 
 
-def describe(
+def make_key(
     rows: list[Row],
     tokenizer: "PreTrainedTokenizerBase",
     columns: tuple[str, ...],
@@ -93,7 +93,7 @@ def read(file: Path, rows: list[Row], columns: tuple[str, ...]) -> prepare.Prepa
     return prepare.Prepared(**held)
 
 
-def write(file: Path, rows: list[Row], columns: tuple[str, ...], prepared: prepare.Prepared) -> None:
+def write_entry(file: Path, rows: list[Row], columns: tuple[str, ...], prepared: prepare.Prepared) -> None:
     """Atomic, and readable for the user alone."""
     places = {id(values): place for place, (_, values) in enumerate(rows)}
     dropped = [(places[id(values)], reason) for _, reason, values in prepared.dropped]

@@ -137,7 +137,7 @@ def has_json_line(text: str) -> bool:
         return False
 
 
-def read_json(file: str, notes: list[str], problems: list[str]) -> Iterator[tuple[int, object]]:
+def read_json_rows(file: str, notes: list[str], problems: list[str]) -> Iterator[tuple[int, object]]:
     text = read_text(file)
     if text.count("\n{") and not text.lstrip().startswith("["):
         notes.append(f"{file} has a JSON object a line, not an array; read as that")
@@ -208,7 +208,7 @@ def read_hub(name: str, notes: list[str], problems: list[str]) -> Iterator[tuple
         )
 
 
-READERS = {".jsonl": read_jsonl, ".json": read_json, ".csv": read_csv, ".parquet": read_parquet}
+READERS = {".jsonl": read_jsonl, ".json": read_json_rows, ".csv": read_csv, ".parquet": read_parquet}
 
 
 def say_type(value: object) -> str:

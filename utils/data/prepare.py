@@ -91,7 +91,7 @@ def prepare_rows(
             if trained_from is None:
                 prepared.dropped.append((where, "no assistant turn in what the template writes", values))
                 continue
-            measure(prepared, where, values, alone, whole, tokenizer, columns)
+            add_lengths(prepared, where, values, alone, whole, tokenizer, columns)
             if longest > limit and columns == RANKED:
                 prepared.dropped.append((where, "longer than max_length", values))
             elif longest > limit and trained_from >= limit:
@@ -144,7 +144,7 @@ def trainer_row(
     return row | {name: values[name] for name in ("label", "margin") if name in values}
 
 
-def measure(
+def add_lengths(
     prepared: Prepared,
     where: str,
     values: dict,

@@ -59,7 +59,7 @@ def look(rows: list[Row], columns: Kind, repaired: bool) -> Seen:
     seen = Seen(columns, repaired, set(), collections.defaultdict(set), False)
     for _, row in rows:
         seen.filled |= {name for name, value in row.items() if value not in (None, "")}
-        seen.whole |= not has(row, "prompt") and is_chat(row.get("chosen"))
+        seen.whole |= not has(row, "prompt") and is_dialogue(row.get("chosen"))
         for name in ("label", *THUMBS):
             if has(row, name):
                 seen.words[name].add(to_word(row[name]))
@@ -75,7 +75,7 @@ def is_list(value: object) -> TypeGuard[list[dict]]:
     return isinstance(value, list) and value != [] and all(isinstance(part, dict) for part in value)
 
 
-def is_chat(value: object) -> TypeGuard[list[dict]]:
+def is_dialogue(value: object) -> TypeGuard[list[dict]]:
     return is_list(value) and all(isinstance(part.get(key), str) for part in value for key in ("role", "content"))
 
 
@@ -186,9 +186,9 @@ def rename(target: str, names: Iterable[str], kinds: tuple[type, ...] = (str, li
     return make
 
 
-def ask(row: dict, seen: Seen) -> dict | None:
+def move_question(row: dict, seen: Seen) -> dict | None:
     asked = [name for name in ASKED if isinstance(row.get(name), str) and row[name].strip()]
-    whole = any(is_chat(row.get(name)) and row[name][0]["role"] != "assistant" for name in SIDES)
+    whole = any(is_dialogue(row.get(name)) and row[name][0]["role"] != "assistant" for name in SIDES)
     history = row.get("history") or []
     paired = isinstance(history, list) and all(isinstance(two, list) and len(two) == 2 for two in history)
     if has(row, "prompt") or has(row, "messages") or whole or not paired:
@@ -203,7 +203,7 @@ def ask(row: dict, seen: Seen) -> dict | None:
 
 def take_messages(row: dict, seen: Seen) -> dict | None:
     asked = row.get("input")
-    if isinstance(asked, dict) and is_chat(asked.get("messages")) and not has(row, "prompt"):
+    if isinstance(asked, dict) and is_dialogue(asked.get("messages")) and not has(row, "prompt"):
         return put(row, ("input",), prompt=asked["messages"])
     return None
 
@@ -233,7 +233,7 @@ def take_rated(row: dict, seen: Seen) -> dict | None:
 
 def take_context(row: dict, seen: Seen) -> dict | None:
     talk: Any = row.get("messages")
-    if not is_chat(talk) or has(row, "prompt"):
+    if not is_dialogue(talk) or has(row, "prompt"):
         return None
     answered = talk[-1]["role"] == "assistant"
     asked, answer = (talk[:-1], talk[-1:]) if answered else (talk, None)
@@ -242,7 +242,7 @@ def take_context(row: dict, seen: Seen) -> dict | None:
     lacking = "chosen" if has(row, "rejected") else "completion" if seen.columns == UNPAIRED else None
     if lacking is None or answered == has(row, lacking):
         return None
-    if lacking == "chosen" and answered and is_chat(row["rejected"]) and row["rejected"][0]["role"] != "assistant":
+    if lacking == "chosen" and answered and is_dialogue(row["rejected"]) and row["rejected"][0]["role"] != "assistant":
         return put(row, ("messages",), chosen=talk)
     return put(row, ("messages",), prompt=asked, **({lacking: answer} if answered else {}))
 
@@ -256,16 +256,16 @@ def take_system(row: dict, seen: Seen) -> dict | None:
         value = row.get(name)
         if name == "prompt" and isinstance(value, str):
             found[name] = before + turn("user", value)
-        elif is_chat(value) and before and value[0]["role"] == "system":
+        elif is_dialogue(value) and before and value[0]["role"] == "system":
             return None
-        elif is_chat(value) and (name in ("prompt", "messages") or value[0]["role"] == "user"):
+        elif is_dialogue(value) and (name in ("prompt", "messages") or value[0]["role"] == "user"):
             found[name] = before + value
     return put(row, ("system",), **found) if any(found[name] != row[name] for name in found) else None
 
 
 def split_prompt(row: dict, seen: Seen) -> dict | None:
     sides = {name: row[name] for name in SIDES if has(row, name)}
-    if not isinstance(row.get("prompt"), str) or not sides or not all(map(is_chat, sides.values())):
+    if not isinstance(row.get("prompt"), str) or not sides or not all(map(is_dialogue, sides.values())):
         return None
     start = common_start(*sides.values()) if len(sides) == 2 else [*sides.values()][0][:-1]
     if not any(message["content"].strip() == row["prompt"].strip() for message in start):
@@ -282,7 +282,7 @@ def cut(sides: dict, start: list[dict], seen: Seen) -> dict:
 
 def split_whole(row: dict, seen: Seen) -> dict | None:
     sides: dict[str, Any] = {name: row.get(name) for name in RANKED}
-    alike = all(map(is_chat, sides.values())) or all(isinstance(value, str) for value in sides.values())
+    alike = all(map(is_dialogue, sides.values())) or all(isinstance(value, str) for value in sides.values())
     if alike and not has(row, "prompt") and (seen.repaired or "prompt" in seen.filled):
         start = common_start(*sides.values())
         return row | {"prompt": start} | cut(sides, start, seen)
@@ -290,7 +290,7 @@ def split_whole(row: dict, seen: Seen) -> dict | None:
 
 
 def join_prompt(row: dict, seen: Seen) -> dict | None:
-    if seen.whole and all(is_chat(row.get(name)) for name in PAIR):
+    if seen.whole and all(is_dialogue(row.get(name)) for name in PAIR):
         prompt = row["prompt"]
         ahead = [] if all(row[name][: len(prompt)] == prompt for name in RANKED) else prompt
         return put(row, ("prompt",), **{name: ahead + row[name] for name in RANKED})
@@ -298,14 +298,14 @@ def join_prompt(row: dict, seen: Seen) -> dict | None:
 
 
 def join_answer(row: dict, seen: Seen) -> dict | None:
-    if (seen.repaired or "messages" in seen.filled) and all(is_chat(row.get(name)) for name in ANSWERED):
+    if (seen.repaired or "messages" in seen.filled) and all(is_dialogue(row.get(name)) for name in ANSWERED):
         return None if has(row, "messages") else put(row, ANSWERED, messages=row["prompt"] + row["completion"])
     return None
 
 
 def make_turns(row: dict, seen: Seen) -> dict | None:
     names = ANSWERED if seen.columns in ONE else ("prompt", *SIDES)
-    chats = [name for name in names if is_chat(row.get(name))]
+    chats = [name for name in names if is_dialogue(row.get(name))]
     texts = [name for name in names if isinstance(row.get(name), str)]
     if seen.columns == PROMPT:  # the answers are for the reward functions
         texts = [name for name in texts if name == "prompt"]
@@ -346,7 +346,7 @@ RULES = [
     (f"{', '.join(WORSE)} -> rejected", (*TWO, PROMPT), rename("rejected", WORSE)),
     ('"Human: ... Assistant: ..." -> messages', ANY, read_dialogue),
     ("OpenAI's input.messages -> prompt", ANY, take_messages),
-    ("instruction and input, question, query or problem -> prompt, a turn of the user", ANY, ask),
+    ("instruction and input, question, query or problem -> prompt, a turn of the user", ANY, move_question),
     (f"{', '.join(ANSWERS)} -> completion, beside rejected chosen", (*TWO, *ONE), take_answer),
     ("completions -> the best and the worst, where their ratings differ", TWO, take_rated),
     ("text -> messages", (DIALOGUE,), take_text),

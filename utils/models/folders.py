@@ -47,7 +47,7 @@ class ModelFolder:
         """The folder or Hub id; the same object as long as its files are unchanged. None is refused with the flags."""
         name = str(path)
         entries = list(os.scandir(name)) if Path(name).is_dir() else []
-        return known(name, revision, frozenset(map(stamp, entries)))
+        return known(name, revision, frozenset(map(entry_stamp, entries)))
 
     # ── config and tokenizer ─────────────────────────────────────────────────────────────────────────────────────────
 
@@ -243,7 +243,7 @@ def known(path: str, revision: str | None, stamps: frozenset) -> ModelFolder:
     return ModelFolder(path, revision)
 
 
-def stamp(entry: os.DirEntry) -> tuple:
+def entry_stamp(entry: os.DirEntry) -> tuple:
     """Changes when the file does."""
     try:
         found = entry.stat()
@@ -255,7 +255,7 @@ def stamp(entry: os.DirEntry) -> tuple:
 def read_object(file: Path) -> dict:
     """A JSON object. Raises Refused."""
     try:
-        found = read_json(file)
+        found = read_json_file(file)
     except ValueError:
         raise Refused([f"{file}: not valid JSON. Copy it from the original model"]) from None
     if not isinstance(found, dict):
@@ -263,7 +263,7 @@ def read_object(file: Path) -> dict:
     return found
 
 
-def read_json(file: Path) -> Any:
+def read_json_file(file: Path) -> Any:
     """A file's JSON; None where there is no such file."""
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rlhf_args.gkd_config import GKDConfig
 
 
-def describe(run: Run) -> list[str]:
+def describe_teacher(run: Run) -> list[str]:
     """The lines of a distillation in the plan."""
     common, config = run.common, run.config
     path = config.teacher_model_name_or_path

@@ -33,7 +33,7 @@ class Longest:
         if paths and has_folder and not config.packing:  # packing fills every pass, however long the rows are
             rows = load_rows(paths, None, method.columns, run.name, common.max_samples).train
             fit_tokenizer(self.tokenizer, chat=columns.is_chat(rows[0][1]))
-            prepared = cache.prepare_rows(rows, self.tokenizer, method.columns, limit)
+            prepared = cache.prepare_once(rows, self.tokenizer, method.columns, limit)
             where = "the longest row of the data"
         else:
             fit_tokenizer(self.tokenizer, chat=False)

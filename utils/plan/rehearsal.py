@@ -45,7 +45,7 @@ def rehearse(run: Run, models: Models, lengths: tuple[int, int], sharded: bool, 
     config.bf16 = config.bf16 and not sharded
     with quietly(), without_data(ledger), new_objects_collected():
         with hollow.without_loading(models.find), with_reference_precomputed(kind):
-            trainer, judge, sizes = make_trainer(run, kind, models, sharded, ledger)
+            trainer, judge, sizes = make_rehearsed(run, kind, models, sharded, ledger)
             gc.collect()
             weights, ledger.peaks = ledger.held["weights"], {}
             ledger.reach("")
@@ -79,7 +79,7 @@ def rehearse_answers(
 # ── the trainer ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def make_trainer(
+def make_rehearsed(
     run: Run, kind: type, models: Models, sharded: bool, ledger: Ledger
 ) -> "tuple[Trainer, PreTrainedModel | None, dict[str, Any]]":
     """(the trainer with hollow models, the reward model, fields of Rehearsal that describe the models)."""

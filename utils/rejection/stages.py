@@ -277,7 +277,7 @@ class RejectionRun:
                         out.add(name, made | {"provenance": whence})
         found = tally.report(out.counts) | {"select": config.select, "scored_by": kept.get("score")}
         report.write_report(self.folder, found)
-        plots.draw(self.folder, found, tally.shown)
+        plots.draw_rewards(self.folder, found, tally.shown)
         report.say_report(found, config.keep_cut, output.say)
         for name in names:
             path = selection.path_of(self.folder, name, config.chunk_size)

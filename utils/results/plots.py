@@ -37,7 +37,7 @@ def draw_report(folder: Path, method: Method) -> None:
     pyplot.close(figure)
 
 
-def draw(folder: str | Path, found: dict, shown: list[tuple[float, int]]) -> None:
+def draw_rewards(folder: str | Path, found: dict, shown: list[tuple[float, int]]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.models import load
-from utils.models.folders import ModelFolder, read_json
+from utils.models.folders import ModelFolder, read_json_file
 from utils.results.soundness import check_files
 from utils.runtime import output, paths
 from utils.runtime.errors import Failed, Refused
@@ -60,7 +60,7 @@ def record(
         mixed = is_mixed(inner)
         # float32 norms between 4-bit layers and a bfloat16 head need autocast
         with accelerator.autocast() if mixed and accelerator else contextlib.nullcontext():
-            values = ask(inner, tokenizer(TEXT)["input_ids"], task)
+            values = compute_outputs(inner, tokenizer(TEXT)["input_ids"], task)
         held_in = inner.get_input_embeddings().weight.dtype
         kinds = {p.dtype for p in inner.parameters() if p.is_floating_point()}
     model.train(was_training)
@@ -71,7 +71,7 @@ def record(
     exact_to = "bfloat16" if mixed else exact_to
     same = exact_to == dtype and (computed_in is None or kinds == {computed_in})
     if accelerator is None or accelerator.is_main_process:
-        write(folder, values, tokenizer, task=task, dtype=dtype, exact_to=exact_to, same=same, four_bit=four_bit)
+        write_probe(folder, values, tokenizer, task=task, dtype=dtype, exact_to=exact_to, same=same, four_bit=four_bit)
 
 
 def is_mixed(model: "Module") -> bool:
@@ -101,7 +101,7 @@ def unwrapped(model: "Module", accelerator: "Accelerator | None") -> Iterator["M
                 inner.forward = with_autocast
 
 
-def ask(model: "Module", ids: list[int], task: str) -> "torch.Tensor":
+def compute_outputs(model: "Module", ids: list[int], task: str) -> "torch.Tensor":
     """Outputs of `model` for `ids` (T,), in float32: log-probabilities (T, V), or scores of tokens (T, 1)."""
     import torch
 
@@ -122,7 +122,7 @@ def ask(model: "Module", ids: list[int], task: str) -> "torch.Tensor":
     return heard[0][0].float() if hook else out.logits[0].float().log_softmax(-1)
 
 
-def write(
+def write_probe(
     folder: str | Path,
     values: "torch.Tensor",
     tokenizer: "PreTrainedTokenizerBase",
@@ -212,14 +212,14 @@ def verify(folder: str | Path, device: str = "cpu") -> str:
         return f"{said}; its files alone: no {FILE} was recorded there"
     fail_if(folder, list(check_tokenizer(tokenizer, probe)))
     with reopening(folder):
-        values = ask(open_model(folder, tokenizer, probe, device), probe["input_ids"], probe["task"])
-    return f"{said}, {compare(folder, probe, values)}"
+        values = compute_outputs(open_model(folder, tokenizer, probe, device), probe["input_ids"], probe["task"])
+    return f"{said}, {compare_outputs(folder, probe, values)}"
 
 
 def read_probe(folder: Path) -> dict | None:
     """The content of probe.json, None without the file. Raises Failed for a broken file."""
     try:
-        probe = read_json(folder / FILE)
+        probe = read_json_file(folder / FILE)
     except ValueError:
         raise Failed(f"{folder} is not sound: {FILE} is not valid JSON") from None
     missing = {"task", "dtype", "four_bit", "exact_to", "device", "chat_template", "input_ids", "tokens", "values"}
@@ -289,7 +289,7 @@ def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", probe: dict) -> Iterat
         yield "its chat template is not the one in memory"
 
 
-def compare(folder: Path, probe: dict, values: "torch.Tensor") -> str:
+def compare_outputs(folder: Path, probe: dict, values: "torch.Tensor") -> str:
     """One line about values (T, V) or (T, 1) that agree with the recorded values. Raises Failed."""
     import torch
 

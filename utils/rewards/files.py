@@ -32,7 +32,9 @@ def import_file(file: Path) -> ModuleType:
     imported: dict[str, Any] = {
         name: module for name, module in sys.modules.items() if f"{name}.".startswith(f"{package}.")
     }
-    if any(stamp(module.__file__) != module.__stamp__ for module in imported.values() if hasattr(module, "__stamp__")):
+    if any(
+        file_stamp(module.__file__) != module.__stamp__ for module in imported.values() if hasattr(module, "__stamp__")
+    ):
         for name in imported:
             del sys.modules[name]
     if folder not in sys.path:
@@ -41,7 +43,7 @@ def import_file(file: Path) -> ModuleType:
     return importlib.import_module(f"{package}.{quote_path(file.stem)}")
 
 
-def stamp(path: str) -> tuple[int, int] | None:
+def file_stamp(path: str) -> tuple[int, int] | None:
     """Time and size of a file; None if it is gone."""
     return (os.stat(path).st_mtime_ns, os.stat(path).st_size) if os.path.exists(path) else None
 
@@ -88,7 +90,7 @@ class Loader(SourceFileLoader):
         # the import statement, at the top of a file or in a function, calls __import__ of the file's own builtins
         own = functools.partial(import_beside, f"{__name__}.{quote_path(self.folder)}", self.folder)
         module.__dict__["__builtins__"] = {**vars(builtins), "__import__": own}
-        module.__dict__["__stamp__"] = stamp(self.path)
+        module.__dict__["__stamp__"] = file_stamp(self.path)
         super().exec_module(module)
 
 

@@ -126,8 +126,8 @@ def prepare_text(run: Run, room: Callable[[Run], prepare.Room] | None = None) ->
         run.tokenizer = load_tokenizer(common.model_name_or_path, common.model_revision, config.trust_remote_code)
         rows.notes += template.fit_tokenizer(run.tokenizer, chat=columns.is_chat(rows.train[0][1]))
         limits = flags.length_limit(config, common.model_name_or_path), room(run) if room else prepare.no_limit
-        run.train = cache.prepare_rows(rows.train, run.tokenizer, method.columns, *limits)
-        run.held_out = cache.prepare_rows(rows.held_out, run.tokenizer, method.columns, *limits)
+        run.train = cache.prepare_once(rows.train, run.tokenizer, method.columns, *limits)
+        run.held_out = cache.prepare_once(rows.held_out, run.tokenizer, method.columns, *limits)
         rows.dropped += run.train.dropped + run.held_out.dropped
         faster = pace.choose(run)
         if environment.is_main() and run.train.rows:
@@ -139,7 +139,7 @@ def prepare_text(run: Run, room: Callable[[Run], prepare.Room] | None = None) ->
             load(method.check_text)(run)
 
 
-def say_plan(run: Run, describe: Callable[[Run], list[str]] = lambda run: []) -> None:
+def announce(run: Run, describe: Callable[[Run], list[str]] = lambda run: []) -> None:
     """Print the plan. For a run with refusals: only the findings in its data, and only with --check.
 
     describe: further lines of the plan.
@@ -178,7 +178,7 @@ def model_source(run: Run) -> dict:
     }
 
 
-def find_start(run: Run) -> resume.Start:
+def say_start(run: Run) -> resume.Start:
     """Find the checkpoint to resume from, and print it. Raises Refused if it belongs to another run."""
     from utils.runtime import output
 
@@ -190,7 +190,7 @@ def find_start(run: Run) -> resume.Start:
     return start
 
 
-def make_lora(run: Run) -> LoraConfig | None:
+def new_lora(run: Run) -> LoraConfig | None:
     """The LoraConfig of a new adapter; None for full weights, or if the model is an adapter already."""
     from utils.models import load
 
@@ -217,7 +217,7 @@ def make_trainer(run: Run, policy: PreTrainedModel, **others: object) -> Trainer
             processing_class=run.tokenizer,
             train_dataset=prepare.as_dataset(run.train),
             eval_dataset=prepare.as_dataset(run.held_out),
-            peft_config=make_lora(run),
+            peft_config=new_lora(run),
             **others,
         )
         run.config = trainer.args

@@ -44,7 +44,7 @@ class Rewards:
             self.judge.say_failures()
 
 
-def load(run: Run) -> Rewards:
+def load_rewards(run: Run) -> Rewards:
     """Load the reward functions and the judge, and try each. The judge is not asked for a run that is refused."""
     rewards, common = Rewards(), run.common
     if run.method.sample_reward and run.tokenizer:

@@ -175,7 +175,7 @@ def test_a_token_that_spans_prompt_and_answer_is_counted():
     rows = [("rows:1", {"prompt": "a ", **sides}), ("rows:2", {"prompt": "a", "chosen": " b", "rejected": "a"})]
     prepared = data_prepare.prepare_rows(rows, tokenizer, PAIR, 64)
     assert prepared.spanned == 1  # "a", " " alone, "a", " b" with the answer
-    (warning,) = findings.check_tokens(prepared, data_prepare.Prepared())
+    (warning,) = findings.check_row_tokens(prepared, data_prepare.Prepared())
     assert warning.startswith("in 1 of 2 rows (50%) a token spans prompt and answer")
 
 
@@ -433,7 +433,7 @@ def test_trained_numbers_are_those_of_the_model_that_would_be_trained(flags, tin
     words = f"--model_name_or_path {tiny_model} --train_data_path x --output_dir x {flags}".split()
     common, config = arguments.parse(words, "DPO")
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    lora = chapters.make_lora(Run([], "DPO", common, config, []))
+    lora = chapters.new_lora(Run([], "DPO", common, config, []))
     model = get_peft_model(model, lora) if lora else model
     assert folders.count_trained(common) == sum(p.numel() for p in model.parameters() if p.requires_grad)
 

@@ -38,7 +38,7 @@ def prepare(tmp_path, monkeypatch):
         tokenizer = make_tokenizer(template)
         data_template.fit_tokenizer(tokenizer, chat=True)
         made.clear()
-        return cache.prepare_rows(read.train, tokenizer, columns, max_length), bool(made)
+        return cache.prepare_once(read.train, tokenizer, columns, max_length), bool(made)
 
     return prepare
 

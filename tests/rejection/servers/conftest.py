@@ -248,7 +248,7 @@ def words_for(api, prompts, out, flags="", samples=3):
 def run(tmp_path, waits, clients, capsys, monkeypatch):
     """run(api, flags, ...): (status, lines of stdout, stderr as it is); the folder is tmp_path / out."""
 
-    monkeypatch.setattr(plots, "draw", lambda *_: None)  # the picture takes longer than all else
+    monkeypatch.setattr(plots, "draw_rewards", lambda *_: None)  # the picture takes longer than all else
 
     def run(api, flags="", rows=CHATS, out="out", **options):
         prompts = write_rows(tmp_path / "prompts.jsonl", rows)

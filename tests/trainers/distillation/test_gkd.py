@@ -22,7 +22,7 @@ from tests.conftest import make_tokenizer
 from tests.trainers.distillation.conftest import answers_logits, make_qwen
 from tests.trainers.test_losses import LN2, POLICY, REFERENCE, make_bigram, make_tokenizer as make_word_tokenizer
 from trainers import gkd_trainer
-from trainers.gkd_trainer import HELD_OUT, EveryRow, GKDTrainer, Head, compare
+from trainers.gkd_trainer import HELD_OUT, EveryRow, GKDTrainer, Head, sum_divergences
 from utils.data.prepare import prepare_rows
 from utils.data.rows import make_rows
 from utils.models import load as models_load, sampling
@@ -165,7 +165,7 @@ def test_what_is_held_out_is_summed_over_all_its_tokens(monkeypatch):
     monkeypatch.setattr(gkd_trainer, "CHUNK", 2)
     head = make_head(torch.eye(4))
     sums = dict(
-        zip([*HELD_OUT, "tokens"], compare(student, head, teacher, head, torch.tensor([1, 2, 3])), strict=True)
+        zip([*HELD_OUT, "tokens"], sum_divergences(student, head, teacher, head, torch.tensor([1, 2, 3])), strict=True)
     )
     assert {name: total.item() for name, total in sums.items()} == {
         "forward_kl": near((5 + 1 + 5) / 8 * LN2),
