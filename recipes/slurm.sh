@@ -1,6 +1,6 @@
 #!/bin/bash
-# Several nodes under SLURM: edit the sizes and the exports, then sbatch recipes/slurm.sh from the project's folder.
-# The project, MODEL, TRAIN_DATA and OUTPUT_DIR lie on a disk that every node sees.
+# Several nodes under SLURM: edit the sizes and the exports, then run sbatch recipes/slurm.sh in the project's folder.
+# The project, MODEL, TRAIN_DATA and OUTPUT_DIR must be on a disk that all nodes share.
 #SBATCH --job-name=rlhf
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -17,5 +17,5 @@ export NNODES=$SLURM_NNODES
 export MASTER_ADDR MASTER_PORT=29500
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
-# one launcher a node; when one node fails, the others are ended with it
+# one launcher per node; if a node fails, SLURM terminates the others
 srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 bash -c 'NODE_RANK=$SLURM_NODEID bash rlhf_run.sh "$@"' rlhf "$@"
