@@ -56,11 +56,12 @@ def sample_from_words(argv: list[str]) -> int:
 def parse_and_check(argv: list[str]) -> tuple[CommonArgs, RejectionConfig, list[str]]:
     """Flags, folders and templates. What needs no library is refused within a second, so that comes first."""
     words = recipes.expand(argv)
-    common, config, left = arguments.parse_rejection(words)
+    common, config, left, problems = arguments.parse_rejection(words)
+    refuse_if([] if common.check else problems)
     from utils.checks import folders
     from utils.rejection import checks
 
-    refuse_if(checks.check_flags(common, config, words) + folders.check_recipes(common, config, argv))
+    refuse_if([*problems, *checks.check_flags(common, config, words), *folders.check_recipes(common, config, argv)])
     return common, config, left
 
 

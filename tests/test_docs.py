@@ -107,7 +107,8 @@ def test_every_recipe_is_read_by_the_real_command_line(path):
     words = expand(["--config", str(path)])
     asked = yaml.safe_load(path.read_text())
     if "num_completions" in asked:
-        common, config, left = arguments.parse_rejection(words)
+        common, config, left, problems = arguments.parse_rejection(words)
+        assert not problems
         _, then = arguments.parse(["--output_dir", "out", *left], config.then)
         asked = {
             flag: value for flag, value in asked.items() if f"--{flag}" not in left or getattr(then, flag) != value

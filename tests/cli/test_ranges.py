@@ -11,7 +11,7 @@ from common_args import CommonArgs, RewardArgs, SharedArgs
 from rlhf_args.methods import EVERY, REJECTION, load
 from tests.conftest import ROOT
 from utils.cli import arguments, ranges
-from utils.runtime.errors import Refused
+from utils.runtime.errors import Refused, refuse_if
 
 TABLE = EVERY | {"rejection sampling": REJECTION}
 BOUND = re.compile(r"(at least|above|at most|below) (\d[\d.]*)")
@@ -35,7 +35,7 @@ def refusals(name, typed):
         if name in EVERY:
             arguments.parse(["--output_dir", "o", *words], name, planned=True)
         else:
-            arguments.parse_rejection(words)
+            refuse_if(arguments.parse_rejection(words)[3])
     found = {line.split()[0].removeprefix("--"): line for line in refusal.value.problems}
     assert len(found) == len(refusal.value.problems)
     return found

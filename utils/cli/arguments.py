@@ -116,8 +116,8 @@ def parse(argv: list[str], name: str, planned: bool = False, collected: list[str
     return common, config
 
 
-def parse_rejection(argv: list[str]) -> tuple[Any, Any, list[str]]:
-    """(RewardArgs, RejectionConfig, remaining words for the method of --then). Raises Refused."""
+def parse_rejection(argv: list[str]) -> tuple[Any, Any, list[str], list[str]]:
+    """(RewardArgs, RejectionConfig, remaining words for --then's method, problems). A bad flag has its default."""
     kinds = [load(REJECTION.arguments), load(REJECTION.config)]
     kinds[1]._argument_group_name = "the flags of rejection sampling"
     parser = make_parser(
@@ -126,17 +126,18 @@ def parse_rejection(argv: list[str]) -> tuple[Any, Any, list[str]]:
         description=f"{REJECTION.title} ({REJECTION.source}).",
         epilog="--then METHOD also takes that method's flags: `python train_rlhf.py --rlhf_type METHOD --help`.",
     )
-    common, config, left = parser.parse_args_into_dataclasses(
-        argv, return_remaining_strings=True, look_for_args_file=False
-    )
+    how = {"return_remaining_strings": True, "look_for_args_file": False}
+    common, config, left = parser.parse_args_into_dataclasses(argv, **how)
     known = {field.name for kind in kinds for field in fields(kind)}
     problems = [no_such_flag(word, None, known) for word in left if word.startswith("--") and not config.then]
     if left and not config.then and not problems:
         problems = [f"{' '.join(left)}: not a flag. Every value follows its --flag"]
-    problems += check_ranges(kinds[0], common) + check_ranges(kinds[1], config)
-    refuse_if(parser.problems + problems)
-    common.dtype = resolve_dtype(common.dtype, None, None, "rejection sampling", REJECTION)
-    return common, config, left
+    problems = [*parser.problems, *problems, *check_ranges(kinds[0], common), *check_ranges(kinds[1], config)]
+    if problems:
+        common, config, left = parser.parse_args_into_dataclasses(drop_flags(argv, flags_in(problems)), **how)
+    else:
+        common.dtype = resolve_dtype(common.dtype, None, None, "rejection sampling", REJECTION)
+    return common, config, left, problems
 
 
 def make_parser(dataclass_types: list[type], **kwargs: Any) -> Any:
