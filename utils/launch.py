@@ -9,7 +9,6 @@ is printed last.
 Exit status: that of the training script, or 2 if this launch cannot start.
 """
 
-import difflib
 import errno
 import logging
 import math
@@ -27,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from utils.cli import recipes, variables
-from utils.runtime.errors import Refused, refuse_if
+from utils.runtime.errors import Refused, guess_name, refuse_if
 from utils.runtime.paths import DEMO_MODEL, DEMO_STUDENT
 from utils.survival import memory
 
@@ -123,9 +122,9 @@ def read_plan(env: Mapping[str, str], gpus: int) -> Plan:
     file = CONFIGS / f"{name}.yaml"
     if not file.exists():
         known = ["auto", *sorted(path.stem for path in CONFIGS.glob("*.yaml"))]
-        near = difflib.get_close_matches(name, known, 1)
-        guess = f". Did you mean {near[0]}?" if near else ""
-        raise Refused([f"LAUNCH={name}: no such file in {CONFIGS}/. There are {', '.join(known)}{guess}"])
+        raise Refused(
+            f"LAUNCH={name}: no such file in {CONFIGS}/. There are {', '.join(known)}{guess_name(name, known)}"
+        )
     plan = Plan(
         name=name,
         described=yaml.safe_load(file.read_text(encoding="utf-8")),

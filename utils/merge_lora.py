@@ -26,10 +26,10 @@ def merge(adapter: str | Path, output: str | Path, dtype: str = "auto") -> tuple
     folder = ModelFolder.at(adapter)
     described = folder.adapter
     if described is None:
-        raise Refused([f"{adapter}: no adapter_config.json in it, so not an adapter"])
+        raise Refused(f"{adapter}: no adapter_config.json in it, so not an adapter")
     refuse_if(check_writable(Path(output), flag=""))
     if Path(output).exists() and any(Path(output).iterdir()):
-        raise Refused([f"{output}: already exists. Name another folder"])
+        raise Refused(f"{output}: already exists. Name another folder")
     refuse_if(folder.check_whole("adapter"))  # PEFT would load pickled weights
 
     import torch
@@ -46,7 +46,7 @@ def merge(adapter: str | Path, output: str | Path, dtype: str = "auto") -> tuple
     try:
         base = kind.from_pretrained(base, revision=described.get("revision"), dtype="auto", **safely, **extra)
     except (OSError, ValueError) as error:
-        raise Refused([f"{adapter}: its base model {base} cannot be loaded ({first_line(error)})"]) from None
+        raise Refused(f"{adapter}: its base model {base} cannot be loaded ({first_line(error)})") from None
     base.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     own_dtype, base = base.dtype, base.float()
     model = PeftModel.from_pretrained(base, adapter).eval()
@@ -55,7 +55,7 @@ def merge(adapter: str | Path, output: str | Path, dtype: str = "auto") -> tuple
         untrained = proof.compute_outputs(model, ids, task)
     effect = float((trained - untrained).abs().mean())
     if not effect:
-        raise Refused([f"{adapter}: does not change the outputs of its base. Nothing to merge"])
+        raise Refused(f"{adapter}: does not change the outputs of its base. Nothing to merge")
     merged = model.merge_and_unload(safe_merge=True)
 
     notes: list[str] = []

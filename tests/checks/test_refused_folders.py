@@ -31,11 +31,11 @@ FOLDERS = [
         ["metrics.jsonl"],
         "",
         "holds an unfinished run. Add --resume_from_checkpoint auto to finish it, or "
-        "--overwrite_output_dir to start afresh",
+        "--overwrite_output_dir to start a new run",
     ),
     (["metrics.jsonl"], "--resume_from_checkpoint auto", None),
-    (["thesis.tex"], "", "holds files that no run of ours made. Name another folder"),
-    (["thesis.tex"], "--overwrite_output_dir", "holds files that no run of ours made. Name another folder"),
+    (["thesis.tex"], "", "contains files that no training run wrote. Name another folder"),
+    (["thesis.tex"], "--overwrite_output_dir", "contains files that no training run wrote. Name another folder"),
     ([], "", None),
 ]
 

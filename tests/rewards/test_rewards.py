@@ -229,7 +229,7 @@ def test_further_columns_of_the_data_reach_the_function(run, write, tmp_path):
     )
     rows = [{**row, "wanted": 10 + number} for number, row in enumerate(TEXTS)]
     status, out, _ = run(f"--reward_funcs {file}:judge", rows=rows)
-    assert status == 0 and "columns that the reward functions are given: wanted" in out
+    assert status == 0 and "columns passed to the reward functions: wanted" in out
     wanted = {row["prompt"]: row["wanted"] for row in rows}
     for line in recorded(tmp_path):
         assert line["rewards"]["judge"] == wanted[line["prompt"]] + len(line["completion"])

@@ -123,7 +123,7 @@ def test_vllm_that_is_not_there_is_refused(refused, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "vllm" else find(name, *more))
     assert refused(f"{REWARDED} --use_vllm --check") == (
-        "--use_vllm: vLLM is not installed. Type pip install -r requirements-vllm.txt, or leave the flag out"
+        "--use_vllm: vLLM is not installed. Type pip install -r requirements-vllm.txt, or remove the flag"
     )
 
 

@@ -26,13 +26,13 @@ def check_distillation(common: SharedArgs, config: GKDConfig, rows: Rows) -> Ite
     if config.seq_kd and config.lmbda == 1:
         yield (
             "--seq_kd True with --lmbda 1: every step would train on the student's own answers, none on the "
-            "teacher's. Type --lmbda 0 for SeqKD, or leave --seq_kd out"
+            "teacher's. Type --lmbda 0 for SeqKD, or remove --seq_kd"
         )
     if config.teacher_model_init_kwargs:
         yield "--teacher_model_init_kwargs: not used here. Type --dtype or --teacher_load_in_4bit instead"
     if config.lmbda == 0:
         for flag in sorted(common.typed & {"min_p", "repetition_penalty", "generation_kwargs"}):
-            yield f"--{flag}: for sampling the student's answers, and --lmbda 0 samples none. Leave it out"
+            yield f"--{flag}: for sampling the student's answers, and --lmbda 0 samples none. Remove it"
     if config.learns_from_data():
         lacking = [where for where, values in rows.train if "completion" not in values]
         if lacking:
@@ -77,7 +77,7 @@ def check_teacher(common: SharedArgs, config: GKDConfig) -> Iterator[str]:
     if config.teacher_load_in_4bit and common.train_mode == "lora" and shares_base(common, config):
         yield (
             "--teacher_load_in_4bit: the teacher is the student's own base, which lora loads once, not in 4 bits. "
-            "Leave it out, or type --train_mode qlora"
+            "Remove it, or type --train_mode qlora"
         )
     different = folders.first_difference(ModelFolder.at(common.model_name_or_path).vocabulary, teacher.vocabulary)
     if different:
@@ -108,11 +108,11 @@ def check_teacher_tokens(run: Run) -> None:
     theirs = load.load_tokenizer(path, config.teacher_model_revision, config.trust_remote_code, "the teacher's")
     different = folders.first_difference(tokenizer.get_vocab(), theirs.get_vocab())
     if different:
-        raise Refused([different_tokenizers(flag, different)])
+        raise Refused(different_tokenizers(flag, different))
     highest = max(max(row["prompt_ids"] + row["completion_ids"]) for row in run.train.rows + run.held_out.rows)
     if highest >= (ModelFolder.at(path).vocabulary_rows or math.inf):
         token = tokenizer.convert_ids_to_tokens(highest)
-        raise Refused([f"{flag}: has no token {highest} ({token!r}), which the student's template or data use"])
+        raise Refused(f"{flag}: has no token {highest} ({token!r}), which the student's template or data use")
 
 
 def prompt_room(run: Run) -> Callable[[dict], float]:

@@ -1,6 +1,5 @@
 """Checks before a model is loaded. Each returns its problems, one line each; the caller prints all of them."""
 
-import difflib
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
@@ -16,7 +15,7 @@ from utils.cli.run import Run
 from utils.models import sampling
 from utils.models.folders import ModelFolder, read_header
 from utils.runtime import environment
-from utils.runtime.errors import Refused
+from utils.runtime.errors import Refused, guess_name
 
 VLLM = "0.22.0", "0.31.0"  # oldest and newest version for trl 1.16.0 (trl/import_utils.py)
 
@@ -130,7 +129,7 @@ def check_config(common: CommonArgs, config: Any, name: str, method: Method) -> 
     if checkpoint and str(checkpoint).lower() not in ("auto", "true") and not Path(checkpoint).is_dir():
         problems.append(
             f"--resume_from_checkpoint {checkpoint}: no such folder. Type auto for the newest checkpoint "
-            "in output_dir, or leave the flag out to start afresh"
+            "in output_dir, or remove the flag to start a new run"
         )
     problems += check_launch(common, config)
     # rank 0 owns the folder, and may already be writing while the others check
@@ -145,8 +144,7 @@ def check_best(config: Any, name: str, method: Method) -> Iterator[str]:
         return
     names = [f"eval_{log}" for log in known]
     near = dict(method.metrics).get(asked.removeprefix("eval_"), asked.removeprefix("eval_"))
-    near = difflib.get_close_matches(f"eval_{near}", names, 1)
-    guess = f". Did you mean {near[0]}?" if near else ""
+    guess = guess_name(f"eval_{near}", names)
     yield f"--metric_for_best_model {asked}: {name} does not log it. It logs {', '.join(names)}{guess}"
 
 
@@ -208,11 +206,9 @@ def check_rollout_fits(run: Run) -> None:
     needed = config.rollout_size() // config.num_generations
     if prompts < needed:
         raise Refused(
-            [
-                f"{prompts} prompts, and a rollout takes {needed} ({config.rollout_size()} answers, "
-                f"{config.num_generations} each). Give more prompts, or type --per_device_train_batch_size, "
-                "--gradient_accumulation_steps or NUM_PROCESSES smaller"
-            ]
+            f"{prompts} prompts, and a rollout takes {needed} ({config.rollout_size()} answers, "
+            f"{config.num_generations} each). Give more prompts, or type --per_device_train_batch_size, "
+            "--gradient_accumulation_steps or NUM_PROCESSES smaller"
         )
 
 
@@ -221,7 +217,7 @@ def check_vllm(flag: str = "--use_vllm") -> Iterator[str]:
     import importlib.util
 
     if importlib.util.find_spec("vllm") is None:
-        yield f"{flag}: vLLM is not installed. Type pip install -r requirements-vllm.txt, or leave the flag out"
+        yield f"{flag}: vLLM is not installed. Type pip install -r requirements-vllm.txt, or remove the flag"
         return
     from packaging.version import Version
 

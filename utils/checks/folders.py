@@ -94,7 +94,7 @@ def check_output_dir(common: "SharedArgs", config: "TrainingArguments") -> list[
     if not folder.is_dir() or not any(folder.iterdir()):
         return []
     if not any((folder / trace).exists() for trace in ("metrics.jsonl", "run_card.json", "dropped.jsonl")):
-        return [f"--output_dir {folder}: holds files that no run of ours made. Name another folder"]
+        return [f"--output_dir {folder}: contains files that no training run wrote. Name another folder"]
     if common.overwrite_output_dir:
         return check_overwrite(folder, reads(common, config))
     if (folder / "run_card.json").exists():
@@ -102,7 +102,7 @@ def check_output_dir(common: "SharedArgs", config: "TrainingArguments") -> list[
     if not config.resume_from_checkpoint:
         return [
             f"--output_dir {folder}: holds an unfinished run. Add --resume_from_checkpoint auto to finish it, "
-            "or --overwrite_output_dir to start afresh"
+            "or --overwrite_output_dir to start a new run"
         ]
     return []
 
@@ -135,17 +135,13 @@ def check_vocabulary(common: "CommonArgs", tokenizer: "PreTrainedTokenizerBase",
         return
     if said and said != rows and not model.adapter:
         raise Refused(
-            [
-                f"{path}: vocab_size is {said} in its config.json, and its embeddings have {rows} rows. Copy both "
-                "from the original model"
-            ]
+            f"{path}: vocab_size is {said} in its config.json, and its embeddings have {rows} rows. Copy both "
+            "from the original model"
         )
     used = max(highest, tokenizer.pad_token_id, tokenizer.eos_token_id)
     if used >= rows:
         raise Refused(
-            [
-                f"{path}: the data need token {used} ({tokenizer.convert_ids_to_tokens(used)!r}), and its embeddings "
-                f"have {rows} rows. Its tokenizer is another model's, or tokens were added to it alone: copy the "
-                "tokenizer from the original model"
-            ]
+            f"{path}: the data need token {used} ({tokenizer.convert_ids_to_tokens(used)!r}), and its embeddings "
+            f"have {rows} rows. Its tokenizer is another model's, or tokens were added to it alone: copy the "
+            "tokenizer from the original model"
         )

@@ -44,10 +44,8 @@ def check_schedule(run: Run) -> Iterator[str]:
     a_step = a_pass * config.gradient_accumulation_steps
     if config.dataloader_drop_last and rows < a_pass and not method.sample_reward:
         raise Refused(
-            [
-                f"--dataloader_drop_last: {rows} rows do not fill one batch of {a_pass}, and would all be dropped. "
-                "Leave it out, or type --per_device_train_batch_size smaller"
-            ]
+            f"--dataloader_drop_last: {rows} rows do not fill one batch of {a_pass}, and would all be dropped. "
+            "Remove it, or type --per_device_train_batch_size smaller"
         )
     highest = HIGHEST[common.train_mode]
     if "adam" in str(getattr(config.optim, "value", config.optim)) and config.learning_rate > highest:
@@ -95,7 +93,7 @@ def check_disk(run: Run) -> tuple[tuple[str, str], list[str]]:
         "Free some, name another --output_dir, or type --save_total_limit 1, --save_only_model or --save_strategy no"
     )
     if (one if kept else weights) > free:
-        raise Refused([f"--output_dir {config.output_dir}: has no room for one checkpoint: {text}. {fewer}"])
+        raise Refused(f"--output_dir {config.output_dir}: has no room for one checkpoint: {text}. {fewer}")
     return ("disk", text), [f"the disk would run full: {text}. {fewer}"] if needed > free else []
 
 

@@ -37,7 +37,7 @@ def expand(argv: list[str], quiet: bool = False) -> list[str]:
     while "--config" in argv:
         at = argv.index("--config")
         if at + 1 == len(argv):
-            raise Refused(["--config: no file given. Type --config recipes/NAME.yaml"])
+            raise Refused("--config: no file given. Type --config recipes/NAME.yaml")
         recipe += read_recipe(argv[at + 1])
         del argv[at : at + 2]
     return translate(read_use_peft(recipe + argv, quiet), RENAMED, quiet)
@@ -61,16 +61,16 @@ def read_recipe(path: str) -> list[str]:
         loader = yaml.SafeLoader(Path(path).read_text(encoding="utf-8"))
         recipe = loader.get_single_node()
         if not isinstance(recipe, yaml.MappingNode):
-            raise Refused([f"{path}: not a mapping. A recipe has a line `flag: value` for each flag"])
+            raise Refused(f"{path}: not a mapping. A recipe has a line `flag: value` for each flag")
         loader.flatten_mapping(recipe)
         return [word for flag, value in recipe.value for word in read_flag(path, loader, flag, value)]
     except OSError as error:
-        raise Refused([f"--config {path}: {str(error.strerror).lower()}{near_path(path)}"]) from None
+        raise Refused(f"--config {path}: {str(error.strerror).lower()}{near_path(path)}") from None
     except UnicodeDecodeError as error:
-        raise Refused([f"--config {path}: not UTF-8 (byte {error.start}). Save the file as UTF-8"]) from None
+        raise Refused(f"--config {path}: not UTF-8 (byte {error.start}). Save the file as UTF-8") from None
     except yaml.YAMLError as error:
         line = getattr(error, "problem_mark", None)
-        raise Refused([f"{path}:{line.line + 1 if line else 1}: not valid yaml"]) from None
+        raise Refused(f"{path}:{line.line + 1 if line else 1}: not valid yaml") from None
 
 
 def read_flag(path: str, loader: "SafeLoader", flag: "Node", value: "Node") -> list[str]:
@@ -79,16 +79,14 @@ def read_flag(path: str, loader: "SafeLoader", flag: "Node", value: "Node") -> l
 
     where = f"{path}:{flag.start_mark.line + 1}: {flag.value}"
     if flag.value == "config":
-        raise Refused([f"{where}: a recipe cannot include another. Type both: --config OTHER.yaml --config {path}"])
+        raise Refused(f"{where}: a recipe cannot include another. Type both: --config OTHER.yaml --config {path}")
     words = [f"--{flag.value}"]
     for item in value.value if isinstance(value, yaml.SequenceNode) else [value]:
         if item.tag == "tag:yaml.org,2002:null":
             quoted = f'"{item.value or "null"}"'
             raise Refused(
-                [
-                    f"{where}: {item.value or 'no value'}. Delete the line for the default, or write a value; "
-                    f"for the word itself type {quoted} in quotes"
-                ]
+                f"{where}: {item.value or 'no value'}. Delete the line for the default, or write a value; "
+                f"for the word itself type {quoted} in quotes"
             )
         scalar = isinstance(item, yaml.ScalarNode)
         words.append(item.value if scalar else json.dumps(loader.construct_object(item, deep=True), default=str))

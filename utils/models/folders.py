@@ -257,9 +257,9 @@ def read_object(file: Path) -> dict:
     try:
         found = read_json_file(file)
     except ValueError:
-        raise Refused([f"{file}: not valid JSON. Copy it from the original model"]) from None
+        raise Refused(f"{file}: not valid JSON. Copy it from the original model") from None
     if not isinstance(found, dict):
-        raise Refused([f"{file}: not a JSON object. Copy it from the original model"])
+        raise Refused(f"{file}: not a JSON object. Copy it from the original model")
     return found
 
 

@@ -37,7 +37,7 @@ def not_loaded(flag: str, path: str | Path, reason: str) -> Refused:
     """The refusal of a model that transformers could not load."""
     if not Path(path).exists():
         reason += ". There is no such folder here either: name one, or a Hub id that can be reached or is in the cache"
-    return Refused([f"{flag} {path}: {reason}"])
+    return Refused(f"{flag} {path}: {reason}")
 
 
 def load_policy(
@@ -155,9 +155,9 @@ def load_model(
     if four_bit:
         keep_trainable(model)
     if getattr(model, "_hf_peft_config_loaded", False):
-        raise Refused([f"{flag} {path}: an adapter on the Hub. Download it and name its folder"])
+        raise Refused(f"{flag} {path}: an adapter on the Hub. Download it and name its folder")
     if task == "SEQ_CLS" and not hasattr(model, "score"):
-        raise Refused([f"{flag} {path}: a {model.config.model_type} has no score head. Take a decoder model"])
+        raise Refused(f"{flag} {path}: a {model.config.model_type} has no score head. Take a decoder model")
     if task == "SEQ_CLS":
         model.score.float()  # trained in full: bfloat16 would round small updates away
         cast_before_score(model)

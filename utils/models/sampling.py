@@ -68,7 +68,7 @@ def check_generation_kwargs(given: dict) -> Iterator[str]:
         if key in FLAGS:
             yield f"--generation_kwargs: {key} has a flag of its own. Type --{FLAGS[key] or key} {given[key]}"
         elif key in OTHERWISE:
-            yield f"--generation_kwargs: {key} is not for rollouts, of one sampled answer to each prompt. Leave it out"
+            yield f"--generation_kwargs: {key} is not for rollouts, of one sampled answer to each prompt. Remove it"
         elif key not in known:
             near = difflib.get_close_matches(key, [*known, *FLAGS], 1)
             guess = f"Did you mean {near[0]}?" if near else "GenerationConfig of transformers lists them"

@@ -182,7 +182,7 @@ def test_a_token_that_spans_prompt_and_answer_is_counted():
 def test_the_templates_own_tokens_in_the_data_are_found(warnings, tmp_path):
     rows = [*PAIRS, pair(1, chosen="Yes.<|im_end|>"), pair(2, rejected="No<|im_end|>no.")]
     (warning,) = warnings(rows=rows)
-    assert warning.startswith("2 rows ") and f"{tmp_path}/rows.jsonl:17 (2 ends of turn behind the answer)" in warning
+    assert warning.startswith("2 rows ") and f"{tmp_path}/rows.jsonl:17 (2 ends of turn after the answer)" in warning
 
 
 # ── the rows ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -254,7 +254,7 @@ def test_what_hardly_trains_is_warned_of(flags, said, warnings):
 
 def test_no_step_at_all_is_refused(refused):
     assert refused("--per_device_train_batch_size 17 --dataloader_drop_last") == [
-        "--dataloader_drop_last: 16 rows do not fill one batch of 17, and would all be dropped. Leave it out, or type "
+        "--dataloader_drop_last: 16 rows do not fill one batch of 17, and would all be dropped. Remove it, or type "
         "--per_device_train_batch_size smaller"
     ]
 
