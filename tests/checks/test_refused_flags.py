@@ -142,7 +142,7 @@ def test_held_out_rows_come_from_one_place_are_not_the_training_rows_and_are_of_
 def test_missing_model_and_data_are_named_together(refused):
     assert refused(model=None, data="none") == [
         "--train_data_path: missing. Type --train_data_path data/preference.jsonl to try",
-        "--model_name_or_path: missing. A model folder or Hub id; `python -m utils.demo_model` makes one",
+        "--model_name_or_path: missing. Type a folder or Hub id; `python -m utils.demo_model` makes one",
     ]
 
 

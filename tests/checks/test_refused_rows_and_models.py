@@ -261,7 +261,7 @@ def test_rows_longer_than_max_length_are_refused_with_the_flag_that_helps(refuse
 # ── models ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-REWARD_MODEL = "a trained reward model, which scores and cannot answer. DPO starts from a language model"
+REWARD_MODEL = "a trained reward model. DPO starts from a language model"
 
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 269060552\n"

@@ -33,10 +33,7 @@ BAD = [
     ("--max_completion_length 0", ["--max_completion_length 0: must be "]),
     (
         "--max_completion_length 2048",
-        [
-            "--max_completion_length 2048: the model holds 2048 tokens, prompt and answer. Type "
-            "--max_completion_length 1024"
-        ],
+        ["--max_completion_length 2048: the model holds 2048 tokens. Type --max_completion_length 1024"],
     ),
     ("--reward_funcs data/rewards.py:brevity", ["--reward_funcs: no such flag for GKD. "]),
     ("--rlhf_type GKD", ["--rlhf_type: no such flag for GKD. "]),
@@ -63,7 +60,7 @@ def test_a_flag_that_is_wrong_is_refused(flags, problems, refused):
 
 def test_no_teacher_is_refused(refused):
     assert refused(teacher=None) == [
-        "--teacher_model_name_or_path: missing. A model folder or Hub id with the student's tokenizer"
+        "--teacher_model_name_or_path: missing. Type a model folder or Hub id with the student's tokenizer"
     ]
 
 
@@ -117,8 +114,7 @@ def test_a_teacher_of_another_tokenizer_is_refused_by_the_first_token_that_diffe
     file.write_text(json.dumps(described))
     assert refused(teacher=tmp_path / "teacher") == [
         f"--teacher_model_name_or_path {tmp_path / 'teacher'}: its tokenizer is not the student's: token 36 is 'B' in "
-        "it and 'A' in the model that is trained. Distillation compares the two token by token: take a teacher of the "
-        "student's family"
+        "it and 'A' in the model that is trained. Use a teacher of the student's family"
     ]
 
 
