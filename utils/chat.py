@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         folder = ModelFolder.at(asked.model)
         refuse_if(folder.check_whole("model"))  # PEFT would load pickled weights
         if folder.is_reward_model:
-            raise Refused(f"{asked.model}: a reward model, which scores and cannot talk")
+            raise Refused(f"{asked.model}: a reward model, not a language model")
         tokenizer = load_tokenizer(asked.model)
         dtype = "bfloat16" if environment.has_bf16() else "float32"
         model = load_model(asked.model, "CAUSAL_LM", dtype, tokenizer=tokenizer, seed=0).eval()

@@ -91,7 +91,7 @@ def say_finding(head: str, text: str) -> None:
 
 
 def with_doctor_flags(problem: str) -> str:
-    """A problem of training, with the names of the flags of this command."""
+    """A problem of training, with this command's flag names."""
     return problem.replace("--train_data_path", "FILE").replace("--eval_data_path", "--eval")
 
 

@@ -149,7 +149,7 @@ def test_missing_model_and_data_are_named_together(refused):
 def test_an_old_name_is_translated_and_said_and_no_other_beginning_of_a_name_is(run):
     status, out, lines = run("--lora_r 4 --check")
     assert status == 0 and "LoRA rank 4, alpha 16" in out
-    assert lines == ["note: --lora_r is called --lora_rank here, and is read as that"]
+    assert lines == ["note: --lora_r is read as --lora_rank"]
 
 
 @pytest.mark.parametrize("flags", ["--use_dora", "--use_dora True", "--use-dora=true --bf16", "--bf16 True"])

@@ -321,18 +321,18 @@ MODELS = {
     "adapter without its base": (
         [],
         {"adapter_config.json": '{"base_model_name_or_path": "/gone/base"}'},
-        ["FOLDER: its base model /gone/base is not there. Set base_model_name_or_path in its adapter_config.json"],
+        ["FOLDER: its base model /gone/base does not exist. Set base_model_name_or_path in its adapter_config.json"],
     ),
-    "adapter of nothing": ([], {"adapter_config.json": "{}"}, ["FOLDER: its base model (unnamed) is not there."]),
+    "adapter of nothing": ([], {"adapter_config.json": "{}"}, ["FOLDER: its base model (unnamed) does not exist."]),
     "adapter of an empty folder": (
         [],
         {"adapter_config.json": '{"base_model_name_or_path": "/tmp"}'},
-        ["FOLDER: its base model /tmp is not there."],
+        ["FOLDER: its base model /tmp does not exist."],
     ),
     "adapter of another kind": (
         [],
         {"adapter_config.json": '{"base_model_name_or_path": "a/b", "peft_type": "IA3"}'},
-        ["FOLDER: an adapter of the kind IA3. Only LoRA adapters are read"],
+        ["FOLDER: an adapter of type IA3. Only LoRA adapters are supported"],
     ),
 }
 

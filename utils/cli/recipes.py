@@ -1,4 +1,4 @@
-"""The command line before it is parsed: recipes (--config FILE) become flags, old names of flags are translated."""
+"""The command line before parsing: recipes (--config FILE) become flags, flags are translated to their names here."""
 
 import contextlib
 import json
@@ -28,7 +28,7 @@ OFF = "false", "f", "no", "n", "off", "0"  # the values that turn a switch off
 
 
 def expand(argv: list[str], quiet: bool = False) -> list[str]:
-    """The words with the flags of --config files in front (typed flags win) and old names translated.
+    """`argv` with the flags of --config files in front (typed flags win) and translated names.
 
     Notes each translation on stderr unless `quiet`. Raises Refused if a recipe cannot be read.
     """
@@ -100,7 +100,7 @@ def read_use_peft(words: list[str], quiet: bool = False) -> list[str]:
     at = words.index("--use_peft")
     value = words[at + 1 : at + 2] if words[at + 1 : at + 2] and not words[at + 1].startswith("--") else []
     mode = "full" if value and not is_on(value[0]) else "lora"
-    say_note(quiet, f"--use_peft is --train_mode {mode} here, and is read as that")
+    say_note(quiet, f"--use_peft is read as --train_mode {mode}")
     return [*words[:at], "--train_mode", mode, *words[at + 1 + len(value) :]]
 
 
@@ -118,7 +118,7 @@ def translate(words: list[str], renamed: dict[str, str], quiet: bool = False) ->
         if not word.startswith("--") or name not in renamed:
             translated.append(word)
             continue
-        say_note(quiet, f"{word} is called --{renamed[name]} here, and is read as that")
+        say_note(quiet, f"{word} is read as --{renamed[name]}")
         translated.append(f"--{renamed[name]}")
     return translated
 

@@ -321,7 +321,7 @@ def test_a_shard_that_is_missing_or_cut_is_refused(refused, tiny_model, tmp_path
     cut.write_bytes(whole[:-4])
     assert refused(model=folder) == [
         f"{cut}: not a whole safetensors file ({len(whole) - 4} bytes). {AGAIN}, or type git lfs pull",
-        f"{folder}/model.safetensors.index.json: names {missing.name}, which is not there. {AGAIN}",
+        f"{folder}/model.safetensors.index.json: names {missing.name}, which does not exist. {AGAIN}",
     ]
 
 

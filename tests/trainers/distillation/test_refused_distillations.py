@@ -100,7 +100,7 @@ def test_a_teacher_that_is_an_adapter_without_its_base_is_refused(refused, pair,
     shutil.copytree(pair[1], folder)
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "task_type": "CAUSAL_LM"}))
     assert refused(teacher=folder) == [
-        f"{folder}: its base model (unnamed) is not there. Set base_model_name_or_path in its adapter_config.json"
+        f"{folder}: its base model (unnamed) does not exist. Set base_model_name_or_path in its adapter_config.json"
     ]
 
 
@@ -159,19 +159,19 @@ def test_the_other_script_says_which_one_distils(tmp_path, pair, capsys):
 
 # (what others type, what is said, where in the plan it is seen)
 RENAMED = [
-    ("--max_new_tokens 2047", "--max_new_tokens is called --max_completion_length here", None),
-    ("--lora_r 5 --train_mode lora", "--lora_r is called --lora_rank here", "LoRA rank 5, alpha 16"),
-    ("--torch_dtype float32", "--torch_dtype is called --dtype here", "full; float32"),
-    ("--use_peft", "--use_peft is --train_mode lora here", "lora, LoRA rank 32"),
-    ("--use_peft True", "--use_peft is --train_mode lora here", "lora, LoRA rank 32"),
-    ("--use_peft False", "--use_peft is --train_mode full here", "full; float32"),
+    ("--max_new_tokens 2047", "--max_new_tokens is read as --max_completion_length", None),
+    ("--lora_r 5 --train_mode lora", "--lora_r is read as --lora_rank", "LoRA rank 5, alpha 16"),
+    ("--torch_dtype float32", "--torch_dtype is read as --dtype", "full; float32"),
+    ("--use_peft", "--use_peft is read as --train_mode lora", "lora, LoRA rank 32"),
+    ("--use_peft True", "--use_peft is read as --train_mode lora", "lora, LoRA rank 32"),
+    ("--use_peft False", "--use_peft is read as --train_mode full", "full; float32"),
 ]
 
 
 @pytest.mark.parametrize("flags, note, seen", RENAMED, ids=[flags for flags, *_ in RENAMED])
 def test_a_flag_is_read_by_the_name_that_others_have_for_it(flags, note, seen, run):
     status, out, lines = run(f"--check --lmbda 1 --max_drop_fraction 1 {flags}")
-    assert lines[0] == f"note: {note}, and is read as that"
+    assert lines[0] == f"note: {note}"
     if seen:
         assert (status, len(lines)) == (0, 1) and seen in line_with(out, "mode ")
     else:  # one token of 2048 is left for the prompt
@@ -184,8 +184,8 @@ def test_teacher_and_data_are_read_by_the_names_that_trls_script_has_for_them(pa
     assert train_gkd.main([*words.split(), "--output_dir", str(tmp_path / "out")]) == 0
     said = capsys.readouterr()
     assert said.err.splitlines() == [
-        "note: --dataset_name is called --train_data_path here, and is read as that",
-        "note: --teacher_model is called --teacher_model_name_or_path here, and is read as that",
+        "note: --dataset_name is read as --train_data_path",
+        "note: --teacher_model is read as --teacher_model_name_or_path",
     ]
     assert "data      6 rows to train on" in said.out
     assert line_with(said.out.splitlines(), "teacher   ").startswith(f"teacher   {pair[1]}, held in ")
