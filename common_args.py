@@ -41,16 +41,13 @@ class SharedArgs:
     lora_dropout: float = flag(
         0.05, "Dropout on the adapter's input. TRL's disable_dropout turns it off.", range="at least 0 and below 1"
     )
-    lora_target_modules: list[str] | None = flag(
-        None, "Names of the layers to adapt. Unset: all linear layers except the head."
-    )
+    lora_target_modules: list[str] | None = flag(None, "Layers to adapt. Unset: all linear layers except the head.")
     use_dora: bool = flag(False, "DoRA: also train the magnitude of the weights. Needs lora or qlora.")
 
     # ── data ─────────────────────────────────────────────────────────────────────────────────────────────────────────
     train_data_path: list[str] = flag(
         None,
-        "One or more files (jsonl, json, csv, parquet), folders, globs or Hub dataset ids (OWNER/NAME:split). "
-        "Required.",
+        "Files (jsonl, json, csv, parquet), folders, globs or Hub dataset ids (OWNER/NAME:split). Required.",
     )
     eval_data_path: list[str] | None = flag(None, "Held-out data to evaluate on, in the same forms.")
     eval_fraction: float = flag(
@@ -59,7 +56,7 @@ class SharedArgs:
         range="at least 0 and below 1, like 0.1",
     )
     max_samples: int | None = flag(
-        None, "Use only this many rows, from the start. Unset: all.", range="at least 1, like 1000"
+        None, "Number of rows to use, from the start. Unset: all.", range="at least 1, like 1000"
     )
     max_drop_fraction: float = flag(
         0.1, "Refuse to train if a larger fraction of the rows is unusable.", range="at least 0 and at most 1"

@@ -10,9 +10,7 @@ from rlhf_args.method_config import MethodConfig
 class GKDConfig(trl.DistillationConfig, MethodConfig):
     """Distillation with TRL's stable trainer: its sampling, vLLM and chunked loss, also on answers from the data."""
 
-    teacher_load_in_4bit: bool = flag(
-        False, "Quantise the teacher to 4 bits (NF4): a quarter of the memory of bfloat16."
-    )
+    teacher_load_in_4bit: bool = flag(False, "Load the teacher in 4 bits (NF4): a quarter of the memory of bfloat16.")
     # TRL 1.16's GKDConfig has 0.5, also with seq_kd; the SeqKD of the paper trains on the teacher's answers only.
     lmbda: float = flag(
         None,
@@ -27,9 +25,7 @@ class GKDConfig(trl.DistillationConfig, MethodConfig):
         "Jensen-Shannon divergence, symmetric at 0.5.",
         range="at least 0 and at most 1",
     )
-    seq_kd: bool = flag(
-        False, "Train on answers that the teacher gives once, before training, not on those in the data."
-    )
+    seq_kd: bool = flag(False, "Train on the teacher's answers, sampled once before training, instead of the data's.")
     max_length: int = flag(1024, "Maximum tokens of a row: longer answers are truncated, longer prompts dropped.")
     # Sampling takes the most time. As in TRL 1.16's GKDConfig, which calls this flag max_new_tokens.
     max_completion_length: int = flag(128, "Maximum tokens of a sampled answer, of the student or the teacher.")

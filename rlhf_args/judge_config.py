@@ -21,11 +21,9 @@ class JudgeConfig:
         "--reward_funcs and --reward_model_path.",
     )
     judge_base_url: str | None = flag(
-        None, "Address of the judge's server (OpenAI's API), like http://localhost:8000/v1."
+        None, "Address of the judge's server (OpenAI API), like http://localhost:8000/v1."
     )
-    judge_key_variable: str | None = flag(
-        None, "Environment variable with the judge's API key. Unset: OPENAI_API_KEY."
-    )
+    judge_key_variable: str | None = flag(None, "Environment variable with the judge's key. Unset: OPENAI_API_KEY.")
     # One request per answer, and a number that compares answers to different prompts.
     judge_mode: str = flag(
         "score",

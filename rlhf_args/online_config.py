@@ -115,9 +115,7 @@ class OnlineConfig(JudgeConfig, Base):
         """One line: answers and prompts of a rollout, and its optimizer steps."""
         size, answers = self.rollout_size(), self.num_generations
         rollouts, left = divmod(prompts, size // answers)
-        steps = (
-            f"{size * self.num_iterations / self.step_size():g} optimizer steps ({self.num_iterations} x the rollout)"
-        )
+        steps = f"{size * self.num_iterations / self.step_size():g} optimizer steps ({self.num_iterations} passes)"
         return (
             f"{size} answers of up to {self.max_completion_length} tokens to {size // answers} prompts, then {steps}; "
             f"{rollouts} rollouts an epoch"

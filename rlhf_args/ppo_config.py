@@ -64,9 +64,7 @@ class PPOConfig(OnlineConfig, trl.GRPOConfig, MethodConfig):
         "Initial weights of --critic model or lora: a reward model with the policy's tokenizer, or, for lora, a "
         "reward model's adapter on the policy's base. Unset: the policy.",
     )
-    critic_path: str | None = flag(
-        None, "Initial weights: a critic.safetensors that an earlier run with the same --critic saved."
-    )
+    critic_path: str | None = flag(None, "Initial weights: critic.safetensors of a run with the same --critic.")
     critic_learning_rate: float | None = flag(
         None,
         "Learning rate of the critic. Unset: its trunk has learning_rate (with full at least 1e-5); its head has the "

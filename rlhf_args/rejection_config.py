@@ -8,9 +8,7 @@ from rlhf_args.judge_config import JudgeConfig
 
 @dataclass
 class RejectionConfig(JudgeConfig):
-    output_dir: str | None = flag(
-        None, "Folder for answers, scores and files. Running the same command again resumes. Required."
-    )
+    output_dir: str | None = flag(None, "Folder for answers, scores and files. The same command resumes it. Required.")
     stages: list[str] = flag(
         ["generate,score,select"],
         "Stages to run: generate, score, select. Each reads what earlier runs left in output_dir.",
@@ -35,9 +33,7 @@ class RejectionConfig(JudgeConfig):
         "Maximum length of a prompt, in tokens. Unset: the model's context less max_new_tokens.",
         range="at least 1, like 512",
     )
-    system_prompt: str | None = flag(
-        None, "System message for chats without one; it is also written to the output files."
-    )
+    system_prompt: str | None = flag(None, "System message for chats without one; also written to the output files.")
     reference_column: str | None = flag(None, "Data column with an extra candidate answer per prompt, like chosen.")
     generate_batch_size: int | None = flag(
         None, "Answers that are sampled, and saved, at once. Unset: 64, with vllm 1024.", range="at least 1, like 64"
@@ -46,7 +42,7 @@ class RejectionConfig(JudgeConfig):
 
     # ── the server of --engine openai, and of the judge unless --judge_base_url names another ────────────────────────
     api_base_url: str | None = flag(
-        None, "Address of the engine's server, like http://localhost:8000/v1. The judge's default too."
+        None, "Address of the engine's server, like http://localhost:8000/v1; also the judge's default."
     )
     api_model: str | None = flag(None, "Name of the engine's model on the server.")
     api_key_variable: str = flag("OPENAI_API_KEY", "Environment variable with the API key. The judge's default too.")
@@ -80,12 +76,8 @@ class RejectionConfig(JudgeConfig):
     )
 
     # ── train on it ──────────────────────────────────────────────────────────────────────────────────────────────────
-    then: str | None = flag(
-        None, "Train on the selected data with this method of train_rlhf.py; its flags may follow."
-    )
-    rounds: int = flag(
-        1, "Rounds of sampling, scoring, selection and training, each from the last model.", range="at least 1"
-    )
+    then: str | None = flag(None, "Train on the selected data with this method of train_rlhf.py, and its flags.")
+    rounds: int = flag(1, "Rounds of sampling and training, each from the last model.", range="at least 1")
 
     def judge_server(self) -> tuple[str, str | None, str]:
         name = "judge_base_url" if self.judge_base_url else "api_base_url"

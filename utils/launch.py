@@ -122,9 +122,8 @@ def read_plan(env: Mapping[str, str], gpus: int) -> Plan:
     file = CONFIGS / f"{name}.yaml"
     if not file.exists():
         known = ["auto", *sorted(path.stem for path in CONFIGS.glob("*.yaml"))]
-        raise Refused(
-            f"LAUNCH={name}: no such file in {CONFIGS}/. There are {', '.join(known)}{guess_name(name, known)}"
-        )
+        names = ", ".join(known) + guess_name(name, known)
+        raise Refused(f"LAUNCH={name}: no such file in {CONFIGS}/. There are {names}")
     plan = Plan(
         name=name,
         described=yaml.safe_load(file.read_text(encoding="utf-8")),

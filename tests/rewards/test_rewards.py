@@ -268,7 +268,7 @@ def test_an_answer_that_no_function_judges_ends_the_run(method, run, write, tmp_
 
 def test_two_rewards_of_one_name_are_refused(refused, write, judge):
     file = write("def brevity(completions, **columns):\n    return [0.0] * len(completions)\n")
-    said = "two rewards are called brevity, which the log would add up. Rename one"
+    said = "two rewards are called brevity, which the log would mix up. Rename one"
     assert refused(f"{REWARDED} {file}:brevity") == said
     named = Path(judge).rename(Path(judge).with_name("brevity"))
     try:
@@ -290,7 +290,7 @@ def test_each_reward_has_its_weight(weights, given, refused, judge):
 PAIRS = [{"prompt": "p", "chosen": "a", "rejected": "b"}] * 4
 
 
-DATA_SAYS = "DPO learns from the answers in the data, not from a reward. RLOO, GRPO, PPO take it"
+DATA_SAYS = "DPO trains on the answers in the data. RLOO, GRPO, PPO take rewards"
 
 
 @pytest.mark.parametrize("method", ["RLOO", "GRPO", "PPO"])

@@ -30,9 +30,8 @@ def check_common(common: SharedArgs, name: str, method: Method) -> list[str]:
         problems.append("--eval_fraction and --eval_data_path together: choose one of the two")
     twice = sorted(set(common.train_data_path or ()) & set(common.eval_data_path or ()))
     if twice:
-        problems.append(
-            f"--eval_data_path {twice[0]}: is also training data. Type --eval_fraction 0.1, or OWNER/NAME:test"
-        )
+        way_out = "Type --eval_fraction 0.1, or OWNER/NAME:test"
+        problems.append(f"--eval_data_path {twice[0]}: is also the training data. {way_out}")
     if not common.train_data_path:
         problems.append(f"--train_data_path: missing. Type --train_data_path {method.sample_data} to try")
     if not common.model_name_or_path:
@@ -57,9 +56,7 @@ def check_rewards(common: RewardArgs, name: str, method: Method, judged: JudgeCo
     asked = [flag for flag in flags if getattr(common, flag) is not None]
     if not method.sample_reward:
         takers = ", ".join(other for other, m in METHODS.items() if m.sample_reward)
-        return [
-            f"--{flag}: {name} trains on the answers in the data, without a reward. {takers} take it" for flag in asked
-        ]
+        return [f"--{flag}: {name} trains on the answers in the data. {takers} take rewards" for flag in asked]
     if not common.reward_model_path and not common.reward_funcs and not judged.judge_model:
         choices = f"--reward_funcs {method.sample_reward} to try, --reward_model_path FOLDER or --judge_model NAME"
         return [f"no reward: {name} needs one. Type {choices}"]

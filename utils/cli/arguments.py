@@ -117,9 +117,8 @@ def parse_rejection(argv: list[str]) -> tuple[Any, Any, list[str]]:
         description=f"{REJECTION.title} ({REJECTION.source}).",
         epilog="--then METHOD also takes that method's flags: `python train_rlhf.py --rlhf_type METHOD --help`.",
     )
-    common, config, left = parser.parse_args_into_dataclasses(
-        argv, return_remaining_strings=True, look_for_args_file=False
-    )
+    how = {"return_remaining_strings": True, "look_for_args_file": False}
+    common, config, left = parser.parse_args_into_dataclasses(argv, **how)
     known = {field.name for kind in kinds for field in fields(kind)}
     problems = [] if config.then else refuse_words(left, None, known)
     problems += check_ranges(kinds[0], common) + check_ranges(kinds[1], config)

@@ -153,10 +153,8 @@ class ModelFolder:
                 held[tensor.dtype] = held.get(tensor.dtype, 0) + math.prod(tensor.shape)
             kind = max(held, key=lambda dtype: held[dtype])
             size, files = sum(file.stat().st_size for file in part.weights), len(part.weights)
-            of = "the adapter " if part.adapter else ""
-            said.append(
-                f"{of}{gigabytes(size)} {DTYPES.get(kind, kind)} safetensors in {files} file{'s' * (files > 1)}"
-            )
+            of, dtype = "the adapter " if part.adapter else "", DTYPES.get(kind, kind)
+            said.append(f"{of}{gigabytes(size)} {dtype} safetensors in {files} file{'s' * (files > 1)}")
         return ", ".join(said)
 
     def starting_weights(self, train_mode: str) -> Path | None:
@@ -183,9 +181,8 @@ class ModelFolder:
             return [f"{flag} {self.path}: no config.json (nor adapter_config.json) in it, so not a model folder"]
         problems = []
         if not names.intersection(TOKENIZERS):
-            problems.append(
-                f"{self.path}: no tokenizer (tokenizer.json or tokenizer.model) in it. Copy it from the original model"
-            )
+            copy = "Copy it from the original model"
+            problems.append(f"{self.path}: no tokenizer (tokenizer.json or tokenizer.model) in it. {copy}")
         if not any(name.endswith(".safetensors") for name in names):
             pickled = sorted(name for name in names if re.search(r"\.bin$|\.pt", name) and name != "training_args.bin")
             found = f"only pickled weights ({pickled[0]}), which can run code when read" if pickled else "no weights"
