@@ -408,7 +408,7 @@ def test_a_hub_id_that_cannot_be_reached_is_one_line(tmp_path):
     done = command("train_rlhf.py", *flags, env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")})
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
-    assert line.startswith("refused: --model_name_or_path gpt2: ") and "no such folder here" in line
+    assert line.startswith("refused: --model_name_or_path gpt2: ") and "Not a local folder" in line
 
 
 # what the template is: the beginning of what is said of it, for chats
