@@ -280,7 +280,7 @@ def test_two_rewards_of_one_name_are_refused(refused, write, judge):
 @pytest.mark.parametrize("weights, given", [("1", 1), ("1 2 3", 3)])
 def test_each_reward_has_its_weight(weights, given, refused, judge):
     assert refused(f"{REWARDED} --reward_model_path {judge} --reward_weights {weights}") == (
-        f"--reward_weights: {given} of them for 2 rewards. Give each its weight"
+        f"--reward_weights: {given} weights for 2 rewards. Type one per reward"
     )
 
 
