@@ -1,7 +1,8 @@
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import trl
 
+from rlhf_args.flag import flag
 from rlhf_args.method_config import MethodConfig
 
 
@@ -9,50 +10,31 @@ from rlhf_args.method_config import MethodConfig
 class GKDConfig(trl.DistillationConfig, MethodConfig):
     """Distillation with TRL's stable trainer: its sampling, vLLM and chunked loss, also on answers from the data."""
 
-    teacher_load_in_4bit: bool = field(
-        default=False, metadata={"help": "Quantise the teacher to 4 bits (NF4): a quarter of the memory of bfloat16."}
-    )
+    teacher_load_in_4bit: bool = flag(False, "Load the teacher in 4 bits (NF4): a quarter of the memory of bfloat16.")
     # TRL 1.16's GKDConfig has 0.5, also with seq_kd; the SeqKD of the paper trains on the teacher's answers only.
-    lmbda: float = field(  # type: ignore[assignment]  # __post_init__ replaces None
-        default=None,
-        metadata={
-            "help": "Fraction of the steps that train on the student's own answers; 0: supervised, 1: on-policy. "
-            "Unset: 0.5, or 0 with --seq_kd.",
-            "range": "at least 0 and at most 1, like 0.5",
-        },
+    lmbda: float = flag(
+        None,
+        "Fraction of the steps that train on the student's own answers; 0: supervised, 1: on-policy. Unset: 0.5, or 0 "
+        "with --seq_kd.",
+        range="at least 0 and at most 1, like 0.5",
     )
     # The symmetric divergence, as in TRL 1.16's GKDConfig; DistillationConfig has 1.
-    beta: float = field(
-        default=0.5,
-        metadata={
-            "help": "Divergence. 0: forward KL(teacher || student); 1: reverse KL(student || teacher); between: "
-            "generalized Jensen-Shannon divergence, symmetric at 0.5.",
-            "range": "at least 0 and at most 1",
-        },
+    beta: float = flag(
+        0.5,
+        "Divergence. 0: forward KL(teacher || student); 1: reverse KL(student || teacher); between: generalized "
+        "Jensen-Shannon divergence, symmetric at 0.5.",
+        range="at least 0 and at most 1",
     )
-    seq_kd: bool = field(
-        default=False,
-        metadata={"help": "Train on answers that the teacher gives once, before training, not on those in the data."},
-    )
-    max_length: int = field(
-        default=1024,
-        metadata={"help": "Maximum tokens of a row: longer answers are truncated, longer prompts dropped."},
-    )
-    # Sampling costs the most time. As in TRL 1.16's GKDConfig, which calls this flag max_new_tokens.
-    max_completion_length: int = field(
-        default=128, metadata={"help": "Maximum tokens of a sampled answer, of the student or the teacher."}
-    )
+    seq_kd: bool = flag(False, "Train on the teacher's answers, sampled once before training, instead of the data's.")
+    max_length: int = flag(1024, "Maximum tokens of a row: longer answers are truncated, longer prompts dropped.")
+    # Sampling takes the most time. As in TRL 1.16's GKDConfig, which calls this flag max_new_tokens.
+    max_completion_length: int = flag(128, "Maximum tokens of a sampled answer, of the student or the teacher.")
     # Supervised steps resemble SFT, where 1e-6 (TRL's default for on-policy distillation) is too low.
-    learning_rate: float = field(default=2e-5, metadata={"help": "The highest learning rate of the schedule."})
-    # With dropout the student's answers and their comparison with the teacher are noisy. As in TRL 1.16's GKDConfig.
-    disable_dropout: bool = field(default=True, metadata={"help": "Turn off dropout in the student."})
-    answers_dir: str = field(
-        default="output/teacher_answers",
-        metadata={"help": "Folder that caches the teacher's answers across runs."},
-    )
-    answers_batch_size: int = field(
-        default=16, metadata={"help": "Prompts per device that the teacher answers at once.", "range": "at least 1"}
-    )
+    learning_rate: float = flag(2e-5, "The highest learning rate of the schedule.")
+    # Dropout would add noise to the sampled answers and to the divergence. As in TRL 1.16's GKDConfig.
+    disable_dropout: bool = flag(True, "Turn off dropout in the student.")
+    answers_dir: str = flag("output/teacher_answers", "Folder that caches the teacher's answers across runs.")
+    answers_batch_size: int = flag(16, "Prompts per device that the teacher answers at once.", range="at least 1")
 
     def __post_init__(self) -> None:
         if self.lmbda is None:
@@ -71,12 +53,10 @@ class GKDConfig(trl.DistillationConfig, MethodConfig):
         return own | ({"SEQ_KD": "True"} if self.seq_kd else {})
 
     def describe(self) -> str:
-        """One line: whose answers are trained on, and the divergence."""
-        named: dict[float, str] = {0: "no step", 1: "every step"}
-        own = named.get(self.lmbda, f"{self.lmbda:.0%} of the steps")
-        others = "the teacher's answers, given once" if self.seq_kd else "the answers in the data"
+        """One line: the answers to train on, and the divergence."""
+        own, given = "the student's own answers", "the teacher's answers" if self.seq_kd else "the answers in the data"
+        mixed = f"{own} in {self.lmbda:.0%} of the steps, {given} in the others"
+        answers = given if self.lmbda == 0 else own if self.lmbda == 1 else mixed
         named = {0: "forward KL", 1: "reverse KL", 0.5: "Jensen-Shannon divergence"}
         divergence = named.get(self.beta, "generalized Jensen-Shannon divergence")
-        rest = f", the others on {others}" if self.lmbda < 1 else ""
-        settings = f"beta {self.beta:g}), temperature {self.temperature:g}"
-        return f"{own} on the student's own answers{rest}; {divergence} ({settings}"
+        return f"on {answers}; {divergence} (beta {self.beta:g}), temperature {self.temperature:g}"

@@ -1,8 +1,7 @@
 class MethodConfig:
-    """The last base of every method's config. It answers for flags that only some methods have.
+    """The last base of every method's config: defaults for flags that only some methods have.
 
-    So shared code reads `config.packing` for every method, and never asks which method it is. The attributes are no
-    fields: they add no flag.
+    Shared code can thus read `config.packing` with every method. Plain attributes, not fields: they add no flag.
     """
 
     # ── data ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -11,7 +10,7 @@ class MethodConfig:
     max_prompt_length: int | None = None
     packing = False
 
-    # ── answers that are sampled ─────────────────────────────────────────────────────────────────────────────────────
+    # ── sampled answers ─────────────────────────────────────────────────────────────────────────────────────────────
     max_completion_length = 0
     steps_per_generation: int | None = None
     lmbda = 0.0
@@ -29,7 +28,7 @@ class MethodConfig:
     disable_dropout = False
     cast_lm_head_to_fp32 = False
     model_init_kwargs: dict | None = None
-    notes: list[str] = []  # lines for the plan that a run prints
+    notes: list[str] = []  # lines that a run prints at its start
 
     def learns_from_data(self) -> bool:
         """True if some steps train on the answers in the data."""

@@ -60,12 +60,12 @@ class Method:
     source: str  # where the method is described
     config: str  # "module:Class", the dataclass with its flags
     trainer: str  # "module:Class"
-    columns: tuple[str, ...]  # its data columns; utils/data/columns.py converts other ones into them
+    columns: tuple[str, ...]  # its data columns; utils/data/columns.py converts other columns into them
     sample_data: str  # a file with such rows in this repository
     entry: str = "rlhf"  # train_ENTRY.py and ENTRY_run.sh run it,
     arguments: str = "common_args:CommonArgs"  # with these shared flags
     models: tuple[str, ...] = ()  # frozen models that the trainer needs, by its keyword arguments
-    task: str = "CAUSAL_LM"  # or SEQ_CLS: one score a sequence (PEFT's names)
+    task: str = "CAUSAL_LM"  # or SEQ_CLS: one score per sequence (PEFT's names)
     train_modes: tuple[str, ...] = ("full", "lora", "qlora")
     precisions: tuple[str, ...] = ("bfloat16", "float16", "float32")
     losses: tuple[str, ...] = ()  # the values of --loss_type; empty without that flag
@@ -82,7 +82,7 @@ class Method:
     check: str | None = None  # "module:function": problems of flags that only this method has
     check_text: str | None = None  # "module:function" that refuses prepared text that this method cannot train on
     renamed: tuple[tuple[str, str], ...] = ()  # flags of older trainers -> their names here
-    # (flag, values) with which a row's loss is independent of the other rows in its batch; None: never
+    # (flag, values) with which a row's loss does not depend on the other rows of its batch; None: it always does
     by_row: tuple[tuple[str, tuple], ...] | None = None
     faster: tuple[str, ...] = ()  # flags that utils/training/pace.py may turn on without losing a metric
 
@@ -96,6 +96,16 @@ NO_LIKELIHOOD = (("cpo_alpha", (0.0,)),)  # the likelihood term is a mean over t
 
 # float16 makes summed log-probabilities overflow (trl#878)
 NO_FLOAT16 = ("bfloat16", "float32")
+
+# Shared by the methods of TRL's CPO trainer: pairs, without a reference model.
+WITHOUT_REFERENCE: dict[str, Any] = {
+    "trainer": "trainers.cpo_trainer:CPOTrainer",
+    "columns": PAIR,
+    "sample_data": "data/preference.jsonl",
+    "losses": CPO_LOSSES,
+    "by_row": NO_LIKELIHOOD,
+    "precisions": NO_FLOAT16,
+}
 
 # Shared by the online methods: the policy answers prompts, and a reward scores the answers.
 ONLINE: dict[str, Any] = {
@@ -133,34 +143,19 @@ METHODS = {
         title="Contrastive Preference Optimization",
         source="arXiv 2401.08417",
         config="rlhf_args.cpo_config:CPOConfig",
-        trainer="trainers.cpo_trainer:CPOTrainer",
-        columns=PAIR,
-        sample_data="data/preference.jsonl",
-        losses=CPO_LOSSES,
-        by_row=NO_LIKELIHOOD,
-        precisions=NO_FLOAT16,
+        **WITHOUT_REFERENCE,
     ),
     "SimPO": Method(
         title="Simple Preference Optimization, length-normalised and without a reference",
         source="arXiv 2405.14734",
         config="rlhf_args.simpo_config:SimPOConfig",
-        trainer="trainers.cpo_trainer:CPOTrainer",
-        columns=PAIR,
-        sample_data="data/preference.jsonl",
-        losses=CPO_LOSSES,
-        by_row=NO_LIKELIHOOD,
-        precisions=NO_FLOAT16,
+        **WITHOUT_REFERENCE,
     ),
     "CPOSimPO": Method(
         title="SimPO with CPO's likelihood term on the chosen answer",
         source="github.com/fe1ixxu/CPO_SIMPO",
         config="rlhf_args.cposimpo_config:CPOSimPOConfig",
-        trainer="trainers.cpo_trainer:CPOTrainer",
-        columns=PAIR,
-        sample_data="data/preference.jsonl",
-        losses=CPO_LOSSES,
-        by_row=NO_LIKELIHOOD,
-        precisions=NO_FLOAT16,
+        **WITHOUT_REFERENCE,
     ),
     "ORPO": Method(
         title="Odds Ratio Preference Optimization, SFT and preference in one loss",
@@ -267,7 +262,7 @@ DISTILLATION = {
 }
 EVERY = METHODS | DISTILLATION
 
-# The requirements of rejection_sampling.py. Its --then trains with a row of METHODS.
+# rejection_sampling.py; its --then trains with a row of METHODS.
 REJECTION = Method(
     title="Rejection sampling: sample, score, select",
     source="arXiv 2304.06767, 2309.06657",

@@ -2,76 +2,63 @@
 
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rlhf_args.flag import flag
 from rlhf_args.judge_config import JudgeConfig
 from utils.runtime import environment
 
 if TYPE_CHECKING:
-    from trl import GRPOConfig as Base  # what is common to TRL's RLOOConfig and GRPOConfig
+    from trl import GRPOConfig as Base  # has the fields used here, as RLOOConfig does
 else:
     Base = object
 
 
 @dataclass
 class OnlineConfig(JudgeConfig, Base):
-    """Mixin before TRL's config. `notes`: remarks that a run prints at its start."""
+    """Mixin, placed before TRL's config. `notes`: lines that a run prints at its start."""
 
     length_flag = "max_prompt_length"
 
     # With TRL's default (None) each held-out prompt gets num_generations answers, which must divide the eval batch.
-    num_generations_eval: int | None = field(
-        default=1, metadata={"help": "Answers per held-out prompt in an evaluation.", "range": "at least 1"}
-    )
+    num_generations_eval: int | None = flag(1, "Answers per held-out prompt in an evaluation.", range="at least 1")
     # With dropout the policy that is trained differs from the one that sampled: with lora_dropout 0.05 the ratio of an
     # answer of 37 tokens is off by 0.07 before any update. TRL 1.12's PPO turned dropout off too.
-    disable_dropout: bool = field(
-        default=True,
-        metadata={
-            "help": "Turn off dropout in the base and in the adapter (lora_dropout), so that training computes the "
-            "same log-probabilities as sampling."
-        },
+    disable_dropout: bool = flag(
+        True,
+        "Turn off dropout in the base and in the adapter (lora_dropout), so that training computes the same "
+        "log-probabilities as sampling.",
     )
-    max_prompt_length: int | None = field(
-        default=None,
-        metadata={
-            "help": "Maximum tokens of a prompt; longer ones are dropped and counted. Unset: the model's context less "
-            "max_completion_length.",
-            "range": "at least 1, like 512",
-        },
+    max_prompt_length: int | None = flag(
+        None,
+        "Maximum tokens of a prompt; longer ones are dropped and counted. Unset: the model's context less "
+        "max_completion_length.",
+        range="at least 1, like 512",
     )
-    missing_eos_penalty: float | None = field(
-        default=None,
-        metadata={
-            "help": "Subtracted from the reward of an answer truncated at max_completion_length. Unset: nothing.",
-            "range": "at least 0, like 1",
-        },
+    missing_eos_penalty: float | None = flag(
+        None,
+        "Subtracted from the reward of an answer truncated at max_completion_length. Unset: nothing.",
+        range="at least 0, like 1",
     )
-    num_mini_batches: int | None = field(
-        default=None,
-        metadata={
-            "help": "Optimizer steps per pass over a rollout: sets steps_per_generation to num_mini_batches x "
-            "gradient_accumulation_steps. Unset: 1, or as steps_per_generation says.",
-            "range": "at least 1",
-        },
+    num_mini_batches: int | None = flag(
+        None,
+        "Optimizer steps per pass over a rollout: sets steps_per_generation to num_mini_batches x "
+        "gradient_accumulation_steps. Unset: 1, or as steps_per_generation says.",
+        range="at least 1",
     )
-    total_episodes: int | None = field(
-        default=None,
-        metadata={
-            "help": "Answers to sample in the whole run: sets max_steps. Unset: num_train_epochs decides.",
-            "range": "at least 1, like 10000",
-        },
+    total_episodes: int | None = flag(
+        None,
+        "Answers to sample in the whole run: sets max_steps. Unset: num_train_epochs decides.",
+        range="at least 1, like 10000",
     )
-    local_rollout_forward_batch_size: int | None = field(
-        default=None, metadata={"help": "Ignored; accepted so that older scripts still run."}
-    )
+    local_rollout_forward_batch_size: int | None = flag(None, "Ignored; accepted so that older scripts still run.")
 
     def __post_init__(self) -> None:
         self.notes: list[str] = []
         if self.local_rollout_forward_batch_size is not None:
             self.notes.append("--local_rollout_forward_batch_size has no effect any more")
-        # The loss of a policy does not measure its answers, and TRL's is 0 in an evaluation.
+        # TRL's loss is 0 in an evaluation of sampled answers
         chosen = self.load_best_model_at_end or self.save_strategy == "best"
         if chosen and self.metric_for_best_model is None:  # type: ignore[has-type]
             self.metric_for_best_model = "eval_reward"
@@ -128,12 +115,11 @@ class OnlineConfig(JudgeConfig, Base):
         """One line: answers and prompts of a rollout, and its optimizer steps."""
         size, answers = self.rollout_size(), self.num_generations
         rollouts, left = divmod(prompts, size // answers)
-        steps = (
-            f"{size * self.num_iterations / self.step_size():g} optimizer steps ({self.num_iterations} x the rollout)"
-        )
+        steps = f"{size * self.num_iterations / self.step_size():g} optimizer steps ({self.num_iterations} passes)"
         return (
             f"{size} answers of up to {self.max_completion_length} tokens to {size // answers} prompts, then {steps}; "
-            f"{rollouts} rollouts an epoch" + (f", {left} prompts (others each time) left over" if left else "")
+            f"{rollouts} rollouts an epoch"
+            + (f", {left} prompts left over (different ones each time)" if left else "")
         )
 
     def check_groups(self) -> None:
@@ -176,4 +162,4 @@ class OnlineConfig(JudgeConfig, Base):
 
     @property
     def least_generations(self) -> int:
-        return 2  # an advantage is the difference to the other answers
+        return 2  # an advantage is the difference from the other answers

@@ -1,141 +1,87 @@
 """The flags of rejection sampling, in addition to RewardArgs in common_args.py."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from rlhf_args.flag import flag
 from rlhf_args.judge_config import JudgeConfig
 
 
 @dataclass
 class RejectionConfig(JudgeConfig):
-    output_dir: str | None = field(
-        default=None,
-        metadata={"help": "Folder for answers, scores and files. Running the same command again resumes. Required."},
+    output_dir: str | None = flag(None, "Folder for answers, scores and files. The same command resumes it. Required.")
+    stages: list[str] = flag(
+        ["generate,score,select"],
+        "Stages to run: generate, score, select. Each reads what earlier runs left in output_dir.",
     )
-    stages: list[str] = field(
-        default_factory=lambda: ["generate,score,select"],
-        metadata={"help": "Stages to run: generate, score, select. Each reads what earlier runs left in output_dir."},
-    )
-    seed: int = field(default=42, metadata={"help": "Seed of the sampling: the same prompt gets the same answers."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with a model."})
+    seed: int = flag(42, "Seed of the sampling: the same prompt gets the same answers.")
+    trust_remote_code: bool = flag(False, "Run code that comes with a model.")
 
     # ── generate ─────────────────────────────────────────────────────────────────────────────────────────────────────
-    engine: str = field(
-        default="transformers",
-        metadata={
-            "help": "What generates the answers. transformers or vllm: --model_name_or_path on this machine. openai: "
-            "a server with OpenAI's API at --api_base_url.",
-            "choices": ["transformers", "vllm", "openai"],
-        },
+    engine: str = flag(
+        "transformers",
+        "Engine that generates the answers. transformers or vllm: --model_name_or_path on this machine. openai: a "
+        "server with OpenAI's API at --api_base_url.",
+        choices=["transformers", "vllm", "openai"],
     )
-    num_completions: int = field(default=8, metadata={"help": "Answers per prompt.", "range": "at least 1"})
-    temperature: float = field(
-        default=1.0, metadata={"help": "Sampling temperature; 0: greedy decoding.", "range": "at least 0"}
+    num_completions: int = flag(8, "Answers per prompt.", range="at least 1")
+    temperature: float = flag(1.0, "Sampling temperature; 0: greedy decoding.", range="at least 0")
+    top_p: float = flag(1.0, "Nucleus sampling; 1: all tokens.", range="above 0 and at most 1")
+    top_k: int = flag(0, "Sample from the k most likely tokens; 0: from all.", range="at least 0")
+    max_new_tokens: int = flag(512, "Maximum length of an answer, in tokens.", range="at least 1")
+    max_prompt_length: int | None = flag(
+        None,
+        "Maximum length of a prompt, in tokens. Unset: the model's context less max_new_tokens.",
+        range="at least 1, like 512",
     )
-    top_p: float = field(
-        default=1.0, metadata={"help": "Nucleus sampling; 1: all tokens.", "range": "above 0 and at most 1"}
+    system_prompt: str | None = flag(None, "System message for chats without one; also written to the output files.")
+    reference_column: str | None = flag(None, "Data column with an extra candidate answer per prompt, like chosen.")
+    generate_batch_size: int | None = flag(
+        None, "Answers that are sampled, and saved, at once. Unset: 64, with vllm 1024.", range="at least 1, like 64"
     )
-    top_k: int = field(
-        default=0, metadata={"help": "Sample from the k most likely tokens; 0: from all.", "range": "at least 0"}
-    )
-    max_new_tokens: int = field(
-        default=512, metadata={"help": "Maximum length of an answer, in tokens.", "range": "at least 1"}
-    )
-    max_prompt_length: int | None = field(
-        default=None,
-        metadata={
-            "help": "Maximum length of a prompt, in tokens. Unset: the model's context less max_new_tokens.",
-            "range": "at least 1, like 512",
-        },
-    )
-    system_prompt: str | None = field(
-        default=None,
-        metadata={"help": "System message for chats without one; it is also written to the output files."},
-    )
-    reference_column: str | None = field(
-        default=None, metadata={"help": "Data column with an extra candidate answer per prompt, like chosen."}
-    )
-    generate_batch_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Answers that are sampled, and saved, at once. Unset: 64, with vllm 1024.",
-            "range": "at least 1, like 64",
-        },
-    )
-    held_out_prompts: bool = field(
-        default=False, metadata={"help": "Sample for the prompts that --eval_fraction holds out, not for the others."}
-    )
+    held_out_prompts: bool = flag(False, "Sample for the prompts that --eval_fraction holds out, not for the others.")
 
     # ── the server of --engine openai, and of the judge unless --judge_base_url names another ────────────────────────
-    api_base_url: str | None = field(
-        default=None,
-        metadata={"help": "Address of the engine's server, like http://localhost:8000/v1. The judge's default too."},
+    api_base_url: str | None = flag(
+        None, "Address of the engine's server, like http://localhost:8000/v1; also the judge's default."
     )
-    api_model: str | None = field(default=None, metadata={"help": "Name of the engine's model on the server."})
-    api_key_variable: str = field(
-        default="OPENAI_API_KEY",
-        metadata={"help": "Environment variable with the API key. The judge's default too."},
-    )
+    api_model: str | None = flag(None, "Name of the engine's model on the server.")
+    api_key_variable: str = flag("OPENAI_API_KEY", "Environment variable with the API key. The judge's default too.")
 
     # ── score ────────────────────────────────────────────────────────────────────────────────────────────────────────
-    reward_weights: list[float] | None = field(
-        default=None,
-        metadata={"help": "One weight per reward: --reward_funcs first, then --reward_model_path, then the judge."},
+    reward_weights: list[float] | None = flag(
+        None, "One weight per reward: --reward_funcs first, then --reward_model_path, then the judge."
     )
-    score_batch_size: int = field(
-        default=16, metadata={"help": "Answers that the reward model scores at once.", "range": "at least 1"}
-    )
+    score_batch_size: int = flag(16, "Answers that the reward model scores at once.", range="at least 1")
 
     # ── select ───────────────────────────────────────────────────────────────────────────────────────────────────────
-    select: str = field(
-        default="best",
-        metadata={
-            "help": "Which answers to a prompt are kept. best: the best one. top_k: the best --select_k. threshold: "
-            "scores of at least --threshold. pairs: best and worst, if they differ by --min_margin.",
-            "choices": ["best", "top_k", "threshold", "pairs"],
-        },
+    select: str = flag(
+        "best",
+        "Which answers to a prompt are kept. best: the best one. top_k: the best --select_k. threshold: scores of at "
+        "least --threshold. pairs: best and worst, if they differ by --min_margin.",
+        choices=["best", "top_k", "threshold", "pairs"],
     )
-    select_k: int = field(
-        default=2, metadata={"help": "Answers per prompt with --select top_k.", "range": "at least 1"}
+    select_k: int = flag(2, "Answers per prompt with --select top_k.", range="at least 1")
+    threshold: float | None = flag(None, "Minimum score with --select threshold.", range="finite, like 0.5")
+    min_margin: float = flag(
+        0.0,
+        "Minimum difference between the scores of chosen and rejected; 0: any difference above 0.",
+        range="at least 0",
     )
-    threshold: float | None = field(
-        default=None, metadata={"help": "Minimum score with --select threshold.", "range": "finite, like 0.5"}
-    )
-    min_margin: float = field(
-        default=0.0,
-        metadata={
-            "help": "Minimum difference between the scores of chosen and rejected; 0: any difference above 0.",
-            "range": "at least 0",
-        },
-    )
-    keep_cut: bool = field(default=False, metadata={"help": "Also select answers truncated at --max_new_tokens."})
-    write: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Formats to write: SFT, DPO, KTO, Reward. Unset: SFT, or DPO with --select pairs."},
-    )
-    chunk_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Rows per file: writes a folder of files instead of one file. Unset: one file.",
-            "range": "at least 1, like 10000",
-        },
+    keep_cut: bool = flag(False, "Also select answers truncated at --max_new_tokens.")
+    write: list[str] = flag([], "Formats to write: SFT, DPO, KTO, Reward. Unset: SFT, or DPO with --select pairs.")
+    chunk_size: int | None = flag(
+        None,
+        "Rows per file: writes a folder of files instead of one file. Unset: one file.",
+        range="at least 1, like 10000",
     )
 
     # ── train on it ──────────────────────────────────────────────────────────────────────────────────────────────────
-    then: str | None = field(
-        default=None,
-        metadata={"help": "Train on the selected data with this method of train_rlhf.py; its flags may follow."},
-    )
-    rounds: int = field(
-        default=1,
-        metadata={
-            "help": "Rounds of sampling, scoring, selection and training, each from the last model.",
-            "range": "at least 1",
-        },
-    )
+    then: str | None = flag(None, "Train on the selected data with this method of train_rlhf.py, and its flags.")
+    rounds: int = flag(1, "Rounds of sampling and training, each from the last model.", range="at least 1")
 
     def judge_server(self) -> tuple[str, str | None, str]:
-        flag = "judge_base_url" if self.judge_base_url else "api_base_url"
-        return flag, getattr(self, flag), self.judge_key_variable or self.api_key_variable
+        name = "judge_base_url" if self.judge_base_url else "api_base_url"
+        return name, getattr(self, name), self.judge_key_variable or self.api_key_variable
 
     def __post_init__(self) -> None:
         self.stages = split_commas(self.stages)

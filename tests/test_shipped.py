@@ -56,7 +56,7 @@ def test_the_shipped_job_learns_and_its_next_commands_work(tmp_path):
         assert "Paris" in talk.stdout, talk.stderr
 
     again = run_script(out)
-    assert again.returncode == 2 and "holds a finished run" in again.stderr
+    assert again.returncode == 2 and "contains a finished run" in again.stderr
     onward = run_script(tmp_path / "onward", MODEL=str(out), MAX_STEPS="1", EVAL_FRACTION="0")
     assert onward.returncode == 0, onward.stderr[-2000:]
     assert said(onward, "reference").startswith(f"reference the adapter {out} as it was")

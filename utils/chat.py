@@ -26,13 +26,10 @@ def answer(
     """The model's reply to `messages` (a list of {"role", "content"}), as text."""
     import torch
 
+    text = messages[-1]["content"]
     if tokenizer.chat_template:
-        ids = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    else:
-        ids = tokenizer(messages[-1]["content"], return_tensors="pt")
-    ids = ids.to(model.device)
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    ids = tokenizer(text, add_special_tokens=not tokenizer.chat_template, return_tensors="pt").to(model.device)
     with torch.no_grad():
         out = model.generate(**ids, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
     return tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True).strip()
@@ -48,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         folder = ModelFolder.at(asked.model)
         refuse_if(folder.check_whole("model"))  # PEFT would load pickled weights
         if folder.is_reward_model:
-            raise Refused([f"{asked.model}: a reward model, which scores and cannot talk"])
+            raise Refused(f"{asked.model}: a reward model, not a language model")
         tokenizer = load_tokenizer(asked.model)
         dtype = "bfloat16" if environment.has_bf16() else "float32"
         model = load_model(asked.model, "CAUSAL_LM", dtype, tokenizer=tokenizer, seed=0).eval()

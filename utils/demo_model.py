@@ -33,7 +33,7 @@ def make_demo_model(folder: str | Path = DEMO_MODEL) -> Path:
 
 
 def make_demo_student(folder: str | Path = DEMO_STUDENT, teacher: str | Path = DEMO_MODEL) -> Path:
-    """A model with 22 of the teacher's 30 layers, and worse answers, which distillation improves."""
+    """A student for distillation: 22 of the teacher's 30 layers."""
     folder = Path(folder)
     if (folder / "config.json").exists():
         return folder
@@ -57,7 +57,7 @@ def move_whole(made: Path, folder: Path) -> None:
     try:
         made.rename(folder)  # atomic
     except OSError:
-        if not (folder / "config.json").exists():  # it exists if another node or job was faster
+        if not (folder / "config.json").exists():  # another node or job may have made it
             raise
 
 
@@ -102,9 +102,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("folder", nargs="?")
-    parser.add_argument(
-        "--student", action="store_true", help="a smaller model, with some of its layers, for gkd_run.sh"
-    )
+    parser.add_argument("--student", action="store_true", help="make the smaller student of gkd_run.sh")
     asked = parser.parse_args()
     environment.calm_libraries()
     try:

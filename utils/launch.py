@@ -9,7 +9,6 @@ is printed last.
 Exit status: that of the training script, or 2 if this launch cannot start.
 """
 
-import difflib
 import errno
 import logging
 import math
@@ -27,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from utils.cli import recipes, variables
-from utils.runtime.errors import Refused, refuse_if
+from utils.runtime.errors import Refused, guess_name, refuse_if
 from utils.runtime.paths import DEMO_MODEL, DEMO_STUDENT
 from utils.survival import memory
 
@@ -47,7 +46,7 @@ class Plan:
     nodes: int
     node: int
     address: str
-    port: int  # 0: any that is free
+    port: int  # 0: any free port
     timeout: int
 
     @property
@@ -74,7 +73,7 @@ def main(job: list[str]) -> int:
         set_environment(plan)
         if recipes.is_on(given.get("check")) or recipes.asks_help(job):
             return subprocess.call([sys.executable, *job])
-        if not plan.is_plain:  # a refusal is one message and status 2, however many processes follow
+        if not plan.is_plain:  # so a refusal is printed once
             if status := subprocess.call([sys.executable, *job, "--check"], stdout=subprocess.DEVNULL):
                 return status
             os.environ["LAUNCH_CHECKED"] = "1"
@@ -123,9 +122,8 @@ def read_plan(env: Mapping[str, str], gpus: int) -> Plan:
     file = CONFIGS / f"{name}.yaml"
     if not file.exists():
         known = ["auto", *sorted(path.stem for path in CONFIGS.glob("*.yaml"))]
-        near = difflib.get_close_matches(name, known, 1)
-        guess = f". Did you mean {near[0]}?" if near else ""
-        raise Refused([f"LAUNCH={name}: no such file in {CONFIGS}/. There are {', '.join(known)}{guess}"])
+        names = ", ".join(known) + guess_name(name, known)
+        raise Refused(f"LAUNCH={name}: no such file in {CONFIGS}/. There are {names}")
     plan = Plan(
         name=name,
         described=yaml.safe_load(file.read_text(encoding="utf-8")),
@@ -146,7 +144,7 @@ def check_processes(plan: Plan, gpus: int) -> Iterator[str]:
     if plan.name == "cpu":
         return
     if plan.name in ("single_gpu", "multi_gpu") and not gpus:
-        yield f"LAUNCH={plan.name}: no GPU is visible. Type LAUNCH=cpu; NUM_PROCESSES=2 with it is DDP on the CPU"
+        yield f"LAUNCH={plan.name}: no GPU is visible. Type LAUNCH=cpu (with NUM_PROCESSES=2: DDP on the CPU)"
     elif gpus and plan.processes > gpus:
         yield f"{asked}: one process per GPU, and {gpus} are visible. Type NUM_PROCESSES={gpus}"
     elif plan.name == "single_gpu" and plan.world > 1:
@@ -161,8 +159,8 @@ def check_nodes(plan: Plan) -> Iterator[str]:
     if plan.nodes > 1 and not (plan.address and plan.port):
         yield f"NNODES={plan.nodes}: the first node's address is missing. Type MASTER_ADDR=HOST MASTER_PORT=29500"
     elif plan.port and plan.node == 0 and is_taken(plan.port):
-        free = ", or none: a free one is taken" if plan.nodes == 1 else ""
-        yield f"MASTER_PORT={plan.port}: in use here. Name another, the same on every node{free}"
+        free = ", or remove it for any free port" if plan.nodes == 1 else ""
+        yield f"MASTER_PORT={plan.port}: in use here. Type another, the same on every node{free}"
 
 
 def is_taken(port: int) -> bool:
@@ -182,10 +180,10 @@ def check_compiler(plan: Plan, gpus: int) -> Iterator[str]:
         return
     missing = [tool for tool in ("c++", "ninja") if not shutil.which(tool, path=search_path())]
     if missing:
+        other = plan.name.removesuffix("_offload") if gpus else "cpu"
         yield (
             f"LAUNCH={plan.name}: DeepSpeed compiles its CPU code, and {' and '.join(missing)} is not installed. "
-            f"Install it (apt-get install g++; pip install ninja), or type "
-            f"LAUNCH={plan.name.removesuffix('_offload') if gpus else 'cpu'}"
+            f"Install it (apt-get install g++; pip install ninja), or type LAUNCH={other}"
         )
     from torch.utils.cpp_extension import get_default_build_root
 
@@ -248,7 +246,7 @@ def launch(plan: Plan, job: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    for chatter in ("torch.distributed", "accelerate"):  # forty lines without the reason
+    for chatter in ("torch.distributed", "accelerate"):  # they log forty lines without the reason
         logging.getLogger(chatter).setLevel(logging.CRITICAL)
     words = ["--config_file", str(CONFIGS / f"{plan.name}.yaml"), "--num_processes", str(plan.world)]
     words += ["--num_machines", str(plan.nodes), "--machine_rank", str(plan.node)]

@@ -1,9 +1,9 @@
-"""Merge an adapter into its base and prove it: `python -m utils.merge_lora ADAPTER OUTPUT`.
+"""Merge an adapter into its base and check the result: `python -m utils.merge_lora ADAPTER OUTPUT`.
 
 The merge is computed in float32, on the base from disk (never its 4-bit form), and saved in the base's dtype.
-Rounding to bfloat16 can undo a short training: an update below half a step of the base's grid vanishes (peft#2321).
-So the merged model is reopened and compared with base + adapter; if too little of the effect is left, float32 is saved
-instead, with a note. Finally a fresh process compares again (utils/verify.py).
+Rounding to bfloat16 loses updates below half its precision (peft#2321), so the merged model is reopened and compared
+with base + adapter. If too little of the adapter's effect is left, float32 is saved instead, with a note. Finally a
+fresh process compares again (utils/verify.py).
 """
 
 import argparse
@@ -26,10 +26,10 @@ def merge(adapter: str | Path, output: str | Path, dtype: str = "auto") -> tuple
     folder = ModelFolder.at(adapter)
     described = folder.adapter
     if described is None:
-        raise Refused([f"{adapter}: no adapter_config.json in it, so not an adapter"])
+        raise Refused(f"{adapter}: not an adapter: no adapter_config.json")
     refuse_if(check_writable(Path(output), flag=""))
     if Path(output).exists() and any(Path(output).iterdir()):
-        raise Refused([f"{output}: already exists. Name another folder"])
+        raise Refused(f"{output}: already exists. Name another folder")
     refuse_if(folder.check_whole("adapter"))  # PEFT would load pickled weights
 
     import torch
@@ -46,7 +46,7 @@ def merge(adapter: str | Path, output: str | Path, dtype: str = "auto") -> tuple
     try:
         base = kind.from_pretrained(base, revision=described.get("revision"), dtype="auto", **safely, **extra)
     except (OSError, ValueError) as error:
-        raise Refused([f"{adapter}: its base model {base} cannot be loaded ({first_line(error)})"]) from None
+        raise Refused(f"{adapter}: its base model {base} cannot be loaded ({first_line(error)})") from None
     base.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     own_dtype, base = base.dtype, base.float()
     model = PeftModel.from_pretrained(base, adapter).eval()
@@ -55,7 +55,7 @@ def merge(adapter: str | Path, output: str | Path, dtype: str = "auto") -> tuple
         untrained = proof.compute_outputs(model, ids, task)
     effect = float((trained - untrained).abs().mean())
     if not effect:
-        raise Refused([f"{adapter}: does not change the outputs of its base. Nothing to merge"])
+        raise Refused(f"{adapter}: does not change the outputs of its base. Nothing to merge")
     merged = model.merge_and_unload(safe_merge=True)
 
     notes: list[str] = []
@@ -64,7 +64,7 @@ def merge(adapter: str | Path, output: str | Path, dtype: str = "auto") -> tuple
         if Path(output).exists():
             empty(output)
         merged.config.dtype = target
-        once: dict[int, torch.Tensor] = {}  # tied weights are one tensor, and stay one
+        once: dict[int, torch.Tensor] = {}  # tied weights stay one tensor
         state = {name: once.setdefault(t.data_ptr(), t.to(target)) for name, t in merged.state_dict().items()}
         merged.save_pretrained(output, state_dict=state)
         tokenizer.save_pretrained(output)
@@ -74,7 +74,7 @@ def merge(adapter: str | Path, output: str | Path, dtype: str = "auto") -> tuple
         name = str(target).removeprefix("torch.")
         if kept >= ENOUGH or dtype != "auto" or target == torch.float32:
             break
-        notes.append(f"in {name} the merge keeps {max(kept, 0):.0%} of what the adapter does")
+        notes.append(f"in {name} the merge keeps {max(kept, 0):.0%} of the adapter's effect")
     proof.write_probe(output, trained, tokenizer, task=task, dtype="float32", exact_to=name, same=name == "float32")
     return name, kept, notes
 
@@ -83,9 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("adapter")
     parser.add_argument("output")
-    parser.add_argument(
-        "--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="auto: the base's own"
-    )
+    parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="auto: the base's")
     asked = parser.parse_args(argv)
     environment.calm_libraries()
     try:
@@ -96,12 +94,10 @@ def main(argv: list[str] | None = None) -> int:
     for note in notes:
         print(f"note      {note}: saved in float32 instead")
     if kept < ENOUGH:
-        print(
-            f"{asked.output}: keeps only {max(kept, 0):.0%} of what the adapter does. Type --dtype float32",
-            file=sys.stderr,
-        )
+        effect = f"keeps only {max(kept, 0):.0%} of the adapter's effect"
+        print(f"{asked.output}: {effect}. Type --dtype float32", file=sys.stderr)
         return 1
-    print(f"merged    {asked.output}, {dtype}: reopened, and keeps {kept:.1%} of what the adapter does")
+    print(f"merged    {asked.output}, {dtype}: reopened, and keeps {kept:.1%} of the adapter's effect")
     try:
         print(proof.verify_in_fresh_process(asked.output))
     except Failed as error:

@@ -1,12 +1,11 @@
 """Accuracy of a reward model on pairs: `python -m utils.score_reward_model MODEL DATA`.
 
 DATA: pairs that the model was not trained on, in any form that --rlhf_type Reward reads. If the scores correlate with
-the length of the answers, and the accuracy is not above that of "the longer answer wins", the model learned length.
+the length of the answers, and "the longer answer wins" is as accurate, the model learned length.
 """
 
 import argparse
 import json
-import os
 import statistics
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from utils.data.rows import Rows, count_reasons, hash_rows, load_rows
 from utils.models.folders import ModelFolder
 from utils.runtime import environment
 from utils.runtime.errors import Refused
+from utils.runtime.paths import check_writable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,7 +51,11 @@ def main(argv: list[str] | None = None) -> int:
     for note in rows.notes:
         print(f"note      {note}")
     dropped = ", ".join(f"{count} {reason}" for reason, count in found["dropped_rows"].items()) or "none"
-    cut = f"; {found['cut_answers']} answers cut at the front to what the model holds" if found["cut_answers"] else ""
+    cut = (
+        f"; {found['cut_answers']} answers truncated at the front to the model's context"
+        if found["cut_answers"]
+        else ""
+    )
     print(f"pairs     {found['pairs']}; refused: {dropped}{cut}")
     print(f"accuracy  {found['accuracy']:.3f}, ties counted half; mean margin {found['mean_margin']:.3g}")
     longer = f"{found['longer_wins_accuracy']:.3f}"
@@ -65,9 +69,7 @@ def load_scored(model: str, paths: list[str], folder: Path) -> tuple[Rows, "Rewa
     from utils.rewards.models import check_reward_model, load_reward_model, try_reward_model
 
     problems = check_reward_model(model) + [*ModelFolder.at(model).check_weights()]
-    above = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        problems.append(f"--output_dir {folder}: nothing can be written in {above}. Name another folder")
+    problems += check_writable(folder)
     rows = load_rows(paths, None, RANKED, "Reward", problems=problems)
     # try_reward_model takes prompts, with the answers as further columns
     tried = [(where, {"prompt": pair["prompt"], "further": pair}) for where, pair in rows.train]
@@ -78,7 +80,7 @@ def load_scored(model: str, paths: list[str], folder: Path) -> tuple[Rows, "Rewa
 
 
 def with_scoring_flags(problem: str) -> str:
-    """A problem of training, with the names of the flags of this command."""
+    """A problem of training, with this command's flag names."""
     return problem.replace("--reward_model_path", "MODEL").replace("--train_data_path", "DATA")
 
 

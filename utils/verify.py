@@ -1,10 +1,10 @@
 """Check saved models: `python -m utils.verify FOLDER ...` opens each as a user would, in a fresh process.
 
-First the files: whole, no empty, NaN or infinite tensors, no shard missing, no pickled weights, config and tokenizer
-readable, an adapter's base present. Then, if a run or merge wrote probe.json from the model in memory, the reopened
-model must give the same log-probabilities for the same text (a reward model: scores).
+First the files: no truncated or missing shards, no empty, NaN or infinite tensors, no pickled weights, a readable
+config and tokenizer, an adapter's base. Then, if a run or merge wrote probe.json from the model in memory, the
+reopened model must give the same log-probabilities for the same text (a reward model: scores).
 
-Exit status: 0 sound, 1 not sound (one line: the difference), 2 not a model folder, or a model that needs its own code.
+Exit status: 0 sound, 1 not sound (one line: the difference), 2 not a model folder, or a model with custom code.
 """
 
 import argparse
@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="device of the reopened model")
     asked = parser.parse_args(argv)
     environment.calm_libraries()
-    with contextlib.suppress(OSError):  # out of memory, the system should kill this process, not a trainer beside it
+    with contextlib.suppress(OSError):  # if memory runs out, the system kills this process, not a trainer
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="utf-8")
     if asked.device == "cuda" and not environment.has_gpu():
         parser.error("--device cuda: no GPU is visible. Remove the flag")

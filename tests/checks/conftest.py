@@ -69,7 +69,7 @@ def listing(folder):
 METHODS = ", ".join(TABLE)
 
 
-FORM = 'It is a string or a list of {"role", "content"}'
+FORM = 'Must be a string or a list of {"role", "content"}'
 
 
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")

@@ -234,9 +234,9 @@ CASES = {
         model=write("model.safetensors.index.json", '{"weight_map": 3}'),
     ),
     "a tokenizer that is broken": Bad(named="--model_name_or_path DIR/model", model=write("tokenizer.json", "{}")),
-    "a config of another size": Bad(named="DIR/model: vocab_size", model=change("config.json", vocab_size=99)),
+    "a config of another size": Bad(named="vocab_size 99,", model=change("config.json", vocab_size=99)),
     "a token without an embedding": Bad(
-        named="DIR/model: the data need token", model=add_token, rows=[PAIR | {"prompt": "<new>"}]
+        named="token 261 ('<new>')", model=add_token, rows=[PAIR | {"prompt": "<new>"}]
     ),
     "a model in 8 bits": Bad(
         named="DIR/model: ", model=change("config.json", quantization_config={"quant_method": "bnb"})

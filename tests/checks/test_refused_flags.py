@@ -41,7 +41,7 @@ FLAGS = [
         "--lora_ra 8 --zzz 1",
         ["--lora_ra: no such flag for DPO. Did you mean --lora_rank?", f"--zzz: no such flag for DPO. {HELP}"],
     ),
-    ("DPO", "--beta 0.1 0.2", ["0.2: not a flag. Every value follows its --flag"]),
+    ("DPO", "--beta 0.1 0.2", ["0.2: not a flag"]),
     ("DPO", "--lora_rank", ["--lora_rank: expected one argument"]),
     (
         "DPO",
@@ -107,7 +107,7 @@ FLAGS = [
         "--resume_from_checkpoint gone",
         [
             "--resume_from_checkpoint gone: no such folder. Type auto for the newest checkpoint in output_dir, or "
-            "leave the flag out to start afresh"
+            "remove the flag to start a new run"
         ],
     ),
     ("DPO", "--load_best_model_at_end", ["--load_best_model_at_end requires the save and eval strategy to match"]),
@@ -135,21 +135,21 @@ def test_held_out_rows_come_from_one_place_are_not_the_training_rows_and_are_of_
     (problem,) = refused(f"--eval_data_path {train}", data=train)
     assert problem.startswith(f"--eval_data_path {train}: ") and "Type --eval_fraction 0.1" in problem
     assert refused(f"--eval_data_path {chats}", data=train) == [
-        f"{train}:1 and {chats}:1: one is a chat, one plain text. One run takes one of the two"
+        f"{train}:1 and {chats}:1: a chat and plain text. A run needs rows of one kind"
     ]
 
 
 def test_missing_model_and_data_are_named_together(refused):
     assert refused(model=None, data="none") == [
         "--train_data_path: missing. Type --train_data_path data/preference.jsonl to try",
-        "--model_name_or_path: missing. A model folder or Hub id; `python -m utils.demo_model` makes one",
+        "--model_name_or_path: missing. Type a folder or Hub id; `python -m utils.demo_model` makes one",
     ]
 
 
 def test_an_old_name_is_translated_and_said_and_no_other_beginning_of_a_name_is(run):
     status, out, lines = run("--lora_r 4 --check")
     assert status == 0 and "LoRA rank 4, alpha 16" in out
-    assert lines == ["note: --lora_r is called --lora_rank here, and is read as that"]
+    assert lines == ["note: --lora_r is read as --lora_rank"]
 
 
 @pytest.mark.parametrize("flags", ["--use_dora", "--use_dora True", "--use-dora=true --bf16", "--bf16 True"])
@@ -257,11 +257,11 @@ LINE = json.dumps(GOOD)
 
 # name of the file: (what it holds, the problems, FILE standing for its path)
 FILES = {
-    "empty.jsonl": (b"", ["FILE: no rows in it"]),
-    "blank.jsonl": (b"\n\r\n \n", ["FILE: no rows in it"]),
-    "empty.json": (b"[]", ["FILE: no rows in it"]),
-    "header.csv": (b"prompt,chosen,rejected\n", ["FILE: no rows in it"]),
-    "empty.csv": (b"", ["FILE: no rows in it"]),
+    "empty.jsonl": (b"", ["FILE: contains no rows"]),
+    "blank.jsonl": (b"\n\r\n \n", ["FILE: contains no rows"]),
+    "empty.json": (b"[]", ["FILE: contains no rows"]),
+    "header.csv": (b"prompt,chosen,rejected\n", ["FILE: contains no rows"]),
+    "empty.csv": (b"", ["FILE: contains no rows"]),
     "empty.parquet": (b"", ["FILE: not a parquet file ("]),
     "broken.parquet": (b"PAR1 and no more", ["FILE: not a parquet file ("]),
     "python.jsonl": (f"{LINE}\n{GOOD}\n", ["FILE:2: not valid JSON (Expecting property name enclosed in double quo"]),
@@ -285,20 +285,17 @@ FILES = {
     "latin1.csv": (b"prompt,chosen,rejected\ncaf\xe9,a,b\n", ["FILE:2: not UTF-8 (byte 26). Save the file as UTF-8"]),
     "comma.csv": (
         b"prompt,chosen,rejected\nYes, or no?,a,b\n",
-        [
-            "FILE:2: 4 cells under a header of 3. Text that holds a comma, a quote or a line end stands in "
-            '"double quotes"'
-        ],
+        ['FILE:2: 4 cells, but the header has 3. Write text with a comma, a quote or a line break in "double quotes"'],
     ),
-    "short.csv": (b"prompt,chosen,rejected\np,a\n", ["FILE:2: 2 cells under a header of 3."]),
+    "short.csv": (b"prompt,chosen,rejected\np,a\n", ["FILE:2: 2 cells, but the header has 3."]),
     "semicolon.csv": (b"prompt;chosen;rejected\np;a;b\n", ['FILE:2: no "prompt". The row has prompt;chosen;']),
     "open.csv": (
         b'prompt,chosen,rejected\np,"a,b\nq,a,b\n',
-        ["FILE:3: not valid csv (unexpected end of data). A quote inside a quoted text is written twice"],
+        ["FILE:3: not valid csv (unexpected end of data). Write a quote inside quoted text twice"],
     ),
     "list.csv": (
         "prompt,chosen,rejected\n\"[{'role': 'user', 'content': 'p'}]\",a,b\n",
-        ['FILE:2: "prompt" is a list of messages turned into text. Write it as JSON: with json.dumps in csv'],
+        ['FILE:2: "prompt" is a list of messages as text. Write it as JSON (in csv: with json.dumps)'],
     ),
     "rows.txt": (LINE, ["--train_data_path FILE: not .jsonl, .json, .csv, .parquet. Convert or unpack it first"]),
     "rows.jsonl.gz": (b"\x1f\x8b", ["--train_data_path FILE: not .jsonl, .json, .csv, .parquet. Convert or unpack"]),
@@ -347,5 +344,5 @@ def test_all_paths_with_no_data_are_named_together(refused, monkeypatch):
 
 def test_an_empty_shell_variable_as_data_is_not_the_current_folder(refused):
     assert refused(["--train_data_path", ""]) == [
-        "--train_data_path: an empty name. Type --train_data_path data/preference.jsonl to try"
+        "--train_data_path: the path is empty. Type --train_data_path data/preference.jsonl to try"
     ]

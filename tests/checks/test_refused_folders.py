@@ -19,7 +19,7 @@ from utils.checks import folders
 # ── the output folder ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-FINISHED = "holds a finished run. Name another folder, or add --overwrite_output_dir"
+FINISHED = "contains a finished run. Name another folder, or add --overwrite_output_dir"
 
 
 # what stands in the folder: (flags, what is said, None where nothing is)
@@ -30,12 +30,12 @@ FOLDERS = [
     (
         ["metrics.jsonl"],
         "",
-        "holds an unfinished run. Add --resume_from_checkpoint auto to finish it, or "
-        "--overwrite_output_dir to start afresh",
+        "contains an unfinished run. Add --resume_from_checkpoint auto to finish it, or "
+        "--overwrite_output_dir to start a new run",
     ),
     (["metrics.jsonl"], "--resume_from_checkpoint auto", None),
-    (["thesis.tex"], "", "holds files that no run of ours made. Name another folder"),
-    (["thesis.tex"], "--overwrite_output_dir", "holds files that no run of ours made. Name another folder"),
+    (["thesis.tex"], "", "contains files that no training run wrote. Name another folder"),
+    (["thesis.tex"], "--overwrite_output_dir", "contains files that no training run wrote. Name another folder"),
     ([], "", None),
 ]
 

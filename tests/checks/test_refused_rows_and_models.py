@@ -34,7 +34,7 @@ ROWS = {
         "DPO",
         GOOD,
         {"prompt": "p", "choosen": "c", "rejected": "r"},
-        f'no "chosen". Did you mean that by "choosen"? {PAIRS}',
+        f'no "chosen". Rename "choosen"? {PAIRS}',
     ),
     "missing column": (
         "DPO",
@@ -57,19 +57,19 @@ ROWS = {
         "DPO",
         CHAT,
         message(content="p"),
-        '"prompt" has a message with content. A message has "role" and "content"',
+        '"prompt" has a message with content. A message needs "role" and "content"',
     ),
     "other names": (
         "DPO",
         CHAT,
         message(**{"from": "human", "value": "p"}),
-        '"prompt" has a message with from, value. A message has "role" and "content"',
+        '"prompt" has a message with from, value. A message needs "role" and "content"',
     ),
     "list of strings": (
         "DPO",
         CHAT,
         chat(prompt=["p"]),
-        '"prompt" has a message that is text. A message has "role" and "content"',
+        '"prompt" has a message with text. A message needs "role" and "content"',
     ),
     "unknown role": ("DPO", CHAT, message(role="human", content="p"), f"\"prompt\" has the role 'human'. {ROLES}"),
     "number as role": ("DPO", CHAT, message(role=1, content="p"), f'"prompt" has the role 1. {ROLES}'),
@@ -95,35 +95,40 @@ ROWS = {
         "DPO",
         CHAT,
         message(role="assistant", content="p"),
-        'the "prompt" ends with the assistant\'s turn. It ends with the turn to be answered',
+        'the "prompt" ends with the assistant\'s turn. It must end with the turn to answer',
     ),
     "answer of the user": (
         "DPO",
         CHAT,
         chat(chosen=CHAT["prompt"]),
-        'the "chosen" ends with a turn of the user. It ends with the assistant\'s answer',
+        'the "chosen" ends with a turn of the user. It must end with the assistant\'s answer',
     ),
     "chat and plain": (
         "DPO",
         CHAT,
         chat(prompt="p"),
-        '"prompt" is plain text, "chosen" is a chat, "rejected" is a chat. All of a row are lists of '
-        "messages, or all are strings",
+        '"prompt" is plain text, "chosen" is a chat, "rejected" is a chat. All must be lists of messages, '
+        "or all strings",
     ),
     "chat as text": (
         "DPO",
         CHAT,
         chat(prompt=json.dumps(CHAT["prompt"])),
-        '"prompt" is a list of messages turned into text. Write it as JSON: with json.dumps in csv',
+        '"prompt" is a list of messages as text. Write it as JSON (in csv: with json.dumps)',
     ),
     "half an emoji": (
         "DPO",
         GOOD,
         {**GOOD, "chosen": "smile \ud83d"},
-        '"chosen" holds half a character (\\ud800 to \\udfff), as of an emoji that was cut in two. Mend it',
+        '"chosen" contains half of a surrogate pair (\\ud800 to \\udfff), as from a truncated emoji. Fix it',
     ),
-    "label in words": ("KTO", THUMB, {**THUMB, "label": "good"}, "\"label\" is 'good'. It is true or false (1 or 0)"),
-    "label out of range": ("KTO", THUMB, {**THUMB, "label": 2}, '"label" is 2. It is true or false (1 or 0)'),
+    "label in words": (
+        "KTO",
+        THUMB,
+        {**THUMB, "label": "good"},
+        "\"label\" is 'good'. Must be true or false (1 or 0)",
+    ),
+    "label out of range": ("KTO", THUMB, {**THUMB, "label": 2}, '"label" is 2. Must be true or false (1 or 0)'),
     "no label": (
         "KTO",
         THUMB,
@@ -142,7 +147,7 @@ ROWS = {
         "Reward",
         {**GOOD, "margin": 1},
         {**GOOD, "margin": "much"},
-        "\"margin\" is 'much'. It is a number: by how much chosen is better",
+        "\"margin\" is 'much'. Must be a number: how much better chosen is",
     ),
     "other dialogue": (
         "SFT",
@@ -175,7 +180,7 @@ def test_a_misspelt_column_is_refused_in_every_kind_of_file(ending, lines, refus
         import pyarrow.parquet
 
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
-    said = f'no "chosen". Did you mean that by "choosen"? {PAIRS}'
+    said = f'no "chosen". Rename "choosen"? {PAIRS}'
     assert refused(data=str(file)) == [f"{file}:{line}: {said}" for line in lines]
 
 
@@ -190,21 +195,21 @@ def test_different_problems_of_a_file_are_shown_together(refused, tmp_path):
     assert refused(data=file) == [
         f'{file}:2: "prompt" is a number. {FORM}',
         f'{file}:3: no "chosen". The row has prompt. {PAIRS}',
-        f"{file}:5 is a chat and {file}:1 is plain text. One run takes one of the two",
+        f"{file}:5 is a chat and {file}:1 is plain text. A run needs rows of one kind",
     ]
 
 
 def test_chat_and_plain_rows_of_two_files_do_not_mix(refused, tmp_path):
     chats, texts = write_rows(tmp_path / "a.jsonl", [CHAT]), write_rows(tmp_path / "b.jsonl", [GOOD])
     assert refused(data=[texts, chats]) == [
-        f"{chats}:1 is a chat and {texts}:1 is plain text. One run takes one of the two"
+        f"{chats}:1 is a chat and {texts}:1 is plain text. A run needs rows of one kind"
     ]
 
 
 def test_a_margin_in_some_rows_only_is_refused(refused, tmp_path):
     file = write_rows(tmp_path / "rows.jsonl", [{**GOOD, "margin": 1}, GOOD])
     assert refused(method="Reward", data=file) == [
-        f'{file}:2: no "margin", and {file}:1 has one. All rows have one, or none has'
+        f'{file}:2: no "margin", and {file}:1 has one. All rows need one, or none'
     ]
 
 
@@ -226,7 +231,7 @@ def test_too_many_rows_that_cannot_be_used_are_refused_unless_allowed(refused, r
     file = write_rows(tmp_path / "rows.jsonl", [{**GOOD, "chosen": " "}] * 2 + [GOOD] * 8)
     assert refused(data=file) == [
         f"2 of 10 rows cannot be used (2 empty answer). The first: {file}:1 empty answer; {file}:2 empty answer. "
-        "More than --max_drop_fraction 0.1. Mend them, or type --max_drop_fraction 1"
+        "More than --max_drop_fraction 0.1. Fix them, or type --max_drop_fraction 1"
     ]
     status, out, _ = run("--max_drop_fraction 0.2 --check", data=file)
     assert status == 0 and "8 rows to train on" in out and "refused: 2 empty answer" in out
@@ -237,7 +242,7 @@ def test_a_file_with_no_usable_row_is_refused_whatever_is_allowed(flag, refused,
     file = write_rows(tmp_path / "rows.jsonl", [{**GOOD, "rejected": GOOD["chosen"]}])
     assert refused(f"--max_drop_fraction 1 {flag} {file}") == [
         f"{flag}: 1 of 1 rows cannot be used (1 chosen equals rejected). The first: {file}:1 chosen equals rejected. "
-        "Mend them"
+        "Fix them"
     ]
 
 
@@ -245,18 +250,18 @@ def test_rows_longer_than_max_length_are_refused_with_the_flag_that_helps(refuse
     file = write_rows(tmp_path / "rows.jsonl", [GOOD])  # 8 bytes of prompt, a token each
     assert refused("--max_length 8", data=file) == [
         "1 of 1 rows cannot be used (1 prompt longer than max_length). "
-        f"The first: {file}:1 prompt longer than max_length. Mend them, or raise --max_length"
+        f"The first: {file}:1 prompt longer than max_length. Fix them, or raise --max_length"
     ]
     short = write_rows(tmp_path / "short.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "b"}])
     assert refused(f"--max_length 8 --max_drop_fraction 1 --eval_data_path {short}", data=file) == [
-        "no row is left to train on: every one is longer than --max_length. Raise it"
+        "no rows are left to train on: all are longer than --max_length. Raise it"
     ]
 
 
 # ── models ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-REWARD_MODEL = "a trained reward model, which scores and cannot answer. DPO starts from a language model"
+REWARD_MODEL = "a trained reward model. DPO starts from a language model"
 
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 269060552\n"
@@ -316,18 +321,18 @@ MODELS = {
     "adapter without its base": (
         [],
         {"adapter_config.json": '{"base_model_name_or_path": "/gone/base"}'},
-        ["FOLDER: its base model /gone/base is not there. Set base_model_name_or_path in its adapter_config.json"],
+        ["FOLDER: its base model /gone/base does not exist. Set base_model_name_or_path in its adapter_config.json"],
     ),
-    "adapter of nothing": ([], {"adapter_config.json": "{}"}, ["FOLDER: its base model (unnamed) is not there."]),
+    "adapter of nothing": ([], {"adapter_config.json": "{}"}, ["FOLDER: its base model (unnamed) does not exist."]),
     "adapter of an empty folder": (
         [],
         {"adapter_config.json": '{"base_model_name_or_path": "/tmp"}'},
-        ["FOLDER: its base model /tmp is not there."],
+        ["FOLDER: its base model /tmp does not exist."],
     ),
     "adapter of another kind": (
         [],
         {"adapter_config.json": '{"base_model_name_or_path": "a/b", "peft_type": "IA3"}'},
-        ["FOLDER: an adapter of the kind IA3. Only LoRA adapters are read"],
+        ["FOLDER: an adapter of type IA3. Only LoRA adapters are supported"],
     ),
 }
 
@@ -403,17 +408,17 @@ def test_a_hub_id_that_cannot_be_reached_is_one_line(tmp_path):
     done = command("train_rlhf.py", *flags, env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")})
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
-    assert line.startswith("refused: --model_name_or_path gpt2: ") and "no such folder here" in line
+    assert line.startswith("refused: --model_name_or_path gpt2: ") and "Not a local folder" in line
 
 
 # what the template is: the beginning of what is said of it, for chats
 TEMPLATES = {
-    None: "the data are chats, and this model's tokenizer has no chat template. Take the instruct model, save a "
+    None: "the data are chats, and this model's tokenizer has no chat template. Use the instruct model, save a "
     "chat_template.jinja in its folder, or write the data as plain text",
-    "{% for m in %}": "this model's chat template cannot write a question and its answer (TemplateSyntaxError: "
+    "{% for m in %}": "this model's chat template fails on a question and its answer (TemplateSyntaxError: "
     "Expected an expression",
-    "{{ raise_exception('not today') }}": "this model's chat template cannot write a question and its answer "
-    "(TemplateError: not today). Mend chat_template.jinja in the model's folder",
+    "{{ raise_exception('not today') }}": "this model's chat template fails on a question and its answer "
+    "(TemplateError: not today). Fix chat_template.jinja in the model's folder",
 }
 
 

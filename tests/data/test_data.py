@@ -167,10 +167,12 @@ def test_an_array_in_jsonl_and_lines_in_json_are_read_and_said(tmp_path):
     array = write_json(tmp_path / "array.jsonl", TEXTS)
     lines = write_rows(tmp_path / "lines.json", TEXTS)
     rows = load(array)
-    assert values(rows.train) == TEXTS and rows.notes == [f"{array} is one JSON array, not a line a row; read as that"]
+    assert values(rows.train) == TEXTS and rows.notes == [
+        f"{array} contains one JSON array, not one row per line; read as an array"
+    ]
     rows = load(lines)
     assert values(rows.train) == TEXTS
-    assert rows.notes == [f"{lines} has a JSON object a line, not an array; read as that"]
+    assert rows.notes == [f"{lines} contains one JSON object per line, not an array; read as jsonl"]
 
 
 def test_a_cell_of_csv_may_be_long_and_hold_line_ends_and_quotes(tmp_path):
@@ -212,7 +214,7 @@ def test_the_shared_pair_file_serves_every_preference_method():
 def test_answers_that_repeat_the_prompt_are_read_without_it_and_said(tmp_path):
     rows = load(write_rows(tmp_path / "rows.jsonl", [{**row, **joined(row)} for row in CHATS]))
     assert values(rows.train) == CHATS
-    assert rows.notes == ["answers that repeat their prompt are read without it"]
+    assert rows.notes == ["the prompt is removed from answers that repeat it"]
 
 
 def test_messages_keep_role_and_content_only_and_other_columns_are_named(tmp_path):
@@ -221,7 +223,7 @@ def test_messages_keep_role_and_content_only_and_other_columns_are_named(tmp_pat
     assert values(rows.train) == CHATS[:1]
     assert rows.notes == [
         "columns not used: id, source",
-        "of the messages only role and content are used, not name",
+        "message keys not used: name",
     ]
 
 
@@ -295,7 +297,7 @@ def test_half_a_character_in_any_column_is_refused_with_its_line(columns, named,
         load(file, columns=columns)
     assert len(refusal.value.problems) == 2
     for line, problem in zip((2, 3), refusal.value.problems, strict=True):
-        assert re.match(rf"{re.escape(file)}:{line}: .*{named}.*half a character", problem), problem
+        assert re.match(rf"{re.escape(file)}:{line}: .*{named}.*ud800", problem), problem
         problem.encode()  # the refusal itself can be written
 
 
@@ -332,7 +334,7 @@ def test_hold_out_keeps_both_answers_of_a_pair_on_one_side():
 
 
 def test_one_row_cannot_be_held_out():
-    with pytest.raises(Refused, match="^--eval_fraction 0.5: of one row nothing can be held out"):
+    with pytest.raises(Refused, match="^--eval_fraction 0.5: .*Type --eval_fraction 0"):
         held([("rows.jsonl:1", {})], 0.5, seed=0)
 
 

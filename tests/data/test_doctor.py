@@ -223,7 +223,7 @@ def test_a_shape_of_others_is_repaired_for_every_method_that_can_use_it(shape, n
     assert said(lines, "written") == ["out.jsonl: 2 of 2 rows"]
     assert only(load_rows([str(out)], None, columns, name).train) == WANTED[kind][columns]
     again = tmp_path / "again.jsonl"
-    assert "nothing to repair: the rows are written as they are" not in said(lines, "note")
+    assert "nothing to repair: the rows are written unchanged" not in said(lines, "note")
     status, lines, _ = doctor(out, "--rlhf_type", name, "--fix", again)  # what is repaired needs no repair
     assert (status, said(lines, "repair")) == (0, []) and again.read_bytes() == out.read_bytes()
 
@@ -238,7 +238,7 @@ def test_the_sample_of_every_method_needs_no_repair(name, doctor, tmp_path):
     sample, out = ROOT / EVERY[name].sample_data, tmp_path / "out.jsonl"
     status, lines, _ = doctor(sample, "--rlhf_type", name.upper(), "--fix", out)
     assert (status, said(lines, "repair"), said(lines, "left out")) == (0, [], [])
-    assert "nothing to repair: the rows are written as they are" in said(lines, "note")
+    assert "nothing to repair: the rows are written unchanged" in said(lines, "note")
     assert read_rows(out) == read_rows(sample) and len(read_rows(out)) >= 100
     assert not (tmp_path / "out.jsonl.dropped.jsonl").exists()
 
@@ -247,7 +247,7 @@ def test_every_rule_is_counted_in_one_line_with_fix_and_without(doctor, tmp_path
     rows = [{"conversations": others(talk)} for talk in TALKS]
     found = [
         "ShareGPT's from and value -> role and content: 2 rows",
-        "roles of other names (human, gpt, bot, ...) -> user, assistant, tool: 2 rows",
+        "other role names (human, gpt, bot, ...) -> user, assistant, tool: 2 rows",
         "ShareGPT's conversations -> messages: 2 rows",
     ]
     status, lines, _ = doctor(rows, "--rlhf_type", "SFT")
@@ -379,7 +379,7 @@ def test_columns_of_images_are_left_to_be_refused(doctor, tmp_path):
         [{"prompt": "q", "image": "x.png"}], "--rlhf_type", "GRPO", "--fix", tmp_path / "o.jsonl"
     )
     assert (status, said(lines, "repair")) == (2, [])
-    assert said(lines, "")[-1] == 'o.jsonl:1: a column "image", which TRL uses itself. Rename it'
+    assert said(lines, "")[-1].startswith('o.jsonl:1: a column "image"')
 
 
 # ── what is written, and what is not ─────────────────────────────────────────────────────────────────────────────────
@@ -420,7 +420,7 @@ def test_a_file_of_which_more_than_a_line_may_be_lost_is_not_fixed(ending, conte
     file = tmp_path / f"broken{ending}"
     file.write_bytes(content)
     status, _, err = doctor(file, "--fix", tmp_path / "out.jsonl")
-    assert status == 2 and err.startswith(f"refused: broken{ending}:") and "mend it, or leave out the file" in err
+    assert status == 2 and err.startswith(f"refused: broken{ending}:") and "leave out the file" in err
     assert not (tmp_path / "out.jsonl").exists()
 
 
@@ -435,7 +435,7 @@ def test_half_a_character_is_left_out_and_still_listed(doctor, tmp_path):
 def test_chats_and_plain_text_together_are_written_and_refused(doctor, tmp_path):
     status, lines, _ = doctor([CHATS[0], TEXTS[0]], "--fix", tmp_path / "out.jsonl")
     assert (status, len(read_rows(tmp_path / "out.jsonl"))) == (2, 2)
-    assert said(lines, "DPO") == ["would refuse them:", "would refuse the file written:"]
+    assert said(lines, "DPO") == ["refuses the data:", "refuses out.jsonl:"]
     assert said(lines, "form") == ["50% chats, 50% plain text"]
 
 
@@ -446,7 +446,7 @@ def test_a_file_that_is_there_is_kept_unless_overwrite_is_said(doctor, tmp_path)
         status, lines, err = doctor(CHATS, "--fix", out)
         way_out = "Name another file, or add --overwrite\n"
         assert (status, lines) == (2, []) and there.read_text() == "mine"
-        assert err == f"refused: --fix out.jsonl: {there.name} is there already. {way_out}"
+        assert err == f"refused: --fix out.jsonl: {there.name} already exists. {way_out}"
         there.unlink()
     out.write_text("mine"), beside.write_text("of the run before")
     assert doctor(CHATS, "--fix", out, "--overwrite")[0] == 0
@@ -456,9 +456,9 @@ def test_a_file_that_is_there_is_kept_unless_overwrite_is_said(doctor, tmp_path)
 @pytest.mark.parametrize(
     "flags, problem",
     {
-        "--fix in.jsonl --overwrite": "--fix in.jsonl: is one of the files that are read. Name another",
-        "--fix out.csv": "--fix out.csv: rows are written a line each. Name a file that ends in .jsonl",
-        "--overwrite": "--overwrite: nothing is written without --fix. Type --fix OUT.jsonl",
+        "--fix in.jsonl --overwrite": "--fix in.jsonl: is also an input. Name another file",
+        "--fix out.csv": "--fix out.csv: must end in .jsonl: one row per line",
+        "--overwrite": "--overwrite: only used with --fix. Type --fix OUT.jsonl",
         "--rlhf_type simpoo": f"--rlhf_type simpoo: no such method. There are {', '.join(EVERY)}. Did you mean SimPO?",
         "--eval ni.jsonl": "--eval ni.jsonl: no such file or folder. Did you mean in.jsonl?",
     }.items(),

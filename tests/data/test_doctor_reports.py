@@ -10,8 +10,8 @@ from tests.data.test_data import CHATS, TEXTS, WRITERS, assistant, user
 def test_problems_are_named_by_file_and_line_and_all_counted(doctor):
     status, lines, _ = doctor([{"prompt": "q", "chosen": "a", "rejectd": "b"}] * 25)
     problems = said(lines, "")
-    assert (status, said(lines, "DPO")) == (2, ["would refuse them:"])
-    assert problems[0].startswith('in.jsonl:1: no "rejected". Did you mean that by "rejectd"?')
+    assert (status, said(lines, "DPO")) == (2, ["refuses the data:"])
+    assert problems[0].startswith('in.jsonl:1: no "rejected". Rename "rejectd"?')
     assert problems[19].startswith("in.jsonl:20: ") and problems[20:] == ["... and 5 more, 25 in all"]
 
 
@@ -22,8 +22,8 @@ def test_rows_that_training_would_drop_are_counted_by_reason_and_a_tenth_is_too_
     assert (status, said(lines, "dropped")) == (
         0,
         [
-            "1 empty answer, as in.jsonl:19. Mend them, or --fix leaves them out",
-            "1 chosen equals rejected, as in.jsonl:20. Mend them, or --fix leaves them out",
+            "1 empty answer, as in.jsonl:19. Fix them, or drop them with --fix",
+            "1 chosen equals rejected, as in.jsonl:20. Fix them, or drop them with --fix",
         ],
     )
     status, lines, _ = doctor([*many, empty, same, same])
@@ -45,7 +45,7 @@ def test_repeated_rows_and_pairs_the_other_way_round_are_found(doctor, tmp_path)
     _, lines, _ = doctor(rows, "--fix", tmp_path / "out.jsonl")
     assert said(lines, "repeated") == ["1 of 4 rows, as in.jsonl:3 and in.jsonl:1. --fix keeps the first of each"]
     assert said(lines, "against") == [
-        "1 of 4 rows contradict another, as in.jsonl:4 and in.jsonl:2. Take out the wrong"
+        "1 of 4 rows contradict another, as in.jsonl:4 and in.jsonl:2. Remove the wrong one"
     ]
     assert read_rows(tmp_path / "out.jsonl") == [*CHATS, turned]
     _, lines, _ = doctor(CHATS)
@@ -55,7 +55,7 @@ def test_repeated_rows_and_pairs_the_other_way_round_are_found(doctor, tmp_path)
 def test_a_thumb_up_and_down_for_one_answer_is_found(doctor):
     _, lines, _ = doctor([*THUMBS, {**THUMBS[1], "label": True}], "--rlhf_type", "kto")
     assert said(lines, "against") == [
-        "1 of 3 rows contradict another, as in.jsonl:3 and in.jsonl:2. Take out the wrong"
+        "1 of 3 rows contradict another, as in.jsonl:3 and in.jsonl:2. Remove the wrong one"
     ]
 
 
@@ -70,7 +70,7 @@ def test_held_out_rows_in_the_training_data_are_found_in_any_form(doctor, tmp_pa
     held = write_rows(tmp_path / "held.jsonl", whole)
     _, lines, _ = doctor(CHATS[1:], "--eval", held)
     assert said(lines, "--eval") == [
-        "1 of 2 rows are in the training data, as held.jsonl:2 and in.jsonl:1. Take them out of one of the two"
+        "1 of 2 rows are in the training data, as held.jsonl:2 and in.jsonl:1. Remove them from one file"
     ]
     _, lines, _ = doctor([{**CHATS[0], "chosen": assistant("new")}], "--eval", held)
     assert said(lines, "--eval") == ["0 of 2 rows are in the training data"]
@@ -82,8 +82,8 @@ def test_held_out_rows_in_the_training_data_are_found_in_any_form(doctor, tmp_pa
 @pytest.mark.parametrize(
     "true, false, advice",
     [
-        (4, 4, "within 1:1 to 4:3, as KTO wants them; no weights are needed"),
-        (8, 6, "within 1:1 to 4:3, as KTO wants them; no weights are needed"),  # 8:6 is 4:3
+        (4, 4, "within KTO's 1:1 to 4:3; no weights are needed"),
+        (8, 6, "within KTO's 1:1 to 4:3; no weights are needed"),  # 8:6 is 4:3
         # w x 2 : 6 is 1:1 at 3 and 4:3 at 4
         (2, 6, "type --desirable_weight 3 (3 to 4 bring them within 1:1 to 4:3)"),
         # 6 : w x 2 is 4:3 at 2.25 and 1:1 at 3

@@ -49,7 +49,7 @@ def test_the_end_of_turn_of_the_template_becomes_eos():
     tokenizer = make_tokenizer()
     tokenizer.eos_token = "<pad>"
     notes = template.fit_tokenizer(tokenizer, chat=True)
-    assert tokenizer.eos_token == "<|im_end|>" and "ends a turn with <|im_end|>" in notes[0]
+    assert tokenizer.eos_token == "<|im_end|>" and "<|im_end|>" in notes[0] and "<pad>" in notes[0]
 
 
 def test_every_preference_method_trains_on_the_same_tokens(tiny_model, tmp_path):

@@ -122,7 +122,7 @@ def test_model_and_data_that_are_missing_are_refused(tmp_path, capsys):
 
 def test_a_system_prompt_for_data_that_are_plain_text_is_refused(refused, tmp_path):
     assert refused("--system_prompt Hi.", rows=TEXTS[:2]) == [
-        f"{tmp_path / 'rows.jsonl'}:{n}: plain text, and --system_prompt is for chats. Leave it out" for n in (1, 2)
+        f"{tmp_path / 'rows.jsonl'}:{n}: plain text, and --system_prompt is for chats. Remove it" for n in (1, 2)
     ]
 
 

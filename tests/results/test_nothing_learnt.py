@@ -43,7 +43,7 @@ def test_equal_rewards_end_the_run_as_what_they_are(method, mode, run, tiny_mode
         start, end = load_file(f"{tiny_model}/model.safetensors"), load_file(out / "model.safetensors")
         assert all(torch.equal(start[name], end[name]) for name in end)
     status, lines = run(EQUAL, method=method, mode=mode)
-    assert status == 2 and "holds a finished run" in lines[-1] and "--overwrite_output_dir" in lines[-1]
+    assert status == 2 and "contains a finished run" in lines[-1] and "--overwrite_output_dir" in lines[-1]
 
 
 @pytest.mark.parametrize("flags", ["--num_iterations 2", "--logging_steps 10"])

@@ -165,7 +165,7 @@ SPOILED = [
     (cut, "adapter_model.safetensors is not a whole safetensors file"),
     (swap_base, "logits of a fresh process differ from those in memory by up to"),
     (lambda f: change(f / "adapter_config.json", lambda c: c | {"base_model_name_or_path": "/no/such/model"}),
-     "its base model /no/such/model is not there"),
+     "its base model /no/such/model does not exist"),
     (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer"),
     (lambda f: (f / "tokenizer.json").write_text("{"), "it cannot be reopened"),
     (lambda f: (f / "chat_template.jinja").write_text("{{ messages }}"), "its chat template is not the one in memory"),

@@ -486,7 +486,7 @@ def test_a_time_limit_without_a_function_is_refused(tiny_model, tmp_path, capsys
     assert train_rlhf.main(asked) == 2
     assert "refused: --reward_timeout: only used with --reward_funcs" in capsys.readouterr().err
     assert train_rlhf.main([*asked, "--rlhf_type", "DPO"]) == 2
-    assert "refused: --reward_timeout: DPO learns from the answers" in capsys.readouterr().err
+    assert "refused: --reward_timeout: DPO trains on the answers" in capsys.readouterr().err
     judged = "--judge_model j --judge_base_url http://127.0.0.1:9/v1 --reward_timeout 5".split()
     assert rejection(tiny_model, tmp_path, *judged) == 2
     assert "refused: --reward_timeout: only used with --reward_funcs" in capsys.readouterr().err

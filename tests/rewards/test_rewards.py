@@ -229,7 +229,7 @@ def test_further_columns_of_the_data_reach_the_function(run, write, tmp_path):
     )
     rows = [{**row, "wanted": 10 + number} for number, row in enumerate(TEXTS)]
     status, out, _ = run(f"--reward_funcs {file}:judge", rows=rows)
-    assert status == 0 and "columns that the reward functions are given: wanted" in out
+    assert status == 0 and "columns passed to the reward functions: wanted" in out
     wanted = {row["prompt"]: row["wanted"] for row in rows}
     for line in recorded(tmp_path):
         assert line["rewards"]["judge"] == wanted[line["prompt"]] + len(line["completion"])
@@ -268,7 +268,7 @@ def test_an_answer_that_no_function_judges_ends_the_run(method, run, write, tmp_
 
 def test_two_rewards_of_one_name_are_refused(refused, write, judge):
     file = write("def brevity(completions, **columns):\n    return [0.0] * len(completions)\n")
-    said = "two rewards are called brevity, which the log would add up. Rename one"
+    said = "two rewards are called brevity, which the log would mix up. Rename one"
     assert refused(f"{REWARDED} {file}:brevity") == said
     named = Path(judge).rename(Path(judge).with_name("brevity"))
     try:
@@ -280,7 +280,7 @@ def test_two_rewards_of_one_name_are_refused(refused, write, judge):
 @pytest.mark.parametrize("weights, given", [("1", 1), ("1 2 3", 3)])
 def test_each_reward_has_its_weight(weights, given, refused, judge):
     assert refused(f"{REWARDED} --reward_model_path {judge} --reward_weights {weights}") == (
-        f"--reward_weights: {given} of them for 2 rewards. Give each its weight"
+        f"--reward_weights: {given} weights for 2 rewards. Type one per reward"
     )
 
 
@@ -290,7 +290,7 @@ def test_each_reward_has_its_weight(weights, given, refused, judge):
 PAIRS = [{"prompt": "p", "chosen": "a", "rejected": "b"}] * 4
 
 
-DATA_SAYS = "DPO learns from the answers in the data, not from a reward. RLOO, GRPO, PPO take it"
+DATA_SAYS = "DPO trains on the answers in the data. RLOO, GRPO, PPO take rewards"
 
 
 @pytest.mark.parametrize("method", ["RLOO", "GRPO", "PPO"])
@@ -327,7 +327,7 @@ def test_an_older_trainers_name_is_translated_where_it_means_something_only(run,
     assert dpo("--kl_coef 0.1") == ["refused: --kl_coef: no such flag for DPO. It is one of RLOO, GRPO, PPO"]
     for value, reference in {"0": "none needed", "0.2": "the same model with the adapter off"}.items():
         status, out, lines = run(f"{REWARDED} --kl_coef {value} --check")
-        assert (status, lines) == (0, ["note: --kl_coef is called --beta here, and is read as that"])
+        assert (status, lines) == (0, ["note: --kl_coef is read as --beta"])
         assert f"reference {reference}" in out
 
 

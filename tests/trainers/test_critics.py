@@ -538,7 +538,7 @@ def test_what_a_critic_cannot_do_is_refused_with_what_to_type(tiny, judge, tmp_p
     torn = tmp_path / "torn.safetensors"
     torn.write_bytes((8).to_bytes(8, "little") + b"not json")
     assert f"--critic_path {torn}: not a critic" in refused(tiny, "full", critic_path=str(torn))
-    assert "--critic_warmup_steps 3: the run has 3 steps" in refused(tiny, "full", critic_warmup_steps=3, max_steps=3)
+    assert "--critic_warmup_steps 3: all 3 steps" in refused(tiny, "full", critic_warmup_steps=3, max_steps=3)
     other = make_lora_judge(tmp_path / "other", tiny, alpha=64)
     said = refused(tiny, "lora", value_model_path=str(other))
     assert "lora_alpha 64" in said and "Type --lora_alpha 64" in said

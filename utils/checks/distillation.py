@@ -24,22 +24,18 @@ if TYPE_CHECKING:
 def check_distillation(common: SharedArgs, config: GKDConfig, rows: Rows) -> Iterator[str]:
     """Problems of the flags of distillation, of the teacher's folder, and of rows without an answer."""
     if config.seq_kd and config.lmbda == 1:
-        yield (
-            "--seq_kd True with --lmbda 1: every step would train on the student's own answers, none on the "
-            "teacher's. Type --lmbda 0 for SeqKD, or leave --seq_kd out"
-        )
+        yield "--seq_kd True with --lmbda 1: no step uses the teacher's answers. Type --lmbda 0, or remove --seq_kd"
     if config.teacher_model_init_kwargs:
         yield "--teacher_model_init_kwargs: not used here. Type --dtype or --teacher_load_in_4bit instead"
     if config.lmbda == 0:
         for flag in sorted(common.typed & {"min_p", "repetition_penalty", "generation_kwargs"}):
-            yield f"--{flag}: for sampling the student's answers, and --lmbda 0 samples none. Leave it out"
+            yield f"--{flag}: only used to sample the student's answers, and --lmbda 0 samples none. Remove it"
     if config.learns_from_data():
         lacking = [where for where, values in rows.train if "completion" not in values]
         if lacking:
             yield (
                 f"{lacking[0]}: no answer, as in {len(lacking)} of {len(rows.train)} rows; --lmbda {config.lmbda:g} "
-                "trains on the answers in the data. Type --seq_kd True to train on the teacher's answers, or "
-                "--lmbda 1 on the student's own"
+                "needs them. Type --seq_kd True for the teacher's answers, or --lmbda 1 for the student's own"
             )
     yield from check_teacher(common, config)
     yield from flags.check_sampling(common, config)
@@ -49,14 +45,14 @@ def check_teacher(common: SharedArgs, config: GKDConfig) -> Iterator[str]:
     path = config.teacher_model_name_or_path
     flag = f"--teacher_model_name_or_path {path}"
     if not path:
-        yield "--teacher_model_name_or_path: missing. A model folder or Hub id with the student's tokenizer"
+        yield "--teacher_model_name_or_path: missing. Type a model folder or Hub id with the student's tokenizer"
         return
     teacher = ModelFolder.at(path, config.teacher_model_revision)
     yield from teacher.check("--teacher_model_name_or_path")
     if teacher.described is None:
         return
     if teacher.is_reward_model:
-        yield f"{flag}: a reward model, which scores and cannot generate. The teacher must be a language model"
+        yield f"{flag}: a reward model. The teacher must be a language model"
     if teacher.adapter is not None:
         problems = [*teacher.check_adapter("GKD", DISTILLATION["GKD"])]
         yield from problems
@@ -68,16 +64,13 @@ def check_teacher(common: SharedArgs, config: GKDConfig) -> Iterator[str]:
                 f"utils.merge_lora {path} MERGED and --teacher_model_name_or_path MERGED, or LAUNCH=zero2"
             )
     if folders.same_path(common.model_name_or_path, path) and common.model_revision == config.teacher_model_revision:
-        yield (
-            f"{flag}: the same model as the student, so there is nothing to learn. To distil a base into an adapter "
-            "that was trained on it, type the adapter as --model_name_or_path"
-        )
+        yield f"{flag}: is the student itself. To distil a base into its adapter, type --model_name_or_path ADAPTER"
     if teacher.described.get("quantization_config"):
-        yield f"{flag}: already quantised. Take the original, and type --teacher_load_in_4bit to load it in 4 bits"
+        yield f"{flag}: already quantised. Use the original; --teacher_load_in_4bit loads it in 4 bits"
     if config.teacher_load_in_4bit and common.train_mode == "lora" and shares_base(common, config):
         yield (
-            "--teacher_load_in_4bit: the teacher is the student's own base, which lora loads once, not in 4 bits. "
-            "Leave it out, or type --train_mode qlora"
+            "--teacher_load_in_4bit: the teacher is the student's base, loaded once and not in 4 bits by lora. "
+            "Remove it, or type --train_mode qlora"
         )
     different = folders.first_difference(ModelFolder.at(common.model_name_or_path).vocabulary, teacher.vocabulary)
     if different:
@@ -86,16 +79,13 @@ def check_teacher(common: SharedArgs, config: GKDConfig) -> Iterator[str]:
     student, taught = ModelFolder.at(common.model_name_or_path).vocabulary_rows, teacher.vocabulary_rows
     if environment.engine() == "zero3" and student and taught and student > taught:
         yield (
-            f"{flag}: has {taught} embedding rows, fewer than the student's {student}, and the student's cannot be "
-            "cut to the shared ones while zero3 shards them. Type LAUNCH=fsdp2 or LAUNCH=zero2"
+            f"{flag}: has {taught} embedding rows and the student {student}: zero3 cannot cut the student's to the "
+            "shared rows. Type LAUNCH=fsdp2 or LAUNCH=zero2"
         )
 
 
 def different_tokenizers(flag: str, different: str) -> str:
-    return (
-        f"{flag}: its tokenizer is not the student's: {different}. Distillation compares the two token by token: take "
-        "a teacher of the student's family"
-    )
+    return f"{flag}: its tokenizer is not the student's: {different}. Use a teacher of the student's family"
 
 
 def check_teacher_tokens(run: Run) -> None:
@@ -108,11 +98,11 @@ def check_teacher_tokens(run: Run) -> None:
     theirs = load.load_tokenizer(path, config.teacher_model_revision, config.trust_remote_code, "the teacher's")
     different = folders.first_difference(tokenizer.get_vocab(), theirs.get_vocab())
     if different:
-        raise Refused([different_tokenizers(flag, different)])
+        raise Refused(different_tokenizers(flag, different))
     highest = max(max(row["prompt_ids"] + row["completion_ids"]) for row in run.train.rows + run.held_out.rows)
     if highest >= (ModelFolder.at(path).vocabulary_rows or math.inf):
         token = tokenizer.convert_ids_to_tokens(highest)
-        raise Refused([f"{flag}: has no token {highest} ({token!r}), which the student's template or data use"])
+        raise Refused(f"{flag}: has no token {highest} ({token!r}), which the student's template or data use")
 
 
 def prompt_room(run: Run) -> Callable[[dict], float]:

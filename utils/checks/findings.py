@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Finding:
-    """kind: "warning", or the head of an informing line. text: one line; a warning ends with its fix."""
+    """kind: "warning", or the first word of an informing line. text: one line; a warning ends with its fix."""
 
     kind: str
     text: str
@@ -99,9 +99,9 @@ def check_lengths(run: Run) -> Iterator[str]:
     total = sum(len(part.rows) + len(part.dropped) for part in (train, held_out))
     held = ModelFolder.at(common.model_name_or_path).positions
     room = held and held - (config.max_completion_length if run.method.sample_reward else 0)
-    way_out = f"--{flag} {longest} would take all rows whole"
+    way_out = f"--{flag} {longest} would keep all rows whole"
     if room and room < longest:
-        way_out = f"the longest has {longest} tokens, and the model holds {room}: --{flag} {room} would take the most"
+        way_out = f"the longest has {longest} tokens; the model's context allows --{flag} {room}"
     limit = flags.length_limit(config, common.model_name_or_path)
     yield f"--{flag} {limit} drops {dropped} and cuts {cut} of {total} rows; {way_out}"
 
@@ -113,8 +113,7 @@ def check_row_tokens(train: Prepared, held_out: Prepared) -> Iterator[str]:
     if spanned:
         yield (
             f"in {spanned} of {total} rows ({spanned / max(total, spanned):.0%}) a token spans prompt and answer, "
-            "which never happens when the model generates. End the prompts without a space, and begin the answers "
-            "with it"
+            "which never happens in generation. Move the space at the end of the prompts to the start of the answers"
         )
     odd = train.odd + held_out.odd
     if odd:
@@ -139,9 +138,8 @@ def check_rows(rows: Rows) -> Iterator[str]:
     held = {where: known[key] for where, row in rows.held_out if (key := repeats.to_key(row)) in known}
     if held:
         yield (
-            f"{len(held)} of {len(dict(rows.held_out))} held-out rows are trained on too, as "
-            f"{repeats.say_two(held)}: the result would look better than it is. Remove them from one of the two "
-            f"files; `{mend}` removes the duplicates within a file"
+            f"{len(held)} of {len(dict(rows.held_out))} held-out rows are also training rows, as "
+            f"{repeats.say_two(held)}: the evaluation would look too good. Remove them from one file"
         )
 
 
@@ -154,9 +152,9 @@ def check_balance(config: TrainingArguments, rows: Rows) -> Iterator[str]:
     good, bad = true * config.desirable_weight, false * config.undesirable_weight
     if not bad <= good <= bad * 4 / 3 + 1e-9:
         way_out = repeats.weigh(true, false)
-        way_out = way_out if way_out.startswith("type") else "leave both weights out"
+        way_out = way_out if way_out.startswith("type") else "remove both weights"
         yield (
-            f"{true} rows are labelled true and {false} false, which --desirable_weight {config.desirable_weight:g} "
-            f"and --undesirable_weight {config.undesirable_weight:g} make {good:g} to {bad:g}; KTO wants 1:1 to 4:3: "
-            f"{way_out}"
+            f"{true} true and {false} false labels: with --desirable_weight {config.desirable_weight:g} and "
+            f"--undesirable_weight {config.undesirable_weight:g} the ratio is {good:g} to {bad:g}, and KTO needs 1:1 "
+            f"to 4:3: {way_out}"
         )

@@ -1,6 +1,5 @@
 """Checks before a model is loaded. Each returns its problems, one line each; the caller prints all of them."""
 
-import difflib
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
@@ -16,7 +15,7 @@ from utils.cli.run import Run
 from utils.models import sampling
 from utils.models.folders import ModelFolder, read_header
 from utils.runtime import environment
-from utils.runtime.errors import Refused
+from utils.runtime.errors import Refused, guess_name
 
 VLLM = "0.22.0", "0.31.0"  # oldest and newest version for trl 1.16.0 (trl/import_utils.py)
 
@@ -31,16 +30,15 @@ def check_common(common: SharedArgs, name: str, method: Method) -> list[str]:
         problems.append("--eval_fraction and --eval_data_path together: choose one of the two")
     twice = sorted(set(common.train_data_path or ()) & set(common.eval_data_path or ()))
     if twice:
-        problems.append(
-            f"--eval_data_path {twice[0]}: is also the training data. Type --eval_fraction 0.1, or OWNER/NAME:test"
-        )
+        way_out = "Type --eval_fraction 0.1, or OWNER/NAME:test"
+        problems.append(f"--eval_data_path {twice[0]}: is also the training data. {way_out}")
     if not common.train_data_path:
         problems.append(f"--train_data_path: missing. Type --train_data_path {method.sample_data} to try")
     if not common.model_name_or_path:
-        problems.append(
-            "--model_name_or_path: missing. A model folder or Hub id; `python -m utils.demo_model` makes one"
-        )
-        return problems
+        return [
+            *problems,
+            "--model_name_or_path: missing. Type a folder or Hub id; `python -m utils.demo_model` makes one",
+        ]
     return problems + check_model(common.model_name_or_path, name, method)
 
 
@@ -53,33 +51,23 @@ def check_mode(common: SharedArgs, name: str, method: Method) -> Iterator[str]:
 
 
 def check_rewards(common: RewardArgs, name: str, method: Method, judged: JudgeConfig) -> list[str]:
-    """Problems of the rewards: for a method without rewards, of a missing reward, of files that do not exist.
-
-    judged: a JudgeConfig, for example the method's config.
-    """
+    """Problems of the rewards: unused, missing, or without their files. judged: for example the method's config."""
     flags = ("reward_model_path", "reward_funcs", "reward_timeout")
     asked = [flag for flag in flags if getattr(common, flag) is not None]
     if not method.sample_reward:
         takers = ", ".join(other for other, m in METHODS.items() if m.sample_reward)
-        return [
-            f"--{flag}: {name} learns from the answers in the data, not from a reward. {takers} take it"
-            for flag in asked
-        ]
+        return [f"--{flag}: {name} trains on the answers in the data. {takers} take rewards" for flag in asked]
     if not common.reward_model_path and not common.reward_funcs and not judged.judge_model:
-        return [
-            f"no reward: {name} needs one. Type --reward_funcs {method.sample_reward} to try, "
-            "--reward_model_path FOLDER or --judge_model NAME"
-        ]
+        choices = f"--reward_funcs {method.sample_reward} to try, --reward_model_path FOLDER or --judge_model NAME"
+        return [f"no reward: {name} needs one. Type {choices}"]
     from utils.rewards import functions, judge, models  # imported only if needed
 
     problems = [*functions.check_reward_functions(common.reward_funcs or [])]
     if common.reward_timeout is not None and not common.reward_funcs:
-        problems.append(
-            "--reward_timeout: only used with --reward_funcs. Add --reward_funcs FILE.py:FUNCTION, or remove it"
-        )
+        problems.append("--reward_timeout: only used with --reward_funcs. Add that, or remove it")
     names = functions.name_rewards(common) + judge.name_numbers(judged)
     for twice in sorted({one for one in names if names.count(one) > 1}):
-        problems.append(f"two rewards are called {twice}, which the log would add up. Rename one")
+        problems.append(f"two rewards are called {twice}, which the log would mix up. Rename one")
     return problems + (models.check_reward_model(common.reward_model_path) if common.reward_model_path else [])
 
 
@@ -88,15 +76,11 @@ def check_config(common: CommonArgs, config: Any, name: str, method: Method) -> 
     problems = []
     batch = config.per_device_train_batch_size
     if batch < method.min_batch_size:
-        problems.append(
-            f"--per_device_train_batch_size {batch}: {name} compares the rows of a batch and needs "
-            f"at least {method.min_batch_size} per device"
-        )
+        least = f"{name} compares the rows of a batch and needs at least {method.min_batch_size} per device"
+        problems.append(f"--per_device_train_batch_size {batch}: {least}")
     if config.eval_strategy != "no" and not (common.eval_data_path or common.eval_fraction):
-        problems.append(
-            f"--eval_strategy {config.eval_strategy.value}: no held-out rows. Add --eval_data_path FILE "
-            "or --eval_fraction 0.1"
-        )
+        way_out = "Add --eval_data_path FILE or --eval_fraction 0.1"
+        problems.append(f"--eval_strategy {config.eval_strategy.value}: no held-out rows. {way_out}")
     asked = config.loss_type
     for loss in [asked] if isinstance(asked, str) else asked:
         if loss not in method.losses:
@@ -105,16 +89,12 @@ def check_config(common: CommonArgs, config: Any, name: str, method: Method) -> 
         problems += check_rollouts(common, config)
     # SFT has no disable_dropout: its dropout is on
     if common.lora_dropout and "lora_dropout" in common.typed and config.disable_dropout:
-        problems.append(
-            f"--lora_dropout {common.lora_dropout:g}: has no effect, because {name} turns dropout off. Remove it, or "
-            "add --disable_dropout False"
-        )
+        way_out = "Remove it, or add --disable_dropout False"
+        problems.append(f"--lora_dropout {common.lora_dropout:g}: no effect, as {name} turns dropout off. {way_out}")
     problems += check_best(config, name, method)
     if config.n_gpu > 1 and not common.check:
-        problems.append(
-            f"{config.n_gpu} GPUs are visible to one process. Start it with bash {method.entry}_run.sh, or with "
-            "CUDA_VISIBLE_DEVICES=0 for one of them"
-        )
+        way_out = f"Type bash {method.entry}_run.sh, or CUDA_VISIBLE_DEVICES=0 for one GPU"
+        problems.append(f"{config.n_gpu} GPUs are visible to one process. {way_out}")
     if config.model_init_kwargs:
         problems.append(
             "--model_init_kwargs: not used here. Type --dtype, --attn_implementation, --model_revision or "
@@ -129,8 +109,8 @@ def check_config(common: CommonArgs, config: Any, name: str, method: Method) -> 
     checkpoint = config.resume_from_checkpoint
     if checkpoint and str(checkpoint).lower() not in ("auto", "true") and not Path(checkpoint).is_dir():
         problems.append(
-            f"--resume_from_checkpoint {checkpoint}: no such folder. Type auto for the newest checkpoint "
-            "in output_dir, or leave the flag out to start afresh"
+            f"--resume_from_checkpoint {checkpoint}: no such folder. Type auto for the newest checkpoint in "
+            "output_dir, or remove the flag to start a new run"
         )
     problems += check_launch(common, config)
     # rank 0 owns the folder, and may already be writing while the others check
@@ -145,24 +125,23 @@ def check_best(config: Any, name: str, method: Method) -> Iterator[str]:
         return
     names = [f"eval_{log}" for log in known]
     near = dict(method.metrics).get(asked.removeprefix("eval_"), asked.removeprefix("eval_"))
-    near = difflib.get_close_matches(f"eval_{near}", names, 1)
-    guess = f". Did you mean {near[0]}?" if near else ""
+    guess = guess_name(f"eval_{near}", names)
     yield f"--metric_for_best_model {asked}: {name} does not log it. It logs {', '.join(names)}{guess}"
 
 
 def check_rollouts(common: RewardArgs, config: Any) -> Iterator[str]:
-    """Problems of the sampling of answers and of their rewards."""
+    """Problems of rollouts: sampling, rewards, critic."""
     from utils.rewards import judge  # imported only if needed
 
     judges = len(judge.name_scorers(common, config))
     if config.reward_weights and len(config.reward_weights) != judges:
-        yield f"--reward_weights: {len(config.reward_weights)} of them for {judges} rewards. Give each its weight"
+        yield f"--reward_weights: {len(config.reward_weights)} weights for {judges} rewards. Type one per reward"
     yield from judge.check_judge(config, "num_generations", config.num_generations)
     held_out = common.eval_data_path or common.eval_fraction
     if held_out and judges == 1 and config.judge_model and config.judge_mode == "pick":
         yield (
-            "--judge_mode pick with held-out prompts: the scores of a prompt's answers always add up to 1, so they "
-            "measure no model. Type --eval_fraction 0, or --judge_mode score"
+            "--judge_mode pick with held-out prompts: the scores for one prompt always sum to 1, so their mean says "
+            "nothing. Type --eval_fraction 0, or --judge_mode score"
         )
     yield from check_sampling(common, config)
     if "stop_strings" in (config.generation_kwargs or {}):
@@ -172,28 +151,26 @@ def check_rollouts(common: RewardArgs, config: Any) -> Iterator[str]:
     answers, batch = config.num_generations_eval or config.num_generations, config.per_device_eval_batch_size
     if (common.eval_data_path or common.eval_fraction) and batch * config.world_size % answers:
         yield (
-            f"--num_generations_eval {answers}: an evaluation batch has {batch * config.world_size} answers, which is "
-            f"not a whole number of prompts. Type --per_device_eval_batch_size {answers}"
+            f"--num_generations_eval {answers}: an evaluation batch of {batch * config.world_size} answers is not a "
+            f"multiple of it. Type --per_device_eval_batch_size {answers}"
         )
     if kind := config.critic_kind(common.train_mode):
         yield from check_critic(common, config, kind)
 
 
 def check_sampling(common: SharedArgs, config: Any) -> Iterator[str]:
-    """Problems of sampling answers from the model that is trained."""
+    """Problems of sampling answers from the trained model."""
     held = ModelFolder.at(common.model_name_or_path).positions
     if held and held <= config.max_completion_length:
-        yield (
-            f"--max_completion_length {config.max_completion_length}: the model holds {held} tokens, prompt and "
-            f"answer. Type --max_completion_length {held // 2}"
-        )
+        way_out = f"Type --max_completion_length {held // 2}"
+        yield f"--max_completion_length {config.max_completion_length}: the model holds {held} tokens. {way_out}"
     yield from sampling.check_settings(config)
     if config.use_vllm:
         yield from check_vllm()
 
 
 def length_limit(config: Any, path: str) -> int | None:
-    """Maximum tokens of a row: of prompt and answer, or of the prompt if the policy samples the answer."""
+    """Maximum tokens of prompt and answer, or of the prompt alone if the policy samples the answer."""
     if config.length_flag == "max_length":
         return config.max_length
     held = ModelFolder.at(path).positions
@@ -208,11 +185,9 @@ def check_rollout_fits(run: Run) -> None:
     needed = config.rollout_size() // config.num_generations
     if prompts < needed:
         raise Refused(
-            [
-                f"{prompts} prompts, and a rollout takes {needed} ({config.rollout_size()} answers, "
-                f"{config.num_generations} each). Give more prompts, or type --per_device_train_batch_size, "
-                "--gradient_accumulation_steps or NUM_PROCESSES smaller"
-            ]
+            f"{prompts} prompts, and a rollout takes {needed} ({config.rollout_size()} answers, "
+            f"{config.num_generations} each). Give more prompts, or type --per_device_train_batch_size, "
+            "--gradient_accumulation_steps or NUM_PROCESSES smaller"
         )
 
 
@@ -221,13 +196,13 @@ def check_vllm(flag: str = "--use_vllm") -> Iterator[str]:
     import importlib.util
 
     if importlib.util.find_spec("vllm") is None:
-        yield f"{flag}: vLLM is not installed. Type pip install -r requirements-vllm.txt, or leave the flag out"
+        yield f"{flag}: vLLM is not installed. Type pip install -r requirements-vllm.txt, or remove the flag"
         return
     from packaging.version import Version
 
     found = importlib.metadata.version("vllm")
     if not Version(VLLM[0]) <= Version(Version(found).base_version) <= Version(VLLM[1]):
-        yield (f"{flag}: vLLM {found} is installed; this TRL needs {VLLM[0]} to {VLLM[1]}. See requirements-vllm.txt")
+        yield f"{flag}: vLLM {found} is installed; this TRL needs {VLLM[0]} to {VLLM[1]}. See requirements-vllm.txt"
 
 
 def check_critic(common: SharedArgs, config: Any, kind: str) -> Iterator[str]:
@@ -240,8 +215,8 @@ def check_critic(common: SharedArgs, config: Any, kind: str) -> Iterator[str]:
         yield "--critic lora: needs a frozen base, and --train_mode full has none. Type --critic model"
     if kind == "model" and adapted and path is None:
         yield (
-            f"--critic model with --train_mode {common.train_mode}: the policy's base would be loaded twice. Type "
-            "--critic lora (an adapter on that base), or another model with --value_model_path MODEL"
+            f"--critic model with --train_mode {common.train_mode}: would load the policy's base twice. Type --critic "
+            "lora (an adapter on that base), or add --value_model_path MODEL"
         )
     if path is not None and not own:
         yield f"--value_model_path {path}: not used by --critic {kind}. Type --critic model, or remove it"
@@ -261,7 +236,5 @@ def check_critic(common: SharedArgs, config: Any, kind: str) -> Iterator[str]:
     elif file is not None and path is not None and kind == "lora":
         yield f"--value_model_path {path} with --critic_path: {file} contains the whole adapter. Remove one of the two"
     if 0 < config.max_steps <= config.critic_warmup_steps:
-        yield (
-            f"--critic_warmup_steps {config.critic_warmup_steps}: the run has {config.max_steps} steps, so the policy "
-            f"would never train. Type at most {config.max_steps - 1}"
-        )
+        steps = f"all {config.max_steps} steps would train the critic alone. Type at most {config.max_steps - 1}"
+        yield f"--critic_warmup_steps {config.critic_warmup_steps}: {steps}"

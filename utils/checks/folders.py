@@ -25,49 +25,45 @@ def check_model(path: str, name: str, method: "Method") -> list[str]:
         return problems
     quantised = folder.described.get("quantization_config")
     if quantised:
-        problems.append(
-            f"{path}: its weights are already quantised ({quantised.get('quant_method', 'unknown')}). Take the "
-            "original; --train_mode qlora holds it in 4 bits"
-        )
+        kind = quantised.get("quant_method", "unknown")
+        problems.append(f"{path}: already quantised ({kind}). Use the original; --train_mode qlora loads it in 4 bits")
     if method.task == "CAUSAL_LM" and folder.is_reward_model:
-        problems.append(
-            f"{path}: a trained reward model, which scores and cannot answer. {name} starts from a language model"
-        )
+        problems.append(f"{path}: a trained reward model. {name} starts from a language model")
     return problems if folder.adapter is None else [*problems, *folder.check_adapter(name, method)]
 
 
 def check_value_model(path: str, common: "SharedArgs", kind: str) -> Iterator[str]:
-    """Problems of the weights that a critic with a trunk of its own starts from. It reads the policy's tokens."""
+    """Problems of --value_model_path. kind: as in OnlineConfig.critic_kind."""
     from utils.rewards.models import on_policy_base
 
     flag, folder = f"--value_model_path {path}", ModelFolder.at(path)
     if looks_local(path) or Path(path).exists():
         yield from folder.check("--value_model_path")
     else:
-        way_out = near_path(path) or ". Download it and name its folder: its tokenizer and head are looked at first"
-        yield f"{flag}: not a folder here{way_out}"
+        way_out = near_path(path) or ". Download it and type its folder: its tokenizer and head are checked first"
+        yield f"{flag}: not a local folder{way_out}"
     adapter = folder.adapter
     if kind == "model" and adapter:
         yield f"{flag}: an adapter. Merge it first: python -m utils.merge_lora {path} MERGED"
     if kind == "lora" and not adapter:
-        yield f"{flag}: a whole model. --critic lora takes an adapter on the policy's base. Type --critic model"
+        yield f"{flag}: not an adapter, and --critic lora needs one on the policy's base. Type --critic model"
     elif kind == "lora" and not on_policy_base(
         path, common.model_name_or_path, common.train_mode, common.model_revision
     ):
-        yield f"{flag}: an adapter on another base than the policy's. Merge it, and type --critic model"
+        yield f"{flag}: an adapter whose base is not the policy's. Merge it, and type --critic model"
     elif kind == "lora" and adapter:
         ours = {"r": common.lora_rank, "lora_alpha": common.lora_alpha, "use_dora": common.use_dora}
         for key, value in (ours | {"use_rslora": False}).items():
             if adapter.get(key, False) != value:
                 flag_of = {"r": "lora_rank"}.get(key, key)
-                way_out = f"Type --{flag_of} {adapter.get(key)}, or merge it, and type --critic model"
-                yield f"{flag}: an adapter with {key} {adapter.get(key)}, and the run has {value}. {way_out}"
+                way_out = f"Type --{flag_of} {adapter.get(key)}, or merge the adapter and type --critic model"
+                yield f"{flag}: an adapter with {key} {adapter.get(key)}; the run has {value}. {way_out}"
     different = first_difference(ModelFolder.at(common.model_name_or_path).vocabulary, folder.vocabulary)
     if different:
         yield f"{flag}: its tokenizer is not the policy's: {different}. A critic reads the policy's tokens"
 
 
-# Flags whose value is a path, or several, that the run reads; a reward function is FILE.py:FUNCTION.
+# Flags with paths that the run reads; a reward function is FILE.py:FUNCTION.
 MODELS = "model_name_or_path", "reward_model_path", "teacher_model_name_or_path", "value_model_path"
 READS = (
     *MODELS, "train_data_path", "eval_data_path", "reward_funcs", "judge_template", "critic_path",
@@ -76,7 +72,7 @@ READS = (
 
 
 def reads(*configs: object) -> list[tuple[str, str]]:
-    """(flag, path) of everything that a run with these flags reads; for an adapter also its base."""
+    """(flag, path) of each input of a run with these flags; for an adapter also its base."""
     given = {flag: value for config in configs for flag, value in vars(config).items() if flag in READS and value}
     found = []
     for flag, value in given.items():
@@ -94,21 +90,19 @@ def check_output_dir(common: "SharedArgs", config: "TrainingArguments") -> list[
     if not folder.is_dir() or not any(folder.iterdir()):
         return []
     if not any((folder / trace).exists() for trace in ("metrics.jsonl", "run_card.json", "dropped.jsonl")):
-        return [f"--output_dir {folder}: holds files that no run of ours made. Name another folder"]
+        return [f"--output_dir {folder}: contains files that no training run wrote. Name another folder"]
     if common.overwrite_output_dir:
         return check_overwrite(folder, reads(common, config))
     if (folder / "run_card.json").exists():
-        return [f"--output_dir {folder}: holds a finished run. Name another folder, or add --overwrite_output_dir"]
+        return [f"--output_dir {folder}: contains a finished run. Name another folder, or add --overwrite_output_dir"]
     if not config.resume_from_checkpoint:
-        return [
-            f"--output_dir {folder}: holds an unfinished run. Add --resume_from_checkpoint auto to finish it, "
-            "or --overwrite_output_dir to start afresh"
-        ]
+        way_out = "Add --resume_from_checkpoint auto to finish it, or --overwrite_output_dir to start a new run"
+        return [f"--output_dir {folder}: contains an unfinished run. {way_out}"]
     return []
 
 
 def check_recipes(common: "CommonArgs", config: "TrainingArguments", argv: list[str]) -> list[str]:
-    """Problems of deleting a recipe that --config names."""
+    """Problems of --overwrite_output_dir that would delete a --config file."""
     if not common.overwrite_output_dir or not config.output_dir:
         return []
     return check_overwrite(config.output_dir, [("config", file) for file in recipes_in(argv)])
@@ -118,15 +112,15 @@ EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in)\.wei
 
 
 def check_folders(common: "CommonArgs", config: "TrainingArguments") -> list[str]:
-    """Problems of the weights of every model that the run loads."""
+    """Problems of the weights of all models of the run."""
     paths = dict.fromkeys(path for flag, path in reads(common, config) if flag in MODELS)
     return [problem for path in paths for problem in ModelFolder.at(path).check_weights()]
 
 
 def check_vocabulary(common: "CommonArgs", tokenizer: "PreTrainedTokenizerBase", highest: int) -> None:
-    """Raises Refused if the model has no embedding for a token in the data. highest: the highest id in the data.
+    """Raises Refused if the model lacks the embedding of a token in the data. highest: the highest id in the data.
 
-    A tokenizer may have more tokens than embeddings that text does not use (Gemma's for images).
+    Tokens beyond the embeddings are allowed if the data do not use them (Gemma's image tokens).
     """
     path, model = common.model_name_or_path, ModelFolder.at(common.model_name_or_path, common.model_revision)
     tensors, said = model.base.tensors | model.tensors, model.vocabulary_rows
@@ -135,17 +129,12 @@ def check_vocabulary(common: "CommonArgs", tokenizer: "PreTrainedTokenizerBase",
         return
     if said and said != rows and not model.adapter:
         raise Refused(
-            [
-                f"{path}: vocab_size is {said} in its config.json, and its embeddings have {rows} rows. Copy both "
-                "from the original model"
-            ]
+            f"{path}: config.json has vocab_size {said}, but the embeddings have {rows} rows. Copy both from the "
+            "original model"
         )
     used = max(highest, tokenizer.pad_token_id, tokenizer.eos_token_id)
     if used >= rows:
         raise Refused(
-            [
-                f"{path}: the data need token {used} ({tokenizer.convert_ids_to_tokens(used)!r}), and its embeddings "
-                f"have {rows} rows. Its tokenizer is another model's, or tokens were added to it alone: copy the "
-                "tokenizer from the original model"
-            ]
+            f"{path}: the data use token {used} ({tokenizer.convert_ids_to_tokens(used)!r}), but the embeddings have "
+            f"{rows} rows. Copy the tokenizer from the original model"
         )

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 USUAL = "AdamW usually takes 1e-6 to 5e-5 for full weights and 1e-5 to 5e-4 for adapters"
-HIGHEST = {"full": 1e-3, "lora": 1e-2, "qlora": 1e-2}  # learning rates; above them AdamW hardly learns
+HIGHEST = {"full": 1e-3, "lora": 1e-2, "qlora": 1e-2}  # learning rates above which AdamW usually diverges
 
 
 def count_steps(config: TrainingArguments, method: Method, rows: int) -> int | None:
@@ -38,35 +38,29 @@ def count_batch(config: TrainingArguments) -> int:
 
 
 def check_schedule(run: Run) -> Iterator[str]:
-    """Warn of a learning rate, warm-up or batch size that hardly trains. Raises Refused if no step would be made."""
+    """Warn of unusual learning rates, warm-ups and batch sizes. Raises Refused if the run would have no step."""
     common, config, method, rows = run.common, run.config, run.method, len(run.train.rows)
     steps, a_pass = count_steps(config, method, rows), count_batch(config)
     a_step = a_pass * config.gradient_accumulation_steps
     if config.dataloader_drop_last and rows < a_pass and not method.sample_reward:
         raise Refused(
-            [
-                f"--dataloader_drop_last: {rows} rows do not fill one batch of {a_pass}, and would all be dropped. "
-                "Leave it out, or type --per_device_train_batch_size smaller"
-            ]
+            f"--dataloader_drop_last: would drop all {rows} rows, which do not fill a batch of {a_pass}. "
+            "Remove it, or lower --per_device_train_batch_size"
         )
     highest = HIGHEST[common.train_mode]
     if "adam" in str(getattr(config.optim, "value", config.optim)) and config.learning_rate > highest:
         yield f"--learning_rate {config.learning_rate:g} is above {highest:g}. {USUAL}"
     warm_up = config.get_warmup_steps(steps) if steps else 0
     if steps and warm_up >= steps:
-        yield (
-            f"--warmup_steps {config.warmup_steps:g}: all {steps} steps are warm-up, and --learning_rate is never "
-            f"reached. Type --warmup_steps {steps // 10}"
-        )
+        way_out = f"Type --warmup_steps {steps // 10}"
+        yield f"--warmup_steps {config.warmup_steps:g}: all {steps} steps would be warm-up. {way_out}"
     if not method.sample_reward and not config.packing and a_step > rows:
-        yield (
-            f"a step takes {a_step} rows and there are {rows}: each pass over the data is one step. Type "
-            "--gradient_accumulation_steps or --per_device_train_batch_size smaller"
-        )
+        way_out = "Lower --gradient_accumulation_steps or --per_device_train_batch_size"
+        yield f"a step takes {a_step} rows, but the data have {rows}: an epoch is one step. {way_out}"
 
 
 def check_disk(run: Run) -> tuple[tuple[str, str], list[str]]:
-    """(("disk", the space that the run needs), warnings). Raises Refused if not even one checkpoint fits."""
+    """(("disk", space needed and free), warnings). Raises Refused if not even one checkpoint fits."""
     common, config = run.common, run.config
     trained = count_trained(common)
     if not trained:
@@ -81,22 +75,16 @@ def check_disk(run: Run) -> tuple[tuple[str, str], list[str]]:
     state = 0 if config.save_only_model else trained * (moments + 4 * sharded)
     one, kept = weights + state, count_checkpoints(config, run.method, len(run.train.rows))
     needed = one * kept + weights
-    above = next(
-        parent
-        for parent in (Path(config.output_dir).absolute(), *Path(config.output_dir).absolute().parents)
-        if parent.exists()
-    )
-    free = shutil.disk_usage(above).free
+    output = Path(config.output_dir).absolute()
+    free = shutil.disk_usage(next(above for above in (output, *output.parents) if above.exists())).free
     text = (
         f"{kept} checkpoint{'s' * (kept != 1)} of {gigabytes(one)} ({trained / 1e6:.1f}M trained parameters) and "
         f"{gigabytes(weights)} for the result (estimate); {gigabytes(free)} free"
     )
-    fewer = (
-        "Free some, name another --output_dir, or type --save_total_limit 1, --save_only_model or --save_strategy no"
-    )
+    fewer = "Free space, or type another --output_dir, --save_total_limit 1, --save_only_model or --save_strategy no"
     if (one if kept else weights) > free:
-        raise Refused([f"--output_dir {config.output_dir}: has no room for one checkpoint: {text}. {fewer}"])
-    return ("disk", text), [f"the disk would run full: {text}. {fewer}"] if needed > free else []
+        raise Refused(f"--output_dir {config.output_dir}: too little space for one checkpoint: {text}. {fewer}")
+    return ("disk", text), [f"the disk would fill up: {text}. {fewer}"] if needed > free else []
 
 
 def count_checkpoints(config: TrainingArguments, method: Method, rows: int) -> float:

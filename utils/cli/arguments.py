@@ -14,7 +14,7 @@ from rlhf_args.methods import DISTILLATION, EVERY, METHODS, REJECTION, Method, f
 from utils.cli.ranges import check_ranges, explain_range
 from utils.cli.recipes import drop_flags, typed_flags
 from utils.runtime import environment
-from utils.runtime.errors import Refused, refuse_if
+from utils.runtime.errors import Refused, guess_name, refuse_if
 from utils.runtime.output import one_line
 
 # Flags of other projects that do not exist here -> what to type.
@@ -32,16 +32,14 @@ def peek_shared(argv: list[str], name: str | None = None) -> tuple[Any, str, lis
     common, problems = peek(argv, load(EVERY[name].arguments) if name else CommonArgs)
     found = name or find_method(common.rlhf_type)
     if found is None:
-        near = difflib.get_close_matches(common.rlhf_type.lower(), [known.lower() for known in METHODS], 1)
-        guess = f". Did you mean {find_method(near[0])}?" if near else ""
-        guess = ". That is train_gkd.py" if common.rlhf_type.upper() in DISTILLATION else guess
-        kinds = f"There are {', '.join(METHODS)}{guess}"
+        elsewhere = ". That is train_gkd.py" if common.rlhf_type.upper() in DISTILLATION else ""
+        kinds = f"There are {', '.join(METHODS)}{elsewhere or guess_name(common.rlhf_type, METHODS)}"
         raise Refused([*problems, f"--rlhf_type {common.rlhf_type}: no such method. {kinds}"])
     return common, found, problems
 
 
 def peek(argv: list[str], shared: type) -> tuple[Any, list[str]]:
-    """(an instance of the dataclass `shared`, problems), from its flags among the words. A bad one has its default."""
+    """(an instance of the dataclass `shared`, problems), from its flags in `argv`. A bad flag gets its default."""
     parser = make_parser([shared], add_help=False)
     how = {"return_remaining_strings": True, "look_for_args_file": False}
     found, _ = parser.parse_args_into_dataclasses(argv, **how)
@@ -58,8 +56,8 @@ def flags_in(problems: list[str]) -> set[str]:
 def parse(argv: list[str], name: str, planned: bool = False, collected: list[str] | None = None) -> tuple[Any, Any]:
     """(shared flags, TRL config) of the method `name`. Raises Refused; --help prints and exits.
 
-    planned: as on a GPU with bfloat16, whatever this machine has. collected: takes the problems of single flags
-    instead; each of these flags then has its default, so that the rest of the run can still be checked.
+    planned: parse as on a GPU with bfloat16. collected: a list that takes the problems of single flags instead; these
+    flags then get their defaults, so that the rest of the run can still be checked.
     """
     method = EVERY[name]
     config_class = load(method.config)
@@ -74,21 +72,16 @@ def parse(argv: list[str], name: str, planned: bool = False, collected: list[str
     )
     asked, unknown = parser.parse_known_args(argv)
     known = {field.name for kind in parser.dataclass_types for field in fields(kind)}
-    problems = [no_such_flag(word, name, known) for word in unknown if word.startswith("--")]
-    if unknown and not problems:
-        problems = [f"{' '.join(unknown)}: not a flag. Every value follows its --flag"]
-    # TRL's configs default to bf16, and without the hardware raise in their constructor: choose the dtype first.
+    problems = refuse_words(unknown, name, known)
+    # TRL's configs default to bf16 and raise without the hardware: choose the dtype first.
     typed = typed_flags(argv)
     dtype = "float32"
     try:
         dtype = resolve_dtype(asked.dtype, asked.bf16, asked.fp16, name, method, typed, planned)
     except Refused as refusal:
         problems += refusal.problems
-    problems = [
-        *parser.problems,
-        *problems,
-        *(p for kind in parser.dataclass_types for p in check_ranges(kind, asked)),
-    ]
+    problems = parser.problems + problems
+    problems += [problem for kind in parser.dataclass_types for problem in check_ranges(kind, asked)]
     if collected is None:
         refuse_if(problems)
     else:
@@ -105,11 +98,9 @@ def parse(argv: list[str], name: str, planned: bool = False, collected: list[str
     except json.JSONDecodeError as error:
         flag = argv[argv.index(error.doc) - 1] if error.doc in argv else "a flag"
         why = f"{error.msg}, character {error.pos + 1}"
-        raise Refused(
-            [f"{flag} {error.doc}: not JSON ({why}). Type '{{\"key\": value}}', with double quotes"]
-        ) from None
+        raise Refused(f"{flag} {error.doc}: not JSON ({why}). Type '{{\"key\": value}}', with double quotes") from None
     except (ValueError, TypeError, OSError, ImportError) as error:  # TRL's and transformers' own checks of their flags
-        raise Refused([one_line(error)]) from None
+        raise Refused(one_line(error)) from None
     common.dtype, common.typed = dtype, typed
     if environment.engine() == "fsdp2" and dtype != "float32":
         config.fsdp_plugin_args = environment.fsdp_precision(dtype)
@@ -129,9 +120,7 @@ def parse_rejection(argv: list[str]) -> tuple[Any, Any, list[str], list[str]]:
     how = {"return_remaining_strings": True, "look_for_args_file": False}
     common, config, left = parser.parse_args_into_dataclasses(argv, **how)
     known = {field.name for kind in kinds for field in fields(kind)}
-    problems = [no_such_flag(word, None, known) for word in left if word.startswith("--") and not config.then]
-    if left and not config.then and not problems:
-        problems = [f"{' '.join(left)}: not a flag. Every value follows its --flag"]
+    problems = [] if config.then else refuse_words(left, None, known)
     problems = [*parser.problems, *problems, *check_ranges(kinds[0], common), *check_ranges(kinds[1], config)]
     if problems:
         common, config, left = parser.parse_args_into_dataclasses(drop_flags(argv, flags_in(problems)), **how)
@@ -183,8 +172,13 @@ def flag_first(message: object) -> str:
     return re.sub(r"^argument (--\w+)[^:]*: ", r"\1: ", one_line(message))
 
 
+def refuse_words(words: list[str], name: str | None, known: set[str]) -> list[str]:
+    """The refusals of words that are no flags of the method `name` (None: rejection sampling)."""
+    problems = [no_such_flag(word, name, known) for word in words if word.startswith("--")]
+    return problems or ([f"{' '.join(words)}: not a flag. Type each value after its --flag"] if words else [])
+
+
 def no_such_flag(flag: str, name: str | None, known: set[str]) -> str:
-    """The refusal of an unknown flag of the method `name` (None: rejection sampling)."""
     bare = flag[2:].replace("-", "_")
     choice = f" --rlhf_type {name}" if name in METHODS else ""
     script = f"train_{EVERY[name].entry}.py" if name else "rejection_sampling.py"
@@ -223,20 +217,18 @@ def resolve_dtype(
     """
     has_gpu, has_bf16 = planned or environment.has_gpu(), planned or environment.has_bf16()
     if bf16 and fp16:
-        raise Refused(["--bf16 and --fp16 together: choose one. bfloat16 is the default where the hardware has it"])
+        raise Refused("--bf16 and --fp16 together: choose one. bfloat16 is the default where the hardware has it")
     if bf16:
         return "bfloat16"
     wanted = "float16" if fp16 else "float32" if bf16 is False else dtype
     if wanted == "float16" and wanted not in method.precisions:
         raise Refused(
-            [
-                f"float16 with {name}: its log-probabilities overflow to NaN. It takes --dtype "
-                f"{' or '.join(method.precisions)}"
-            ]
+            f"float16 with {name}: its log-probabilities overflow to NaN. It takes --dtype "
+            f"{' or '.join(method.precisions)}"
         )
     if wanted == "float16" and (has_bf16 or not has_gpu):
         better = "bfloat16" if has_bf16 else "float32"
-        raise Refused([f"float16: use {better} on this machine, which does not overflow. Type --dtype {better}"])
+        raise Refused(f"float16: use {better} on this machine, which does not overflow. Type --dtype {better}")
     if wanted == "bfloat16" and not has_bf16 and not ("dtype" in typed and environment.has_amx()):
         return "float32"
     return wanted

@@ -1,7 +1,7 @@
 """The range of a number flag, stated once: --help shows it, and values outside are refused.
 
-Our own flags state it in their field's metadata, as "at least 0 and below 1", "above 0, like 1e-5" or "finite"; the
-flags of TRL and transformers have it in the table below. nan and infinity are outside every range.
+Our own flags state it in their field (rlhf_args/flag.py), as "at least 0 and below 1", "above 0, like 1e-5" or
+"finite"; UPSTREAM has the ranges of TRL's and transformers' flags. nan and infinity are outside every range.
 """
 
 import copy

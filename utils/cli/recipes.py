@@ -1,4 +1,4 @@
-"""The command line before it is parsed: recipes (--config FILE) become flags, old names of flags are translated."""
+"""The command line before parsing: recipes (--config FILE) become flags, flags are translated to their names here."""
 
 import contextlib
 import json
@@ -28,7 +28,7 @@ OFF = "false", "f", "no", "n", "off", "0"  # the values that turn a switch off
 
 
 def expand(argv: list[str], quiet: bool = False) -> list[str]:
-    """The words with the flags of --config files in front (typed flags win) and old names translated.
+    """`argv` with the flags of --config files in front (typed flags win) and translated names.
 
     Notes each translation on stderr unless `quiet`. Raises Refused if a recipe cannot be read.
     """
@@ -37,7 +37,7 @@ def expand(argv: list[str], quiet: bool = False) -> list[str]:
     while "--config" in argv:
         at = argv.index("--config")
         if at + 1 == len(argv):
-            raise Refused(["--config: no file given. Type --config recipes/NAME.yaml"])
+            raise Refused("--config: no file given. Type --config recipes/NAME.yaml")
         recipe += read_recipe(argv[at + 1])
         del argv[at : at + 2]
     return translate(read_use_peft(recipe + argv, quiet), RENAMED, quiet)
@@ -61,16 +61,16 @@ def read_recipe(path: str) -> list[str]:
         loader = yaml.SafeLoader(Path(path).read_text(encoding="utf-8"))
         recipe = loader.get_single_node()
         if not isinstance(recipe, yaml.MappingNode):
-            raise Refused([f"{path}: not a mapping. A recipe has a line `flag: value` for each flag"])
+            raise Refused(f"{path}: not a mapping. A recipe has a line `flag: value` for each flag")
         loader.flatten_mapping(recipe)
         return [word for flag, value in recipe.value for word in read_flag(path, loader, flag, value)]
     except OSError as error:
-        raise Refused([f"--config {path}: {str(error.strerror).lower()}{near_path(path)}"]) from None
+        raise Refused(f"--config {path}: {str(error.strerror).lower()}{near_path(path)}") from None
     except UnicodeDecodeError as error:
-        raise Refused([f"--config {path}: not UTF-8 (byte {error.start}). Save the file as UTF-8"]) from None
+        raise Refused(f"--config {path}: not UTF-8 (byte {error.start}). Save the file as UTF-8") from None
     except yaml.YAMLError as error:
         line = getattr(error, "problem_mark", None)
-        raise Refused([f"{path}:{line.line + 1 if line else 1}: not valid yaml"]) from None
+        raise Refused(f"{path}:{line.line + 1 if line else 1}: not valid yaml") from None
 
 
 def read_flag(path: str, loader: "SafeLoader", flag: "Node", value: "Node") -> list[str]:
@@ -79,16 +79,14 @@ def read_flag(path: str, loader: "SafeLoader", flag: "Node", value: "Node") -> l
 
     where = f"{path}:{flag.start_mark.line + 1}: {flag.value}"
     if flag.value == "config":
-        raise Refused([f"{where}: a recipe cannot include another. Type both: --config OTHER.yaml --config {path}"])
+        raise Refused(f"{where}: a recipe cannot include another. Type both: --config OTHER.yaml --config {path}")
     words = [f"--{flag.value}"]
     for item in value.value if isinstance(value, yaml.SequenceNode) else [value]:
         if item.tag == "tag:yaml.org,2002:null":
             quoted = f'"{item.value or "null"}"'
             raise Refused(
-                [
-                    f"{where}: {item.value or 'no value'}. Delete the line for the default, or write a value; "
-                    f"for the word itself type {quoted} in quotes"
-                ]
+                f"{where}: {item.value or 'no value'}. Delete the line for the default, or write a value; "
+                f"for the word itself type {quoted} in quotes"
             )
         scalar = isinstance(item, yaml.ScalarNode)
         words.append(item.value if scalar else json.dumps(loader.construct_object(item, deep=True), default=str))
@@ -102,7 +100,7 @@ def read_use_peft(words: list[str], quiet: bool = False) -> list[str]:
     at = words.index("--use_peft")
     value = words[at + 1 : at + 2] if words[at + 1 : at + 2] and not words[at + 1].startswith("--") else []
     mode = "full" if value and not is_on(value[0]) else "lora"
-    say_note(quiet, f"--use_peft is --train_mode {mode} here, and is read as that")
+    say_note(quiet, f"--use_peft is read as --train_mode {mode}")
     return [*words[:at], "--train_mode", mode, *words[at + 1 + len(value) :]]
 
 
@@ -120,7 +118,7 @@ def translate(words: list[str], renamed: dict[str, str], quiet: bool = False) ->
         if not word.startswith("--") or name not in renamed:
             translated.append(word)
             continue
-        say_note(quiet, f"{word} is called --{renamed[name]} here, and is read as that")
+        say_note(quiet, f"{word} is read as --{renamed[name]}")
         translated.append(f"--{renamed[name]}")
     return translated
 

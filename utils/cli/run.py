@@ -1,4 +1,4 @@
-"""One training run: its flags, its rows, and the text that is made of them."""
+"""One training run: its flags, its rows, and the prepared text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Run:
-    """What every stage of a training reads. Filled by chapters.from_words, then by chapters.prepare_text."""
+    """The state that all stages of a training share. Filled by chapters.from_words and chapters.prepare_text."""
 
     argv: list[str]  # the command line
     name: str  # the method's name

@@ -1,7 +1,7 @@
 """The variables of the run scripts as flags: `MODEL=x bash rlhf_run.sh` becomes `--model_name_or_path x`.
 
 A typed flag wins over the recipe (--config FILE), the recipe over a variable, a variable over the script's default.
-The scripts explain their variables; this file has the flag of each, and the defaults that depend on other flags.
+The scripts explain their variables; this file maps them to flags and has the defaults that depend on other flags.
 """
 
 from collections.abc import Callable, MutableMapping
@@ -26,7 +26,7 @@ TRAINING = BOTH | {
     "ACCUMULATION": "gradient_accumulation_steps",
     "MAX_STEPS": "max_steps",
 }
-REWARD = ("reward_funcs", "reward_model_path")  # REWARD is one of them
+REWARD = ("reward_funcs", "reward_model_path")  # the variable REWARD sets one of them
 INSTEAD = {"eval_fraction": ("eval_data_path",), **dict.fromkeys(REWARD, REWARD)}  # flags that replace a variable
 THEN = ("rounds", "train_mode", "eval_fraction", "num_train_epochs")  # rejection_run.sh: only used with THEN
 

@@ -1,7 +1,7 @@
-"""Prepared rows kept for the next start of the same data: JSON in ~/.cache/rlhf_prepared (XDG_CACHE_HOME), no pickle.
+"""A cache of prepared rows, as JSON in ~/.cache/rlhf_prepared (or XDG_CACHE_HOME).
 
-The key hashes all inputs: the rows, the tokenizer with its template, the limits, and the code. A file that cannot be
-read or written is ignored, and the rows are prepared again.
+The key hashes all inputs: the rows, the tokenizer with its template, the limits and the code. A file that cannot be
+read or written is ignored.
 """
 
 import contextlib
@@ -94,7 +94,7 @@ def read(file: Path, rows: list[Row], columns: tuple[str, ...]) -> prepare.Prepa
 
 
 def write_entry(file: Path, rows: list[Row], columns: tuple[str, ...], prepared: prepare.Prepared) -> None:
-    """Atomic, and readable for the user alone."""
+    """Atomic; only the user can read the file."""
     places = {id(values): place for place, (_, values) in enumerate(rows)}
     dropped = [(places[id(values)], reason) for _, reason, values in prepared.dropped]
     held = vars(prepared) | {"dropped": dropped, "rows": [] if columns == PROMPT else prepared.rows}

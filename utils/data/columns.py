@@ -14,7 +14,7 @@ Kind = tuple[str, ...]  # a set of columns, as in rlhf_args/methods.py
 Text = str | list[dict]  # plain text, or a chat: messages of {role, content}
 T = TypeVar("T", str, list[dict])
 
-# Columns of a method: the columns that its files may have, best first. KTO also reads pairs, Reward reads pairs, ...
+# {columns of a method: sets of columns that its files may have, best first}: KTO also reads pairs, ...
 ACCEPTED = {
     PAIR: (PAIR, RANKED),
     UNPAIRED: (UNPAIRED, PAIR, RANKED),
@@ -26,18 +26,18 @@ ACCEPTED = {
 SAMPLE = {method.columns: method.sample_data for method in EVERY.values()}
 ROLES = ("system", "developer", "user", "assistant", "tool")
 LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
-# Names that a reward function's columns cannot have: TRL passes its own values by them, or reads images from them
+# Names that columns for reward functions cannot have: TRL passes its own values or images under them
 RESERVED = (
     "prompts", "completion", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric",
     "image", "images",
 )  # fmt: skip
-HALVED = "holds half a character (\\ud800 to \\udfff), as of an emoji that was cut in two. Mend it"
+HALVED = "contains half of a surrogate pair (\\ud800 to \\udfff), as from a truncated emoji. Fix it"
 
 
 def find_kind(rows: Iterable[Row], columns: Kind) -> Kind:
-    """The accepted set of columns of this data: the first that some row has, or the fuller set that contains it.
+    """The columns by which to read the data: the first accepted set that some row has, or a superset of it.
 
-    {"prompt", "chosen", "rejected"} contains {"chosen", "rejected"}: if one row has a prompt, all need one.
+    So if one row has a prompt beside chosen and rejected, all rows need a prompt.
     """
     filled = {frozenset(name for name, value in values.items() if value is not None) for _, values in rows}
     found = [kind for kind in ACCEPTED[columns] if any(names.issuperset(kind) for names in filled)]
@@ -51,7 +51,7 @@ def check_row(values: dict, kind: Kind, columns: Kind) -> str | None:
     if missing:
         others = [name for name in values if name not in kind]
         near = difflib.get_close_matches(missing[0], others, 1, cutoff=0.7)
-        guess = f'Did you mean that by "{near[0]}"?' if near else f"The row has {', '.join(values) or 'nothing'}."
+        guess = f'Rename "{near[0]}"?' if near else f"The row has {', '.join(values) or 'nothing'}."
         accepted = " or ".join(", ".join(k) for k in ACCEPTED[columns])
         lacks = f'"{missing[0]}" is null.' if missing[0] in values else f'no "{missing[0]}". {guess}'
         return f"{lacks} Accepted: {accepted}, as in {SAMPLE[columns]}"
@@ -60,19 +60,19 @@ def check_row(values: dict, kind: Kind, columns: Kind) -> str | None:
         if problem:
             return problem
     if columns == RANKED and values.get("margin") not in (None, "") and to_number(values["margin"]) is None:
-        return f'"margin" is {values["margin"]!r}. It is a number: by how much chosen is better'
+        return f'"margin" is {values["margin"]!r}. Must be a number: how much better chosen is'
     if columns == ANSWERED and isinstance(values.get("messages"), str):
-        return '"messages" is plain text, which does not say where the answer begins. Write "prompt" and "completion"'
+        return '"messages" is plain text, so the start of the answer is unknown. Write "prompt" and "completion"'
     texts = [name for name in kind if name != "label"]
     if len({isinstance(values[name], list) for name in texts}) > 1:
         kinds = ", ".join(f'"{n}" is {"a chat" if isinstance(values[n], list) else "plain text"}' for n in texts)
-        return f"{kinds}. All of a row are lists of messages, or all are strings"
+        return f"{kinds}. All must be lists of messages, or all strings"
     for name in texts:
         last = values[name][-1]["role"] if isinstance(values[name], list) and values[name] else None
         if name == "prompt" and last == "assistant":
-            return 'the "prompt" ends with the assistant\'s turn. It ends with the turn to be answered'
+            return 'the "prompt" ends with the assistant\'s turn. It must end with the turn to answer'
         if name in ("chosen", "rejected", "completion") and last not in ("assistant", None):
-            return f'the "{name}" ends with a turn of the {last}. It ends with the assistant\'s answer'
+            return f'the "{name}" ends with a turn of the {last}. It must end with the assistant\'s answer'
     return None
 
 
@@ -105,31 +105,27 @@ def check_further(types: dict[str, dict[str, str]]) -> Iterator[str]:
     """Problems of the columns passed to reward functions: names reserved by TRL, mixed types."""
     for name, found in types.items():
         if name in RESERVED:
-            yield f'{next(iter(found.values()))}: a column "{name}", which TRL uses itself. Rename it'
+            yield f'{next(iter(found.values()))}: a column "{name}", a name that TRL reserves. Rename it'
         elif len(found) > 1:
             (kind, where), (other, there) = list(found.items())[:2]
-            yield f'{there}: "{name}" is {other}, and {where} has {kind}. A column has values of one type'
+            yield f'{there}: "{name}" is {other}, and {where} has {kind}. All values of a column must have one type'
 
 
 def check_label(label: object) -> str | None:
-    return None if str(label).lower() in LABELS else f'"label" is {label!r}. It is true or false (1 or 0)'
+    return None if str(label).lower() in LABELS else f'"label" is {label!r}. Must be true or false (1 or 0)'
 
 
 def check_text(value: object, name: str) -> str | None:
     if isinstance(value, str):
         if MESSAGES.match(value) and all(re.search(f"['\"]{key}['\"] *:", value) for key in ("role", "content")):
-            return f'"{name}" is a list of messages turned into text. Write it as JSON: with json.dumps in csv'
+            return f'"{name}" is a list of messages as text. Write it as JSON (in csv: with json.dumps)'
         return f'"{name}" {HALVED}' if is_halved(value) else None
     if not isinstance(value, list):
-        return f'"{name}" is {say_type(value)}. It is a string or a list of {{"role", "content"}}'
+        return f'"{name}" is {say_type(value)}. Must be a string or a list of {{"role", "content"}}'
     for message in value:
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
-            found = (
-                f"with {', '.join(message) or 'nothing'}"
-                if isinstance(message, dict)
-                else f"that is {say_type(message)}"
-            )
-            return f'"{name}" has a message {found}. A message has "role" and "content"'
+            keys = ", ".join(message) or "nothing" if isinstance(message, dict) else say_type(message)
+            return f'"{name}" has a message with {keys}. A message needs "role" and "content"'
         if message["role"] not in ROLES:
             return f'"{name}" has the role {message["role"]!r}. Accepted: {", ".join(ROLES)}'
         if not isinstance(message["content"], str):
@@ -161,7 +157,7 @@ def normalize(values: dict, kind: Kind, notes: list[str]) -> dict:
     sides = [name for name in ("chosen", "rejected", "completion") if name in row]
     prompt = row.get("prompt")
     if sides and isinstance(prompt, list) and all(row[side][: len(prompt)] == prompt != [] for side in sides):
-        note = "answers that repeat their prompt are read without it"
+        note = "the prompt is removed from answers that repeat it"
         notes += [] if note in notes else [note]
         row |= {side: row[side][len(prompt) :] for side in sides}
     if kind == RANKED:
@@ -172,7 +168,7 @@ def normalize(values: dict, kind: Kind, notes: list[str]) -> dict:
         row = {"messages": row["prompt"] + row["completion"]}
     roles = [m["role"] for m in row["messages"]] if isinstance(row.get("messages"), list) else []
     if "assistant" in roles and roles[-1] != "assistant":
-        note = "turns behind the assistant's last one are not trained on"
+        note = "turns after the assistant's last turn are not trained on"
         notes += [] if note in notes else [note]
     if to_number(values.get("margin")) is not None:
         row["margin"] = to_number(values["margin"])
@@ -191,7 +187,7 @@ def split_answer(row: dict) -> dict:
 
 
 def to_number(value: Any) -> float | None:
-    """A value, or its text, as a finite number; None if it is none."""
+    """The value (a number or its text) as a finite float, or None."""
     try:
         return float(value) if math.isfinite(float(value)) else None
     except (TypeError, ValueError):
@@ -235,7 +231,7 @@ def text_of(value: Text) -> str:
 
 
 def convert(row: dict, columns: Kind, values: dict) -> list[dict]:
-    """The rows in the method's columns that one row becomes: a pair becomes two rows for KTO.
+    """One row as rows in the method's columns: a pair becomes two rows for KTO.
 
     The other columns of a prompt are kept as "further", for the reward functions.
     """
@@ -250,10 +246,10 @@ def convert(row: dict, columns: Kind, values: dict) -> list[dict]:
 
 
 def keep_apart(rows: list[Row]) -> list[Row]:
-    """Rows made of pairs: each chosen answer is followed by the rejected answer to a prompt half the file away.
+    """Rows from pairs, reordered: after each chosen answer the rejected answer to a prompt half the file away.
 
-    KTO estimates its KL from each prompt with its neighbour's answer, and TRL keeps the order of the rows: two answers
-    to one prompt must not be neighbours.
+    KTO estimates its KL from each prompt with the neighbouring row's answer, and TRL keeps the order of the rows, so
+    neighbours must not share a prompt.
     """
     chosen, rejected = rows[::2], rows[1::2]
     half = len(rejected) // 2
@@ -261,12 +257,12 @@ def keep_apart(rows: list[Row]) -> list[Row]:
 
 
 def spread(rows: list[Row], notes: list[str]) -> list[Row]:
-    """Rows in an order with fewer neighbours that answer one prompt, for KTO as above."""
+    """Rows reordered so that fewer neighbours share a prompt, for KTO as above."""
     half = (len(rows) + 1) // 2
     apart = [rows[place // 2 + place % 2 * half] for place in range(len(rows))]
     if count_neighbours(apart) >= count_neighbours(rows):
         return rows
-    notes.append("answers to one prompt stood together, and were spread: KTO compares a row with its neighbour")
+    notes.append("rows with the same prompt were moved apart: KTO compares each row with its neighbour")
     return apart
 
 

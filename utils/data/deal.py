@@ -1,4 +1,4 @@
-"""Deal the rows of an epoch so that each pass holds rows of about the same length."""
+"""Order the rows of an epoch so that the rows of each batch have similar lengths."""
 
 from collections.abc import Iterator, Sequence
 from itertools import cycle, islice
@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 def deal(
     order: Sequence[int], lengths: Sequence[int], batch: int, passes: int, processes: int = 1, drop_last: bool = False
 ) -> list[int]:
-    """`order` with the rows of each step sorted, longest first: the rows of a pass, on all processes, are alike.
+    """`order` with the rows of each step sorted, longest first: each pass, over all processes, has similar rows.
 
-    An incomplete last pass keeps its rows, as they have a higher weight. With several processes it is filled with the
-    first rows of the epoch, as accelerate does.
+    An incomplete last pass keeps its rows, because its rows have a higher weight. With several processes it is filled
+    with the first rows of the epoch, as accelerate does.
     Source: accelerate 1.15.0, data_loader.py, BatchSamplerShard.
     """
     whole = batch * processes
@@ -28,7 +28,7 @@ def deal(
 
 
 class Dealt:
-    """A sampler that deals the rows of each epoch."""
+    """A sampler that applies `deal` to each epoch."""
 
     def __init__(
         self,

@@ -3,6 +3,7 @@
 Standard library only, except for parquet (pyarrow) and Hub ids (datasets): a bad file is refused at once.
 """
 
+import contextlib
 import csv
 import glob
 import io
@@ -22,12 +23,12 @@ MESSAGES = re.compile(r"\s*\[\s*\{")  # start of a list of messages written as t
 
 
 def find_files(paths: Iterable[str], flag: str) -> list[str]:
-    """Files behind paths, folders and globs, in order; a Hub id stays as it is. Raises Refused."""
+    """The files that paths, folders and globs stand for, in order; Hub ids stay unchanged. Raises Refused."""
     found, problems = [], []
     for path in paths:
         here = Path(path).expanduser()
         if not path.strip():
-            files, problem = [], f"{flag}: an empty name. Type {flag} data/preference.jsonl to try"
+            files, problem = [], f"{flag}: the path is empty. Type {flag} data/preference.jsonl to try"
         elif here.is_dir():
             files = sorted(str(file) for file in here.iterdir() if is_data(file))
             problem = f"{flag} {path}: no {', '.join(ENDINGS)} file in this folder"
@@ -39,8 +40,8 @@ def find_files(paths: Iterable[str], flag: str) -> list[str]:
             problem = f"{flag} {path}: no {', '.join(ENDINGS)} file matches"
         else:
             owner = here.parts[0]  # of a data set's id, OWNER/NAME
-            here_alone = looks_local(path) or len(here.parts) == 1 or Path(owner).is_dir() or is_ending(here)
-            files = [] if here_alone else [path]
+            local = looks_local(path) or len(here.parts) == 1 or Path(owner).is_dir() or is_ending(here)
+            files = [] if local else [path]
             problem = f"{flag} {path}: no such file or folder{near_path(path)}"
         found += files
         if not files:
@@ -89,7 +90,7 @@ class FileRows:
             except OSError as error:
                 self.problems.append(f"{file}: {error.strerror or error}")
             if not rows and len(self.problems) == problems:
-                self.problems.append(f"{file}: no rows in it")
+                self.problems.append(f"{file}: contains no rows")
 
 
 def read_rows(paths: Iterable[str], flag: str) -> tuple[list[Row], list[str], list[str]]:
@@ -116,7 +117,7 @@ def read_jsonl(file: str, notes: list[str], problems: list[str]) -> Iterator[tup
     with open(file, encoding="utf-8-sig") as lines:
         first = next((line for line in lines if line.strip()), "")
         if first.lstrip().startswith("[") and not has_json_line(text := read_text(file)):
-            notes.append(f"{file} is one JSON array, not a line a row; read as that")
+            notes.append(f"{file} contains one JSON array, not one row per line; read as an array")
             yield from parse_json(file, text, problems)
             return
         lines.seek(0)
@@ -129,7 +130,7 @@ def read_jsonl(file: str, notes: list[str], problems: list[str]) -> Iterator[tup
 
 
 def has_json_line(text: str) -> bool:
-    """True if the first of several lines is JSON by itself, not the start of an array over all lines."""
+    """True if the first of several lines is valid JSON, not the start of an array that spans lines."""
     first, *more = text.strip().split("\n", 1)
     try:
         return bool(more) and json.loads(first) is not None
@@ -140,7 +141,7 @@ def has_json_line(text: str) -> bool:
 def read_json_rows(file: str, notes: list[str], problems: list[str]) -> Iterator[tuple[int, object]]:
     text = read_text(file)
     if text.count("\n{") and not text.lstrip().startswith("["):
-        notes.append(f"{file} has a JSON object a line, not an array; read as that")
+        notes.append(f"{file} contains one JSON object per line, not an array; read as jsonl")
         yield from read_jsonl(file, notes, problems)
     else:
         yield from parse_json(file, text, problems)
@@ -163,24 +164,19 @@ def read_csv(file: str, notes: list[str], problems: list[str]) -> Iterator[tuple
         for cells in reader:
             if cells and len(cells) != len(header):
                 problems.append(
-                    f"{file}:{reader.line_num}: {len(cells)} cells under a header of {len(header)}. Text "
-                    'that holds a comma, a quote or a line end stands in "double quotes"'
+                    f"{file}:{reader.line_num}: {len(cells)} cells, but the header has {len(header)}. "
+                    'Write text with a comma, a quote or a line break in "double quotes"'
                 )
             elif cells:
                 yield reader.line_num, dict(zip(header, map(from_cell, cells), strict=True))
     except csv.Error as error:
-        problems.append(
-            f"{file}:{reader.line_num}: not valid csv ({error}). A quote inside a quoted text is written twice"
-        )
+        problems.append(f"{file}:{reader.line_num}: not valid csv ({error}). Write a quote inside quoted text twice")
 
 
 def from_cell(cell: str) -> object:
     """The value of a csv cell: messages written as JSON, or text."""
-    if MESSAGES.match(cell):
-        try:
-            return json.loads(cell)
-        except ValueError:
-            return cell
+    with contextlib.suppress(ValueError):
+        return json.loads(cell) if MESSAGES.match(cell) else cell
     return cell
 
 

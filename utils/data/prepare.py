@@ -1,4 +1,4 @@
-"""Rows to the text that is trained on: chat template applied, one BOS where the tokenizer adds one, one end of turn.
+"""Rows to training text: with the chat template, one BOS if the tokenizer adds one, and one end of turn.
 
 TRL's trainers get plain text, which all of them tokenise the same way. Given messages, DPO would train
 `...ok<|im_end|>\\n` and CPO `...ok<|im_end|>\\n<|im_end|>`.
@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 from rlhf_args.methods import ANSWERED, DIALOGUE, PROMPT, RANKED
 from utils.data.files import Row
 from utils.data.rows import refuse_rows
-from utils.data.template import assistant_spans, count_ends, label_turns, render, say_error, split_tokens, tokenize
+from utils.data.template import assistant_spans, count_ends, label_turns, render, say_error, shared_length, tokenize
 from utils.runtime.errors import Refused
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import BatchEncoding, PreTrainedTokenizerBase, Trainer
 
-Room = Callable[[dict], float]  # of a row's values: the most tokens that its prompt may have
+Room = Callable[[dict], float]  # a row's values -> the maximum tokens of its prompt
 CHUNK = 512  # rows whose texts are tokenised at once
 
 
@@ -33,7 +33,7 @@ class Prepared:
     dropped: list[tuple[str, str, dict]] = field(default_factory=list)
     cut: int = 0  # rows whose answer is truncated at max_length
     sizes: list[list[int]] = field(default_factory=list)  # tokens of each sequence of each row
-    reshaped: int = 0  # rows whose prompt the template writes differently once an answer follows
+    reshaped: int = 0  # rows whose prompt the template writes differently before an answer
     first: tuple[str, str] = ("", "")
     # for utils/checks/findings.py, over all rows, also those dropped for their length:
     lengths: dict[str, list[int]] = field(default_factory=dict)  # {prompt, chosen, ...: tokens in each row}
@@ -56,11 +56,11 @@ def prepare_rows(
 ) -> Prepared:
     """Text rows for the trainer of a method with these columns. Raises Refused where the template rejects a row.
 
-    max_length: tokens of prompt and answer; of the prompt alone where the policy samples the answer.
-    max_prompt: a row's values -> the most tokens of its prompt that leave room for a sampled answer.
+    max_length: tokens of prompt and answer, or of the prompt alone if the policy samples the answer.
+    max_prompt: the maximum tokens of a row's prompt that leave room for a sampled answer.
     """
     if columns == DIALOGUE and not tokenizer.is_fast:
-        raise Refused(["the tokenizer has no fast version (tokenizer.json), which tells where turns start and end"])
+        raise Refused("the tokenizer has no fast version (tokenizer.json), which locates the turns in the text")
     prepared, problems = Prepared(), []
     limit = 10**9 if max_length is None else max_length
     for start in range(0, len(rows), CHUNK):
@@ -86,10 +86,12 @@ def prepare_rows(
                 row = label_turns(whole[0], token_at, spans)
             else:
                 row = trainer_row(values, prompt, answers, alone, whole, columns)
-            trained_from = starts_training_at(row, alone)
+            labels = enumerate(row.get("labels", ()))
+            # index of the first trained token: it must be below max_length
+            trained_from = next((i for i, label in labels if label != -100), None if "labels" in row else len(alone))
             longest = max(map(len, whole))
             if trained_from is None:
-                prepared.dropped.append((where, "no assistant turn in what the template writes", values))
+                prepared.dropped.append((where, "no assistant turn in the template's output", values))
                 continue
             add_lengths(prepared, where, values, alone, whole, tokenizer, columns)
             if longest > limit and columns == RANKED:
@@ -111,13 +113,6 @@ def prepare_rows(
     return prepared
 
 
-def starts_training_at(row: dict, prompt_ids: list[int]) -> int | None:
-    """Index of the first trained token, or None. It must be below max_length."""
-    if "labels" in row:
-        return next((place for place, label in enumerate(row["labels"]) if label != -100), None)
-    return len(prompt_ids)
-
-
 def tokenize_all(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> "BatchEncoding":
     """The tokens of several texts, from one call of the tokenizer on all its threads."""
     before = os.environ.get("TOKENIZERS_PARALLELISM")
@@ -135,7 +130,8 @@ def trainer_row(
     if columns == PROMPT:  # unchanged: TRL also passes it to the reward functions
         return {"prompt": values["prompt"], **values["further"]}
     if columns == ANSWERED:
-        return split_tokens(alone, whole[0])
+        start = shared_length(alone, whole[0])
+        return {"prompt_ids": whole[0][:start], "completion_ids": whole[0][start:]}
     if columns == RANKED:
         row = {"chosen": prompt + answers[0], "rejected": prompt + answers[1]}
     else:
@@ -167,7 +163,7 @@ def add_lengths(
         if bos is not None and ids[:2] == [bos] * 2:
             prepared.odd.append((where, "2 BOS"))
         elif names and ends != 1:
-            prepared.odd.append((where, f"{ends} ends of turn behind the answer"))
+            prepared.odd.append((where, f"{ends} ends of turn after the answer"))
         elif names and columns != DIALOGUE and (inside := ids[len(alone) :].count(eos) - 1) > 0:
             prepared.odd.append((where, f"{inside} of {tokenizer.eos_token} inside the answer"))
         else:
@@ -181,17 +177,15 @@ def add_lengths(
 def check_first(prepared: Prepared, tokenizer: "PreTrainedTokenizerBase", columns: tuple[str, ...]) -> None:
     """Raises Refused if the first row has two BOS or not exactly one end of turn. All rows are made the same way."""
     if not prepared.rows:
-        raise Refused(["no row is left to train on: every one is longer than --max_length. Raise it"])
+        raise Refused("no rows are left to train on: all are longer than --max_length. Raise it")
     ids = prepared.rows[0]["input_ids"] if columns == DIALOGUE else tokenize(tokenizer, "".join(prepared.first))
     doubled = tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2
     ends = count_ends(ids, tokenizer.eos_token_id)
     if doubled or ends != 1 and prepared.first[1]:
         given = "two BOS" if doubled else f"{ends} ends of turn"
         raise Refused(
-            [
-                f"the tokenizer gives {given} instead of one in the first row: {tokenizer.decode(ids)!r}. "
-                "Check add_bos_token, add_eos_token and the chat template"
-            ]
+            f"the tokenizer gives {given} instead of one in the first row: {tokenizer.decode(ids)!r}. "
+            "Check add_bos_token, add_eos_token and the chat template"
         )
 
 
@@ -202,7 +196,7 @@ def as_dataset(prepared: Prepared) -> "Dataset | None":
 
 
 def check_none_lost(trainer: "Trainer", train: Prepared, held_out: Prepared) -> None:
-    """TRL drops over-long rows silently. They were dropped and counted before, so TRL must drop none."""
+    """Raises RuntimeError if TRL dropped rows, as it silently does: over-long rows were dropped and counted before."""
     for dataset, prepared in ((trainer.train_dataset, train), (trainer.eval_dataset, held_out)):
         if dataset is not None and len(dataset) != len(prepared.rows) and not getattr(trainer.args, "packing", False):
             raise RuntimeError(

@@ -1,4 +1,4 @@
-"""Rules that convert rows of other frameworks into ours: columns are moved and renamed, nothing is invented.
+"""Rules that convert rows of other frameworks: columns are moved and renamed, no text is invented.
 
 A new rule is a row in RULES, at the end.
 """
@@ -15,7 +15,7 @@ from rlhf_args.methods import ANSWERED, DIALOGUE, PAIR, PROMPT, RANKED, UNPAIRED
 from utils.data.columns import RESERVED, ROLES as KNOWN, Kind, check_label, common_start, to_number
 from utils.data.files import MESSAGES, Row
 
-TWO, ONE = (PAIR, RANKED, UNPAIRED), (DIALOGUE, ANSWERED)  # methods with two kinds of answers, and with one
+TWO, ONE = (PAIR, RANKED, UNPAIRED), (DIALOGUE, ANSWERED)  # methods with good and bad answers, and with good ones
 ANY = (*TWO, *ONE, PROMPT)
 
 ROLES = {
@@ -52,7 +52,7 @@ class Seen:
     whole: bool  # True if some row has chats and no prompt
 
 
-Rule = Callable[[dict, Seen], dict | None]  # the row as the rule changes it; None where the rule does not apply
+Rule = Callable[[dict, Seen], dict | None]  # -> the changed row; None if the rule does not apply
 
 
 def look(rows: list[Row], columns: Kind, repaired: bool) -> Seen:
@@ -99,13 +99,13 @@ def put(row: dict, without: Iterable[str], **columns: object) -> dict:
 
 
 def read_written(row: dict, seen: Seen) -> dict | None:
-    found = {name: read_list(row[name]) for name in NAMES if isinstance(row.get(name), str)}
-    found = {name: value for name, value in found.items() if value}
+    texts = {name: row[name] for name in NAMES if isinstance(row.get(name), str)}
+    found = {name: value for name, text in texts.items() if (value := read_list(text))}
     return row | found if found else None
 
 
 def read_list(text: str) -> list[dict] | None:
-    """The messages that a text holds as JSON or as Python, or None."""
+    """The messages in a text written as JSON or Python, or None."""
     for read in (json.loads, ast.literal_eval) if MESSAGES.match(text) else ():
         try:
             found = read(text)
@@ -276,7 +276,7 @@ def split_prompt(row: dict, seen: Seen) -> dict | None:
 
 
 def cut(sides: dict, start: list[dict], seen: Seen) -> dict:
-    """The answers without the prompt before them; {} for reward functions, which get them unchanged."""
+    """The answers without their prompt; {} with PROMPT, whose reward functions get the answers unchanged."""
     return {} if seen.columns == PROMPT else {name: value[len(start) :] for name, value in sides.items()}
 
 
@@ -320,7 +320,7 @@ def take_label(row: dict, seen: Seen) -> dict | None:
     if len(names) != 1 or not has(row, "completion") or check_label(row.get("label")) is None:
         return None
     found = seen.words[names[0]]
-    for words in WORDS:  # numbers: both are needed, as a lone 1 may be a rating of 1 to 5
+    for words in WORDS:  # numbers: both must occur, as a 1 alone may be a rating from 1 to 5
         if found <= set(words) and (len(found) == 2 or to_number(words[0]) is None):
             return put(row, names, label=to_word(row[names[0]]) == words[0])
     return None
@@ -337,28 +337,28 @@ def free_names(row: dict, seen: Seen) -> dict | None:
 # does not apply). Applied in this order, each to all rows.
 RULES = [
     ("messages written as text -> lists", ANY, read_written),
-    ("one message -> a list of it", ANY, wrap_message),
+    ("single message -> a list with it", ANY, wrap_message),
     ("ShareGPT's from and value -> role and content", ANY, in_messages(name_parts)),
-    ("content in parts of text -> one text", ANY, in_messages(join_parts)),
-    ("roles of other names (human, gpt, bot, ...) -> user, assistant, tool", ANY, in_messages(name_role)),
+    ("content in text parts -> one string", ANY, in_messages(join_parts)),
+    ("other role names (human, gpt, bot, ...) -> user, assistant, tool", ANY, in_messages(name_role)),
     ("ShareGPT's conversations -> messages", ANY, rename("messages", TALKS, (list,))),
     (f"{', '.join(BETTER)} -> chosen", (*TWO, PROMPT), rename("chosen", BETTER)),
     (f"{', '.join(WORSE)} -> rejected", (*TWO, PROMPT), rename("rejected", WORSE)),
     ('"Human: ... Assistant: ..." -> messages', ANY, read_dialogue),
     ("OpenAI's input.messages -> prompt", ANY, take_messages),
-    ("instruction and input, question, query or problem -> prompt, a turn of the user", ANY, move_question),
-    (f"{', '.join(ANSWERS)} -> completion, beside rejected chosen", (*TWO, *ONE), take_answer),
-    ("completions -> the best and the worst, where their ratings differ", TWO, take_rated),
+    ("instruction and input, question, query or problem -> prompt, as a user turn", ANY, move_question),
+    (f"{', '.join(ANSWERS)} -> completion, or chosen in a row with rejected", (*TWO, *ONE), take_answer),
+    ("rated completions -> chosen (the highest rating) and rejected (the lowest)", TWO, take_rated),
     ("text -> messages", (DIALOGUE,), take_text),
-    ("messages -> prompt, and the answer at their end", (*TWO, PROMPT), take_context),
-    ("prompt as text and whole chats -> split where the chats part", (*TWO, PROMPT), split_prompt),
-    ("system -> a turn of the system", ANY, take_system),
-    ("text beside messages -> a turn", ANY, make_turns),
+    ("messages -> prompt and last answer", (*TWO, PROMPT), take_context),
+    ("text prompt beside full chats -> prompt and answers as messages", (*TWO, PROMPT), split_prompt),
+    ("system -> a system turn", ANY, take_system),
+    ("text beside messages -> a message", ANY, make_turns),
     (f"{', '.join(THUMBS)} or label of two values -> label, true or false", (UNPAIRED,), take_label),
-    ("whole chosen and rejected -> split where they part", (PAIR, UNPAIRED, PROMPT), split_whole),
-    ("prompt -> in front of both answers, as other rows have it", (RANKED,), join_prompt),
+    ("full dialogues in chosen and rejected -> prompt and answers", (PAIR, UNPAIRED, PROMPT), split_whole),
+    ("prompt -> start of both answers, as in the other rows", (RANKED,), join_prompt),
     ("prompt and completion -> messages", ONE, join_answer),
-    ("columns that TRL uses itself -> given_NAME", (PROMPT,), free_names),
+    ("column names that TRL reserves -> given_NAME", (PROMPT,), free_names),
 ]
 
 

@@ -12,7 +12,7 @@ def to_key(row: dict, without: tuple[str, ...] = ("label", "margin", "further"))
 
 
 def find_again(made: list[Row]) -> dict[str, str]:
-    """{row: the earlier row that it repeats}, by all columns that are trained on or passed to a reward function."""
+    """{row: the earlier row that it repeats}, by all columns that training or a reward function uses."""
     keys: dict[str, list[str]] = collections.defaultdict(list)
     firsts: dict[tuple, str] = {}
     for where, row in made:
@@ -40,12 +40,12 @@ def say_two(found: dict[str, str]) -> str:
 
 
 def weigh(true: int, false: int) -> str:
-    """The KTO weights that bring weight x rows of good and bad answers within 1:1 to 4:3.
+    """Advice on the KTO weights: weight x rows, good to bad answers, should be 1:1 to 4:3.
 
     Source: KTO, arXiv 2402.01306, eq. 8; trl@1.16 kto_trainer.py warns by the same rule.
     """
     if false <= true and 3 * true <= 4 * false:
-        return "within 1:1 to 4:3, as KTO wants them; no weights are needed"
+        return "within KTO's 1:1 to 4:3; no weights are needed"
     if true < false:  # in hundredths, rounded inwards
         flag, least, most = "desirable_weight", -(-100 * false // true), 400 * false // (3 * true)
     else:

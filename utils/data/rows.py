@@ -56,7 +56,7 @@ def load_rows(
 ) -> Rows:
     """Every row of the files, checked and in the method's columns. Raises Refused with `problems` and all found here.
 
-    collected: a list that takes the problems instead of raising; the sound rows are returned.
+    collected: collects the problems instead of raising; the sound rows are returned.
     """
     rows, refused = Rows([]), list(problems)
     asked = (
@@ -78,12 +78,10 @@ def load_rows(
             rows.total += len(read[:limit])
             rows.notes += notes
             if dropped and not made and not broken:
-                refused.append(f"{flag}: {say_dropped(dropped, len(read[:limit]))}. Mend them")
+                refused.append(f"{flag}: {say_dropped(dropped, len(read[:limit]))}. Fix them")
     firsts = [part[0] for part in (rows.train, rows.held_out) if part]
     if len({is_chat(values) for _, values in firsts}) == 2:
-        refused.append(
-            f"{firsts[0][0]} and {firsts[1][0]}: one is a chat, one plain text. One run takes one of the two"
-        )
+        refused.append(f"{firsts[0][0]} and {firsts[1][0]}: a chat and plain text. A run needs rows of one kind")
     with collecting(collected):
         refuse_if(refused)
         check_labels(rows.train, name)
@@ -95,14 +93,14 @@ def load_rows(
 
 @dataclass
 class Pass:
-    """Findings of one pass over raw rows, besides the rows made."""
+    """Facts about the raw rows, collected by `walk` beside the usable rows that it yields."""
 
     kind: tuple = ()  # columns by which the rows are read
     problems: list = field(default_factory=list)
     dropped: list = field(default_factory=list)  # (where, reason, values)
     names: dict = field(default_factory=dict)  # of the columns
     parts: set = field(default_factory=set)  # keys of the messages
-    spoken: dict = field(default_factory=dict)  # {is it a chat: the first such row}
+    spoken: dict = field(default_factory=dict)  # {True for chats, False for plain text: the first such row}
     margins: dict = field(default_factory=dict)
     types: dict = field(default_factory=dict)  # {further column: {type: the first such row}}
 
@@ -112,8 +110,8 @@ def make_rows(
 ) -> tuple[list[Row], list[tuple]]:
     """(checked rows in the method's columns, dropped rows as (where, reason, values)).
 
-    Raises Refused for broken rows and for `problems` of reading: the first 20 named, all counted. collected: a list
-    that takes them instead.
+    Raises Refused for broken rows and for `problems` of reading: the first 20 named, all counted. collected: collects
+    them instead of raising.
     """
     found = Pass(problems=list(problems))
     made = list(walk(rows, columns, notes, found))
@@ -158,19 +156,19 @@ def conclude(found: Pass, columns: Kind, notes: list[str]) -> None:
     """Raises Refused for broken or inconsistent rows; notes unused columns."""
     problems, spoken, margins = found.problems, found.spoken, found.margins
     if len(spoken) == 2:
-        problems.append(f"{spoken[True]} is a chat and {spoken[False]} is plain text. One run takes one of the two")
+        problems.append(f"{spoken[True]} is a chat and {spoken[False]} is plain text. A run needs rows of one kind")
     if len(margins) == 2 and columns == RANKED:
-        problems.append(f'{margins[False]}: no "margin", and {margins[True]} has one. All rows have one, or none has')
+        problems.append(f'{margins[False]}: no "margin", and {margins[True]} has one. All rows need one, or none')
     problems += check_further(found.types)
     refuse_rows(problems)
     extra = sorted(found.names.keys() - {name for kind in ACCEPTED[columns] for name in kind} - {"margin"})
     if extra and columns == PROMPT:
-        notes.append(f"columns that the reward functions are given: {', '.join(extra)}")
+        notes.append(f"columns passed to the reward functions: {', '.join(extra)}")
     elif extra:
         notes.append(f"columns not used: {', '.join(extra)}")
     parts = sorted(found.parts - {"role", "content"})
     if parts:
-        notes.append(f"of the messages only role and content are used, not {', '.join(parts)}")
+        notes.append(f"message keys not used: {', '.join(parts)}")
 
 
 def refuse_rows(problems: list[str]) -> None:
@@ -184,10 +182,8 @@ def check_labels(rows: list[Row], name: str) -> None:
     labels = {values["label"] for _, values in rows if "label" in values}
     if len(labels) == 1:
         raise Refused(
-            [
-                f"--train_data_path: all {len(rows)} labels are {str(labels.pop()).lower()}. {name} needs rows "
-                f"of both labels, true and false, as in {SAMPLE[UNPAIRED]}"
-            ]
+            f"--train_data_path: all {len(rows)} labels are {str(labels.pop()).lower()}. {name} needs rows "
+            f"of both labels, true and false, as in {SAMPLE[UNPAIRED]}"
         )
 
 
@@ -197,10 +193,10 @@ def check_dropped(rows: Rows, max_drop_fraction: float) -> None:
     if share > max_drop_fraction or share == 1:
         limits = [re.search(r"max_\w*length", reason) for _, reason, _ in rows.dropped]
         flag = next((limit[0] for limit in limits if limit), None)
-        way_out = "Mend them" + (f", or raise --{flag}" if flag else "")
+        way_out = "Fix them" + (f", or raise --{flag}" if flag else "")
         if share < 1:
             way_out = f"More than --max_drop_fraction {max_drop_fraction:g}. {way_out}, or type --max_drop_fraction 1"
-        raise Refused([f"{say_dropped(rows.dropped, rows.total)}. {way_out}"])
+        raise Refused(f"{say_dropped(rows.dropped, rows.total)}. {way_out}")
 
 
 def say_dropped(dropped: list[tuple], total: int) -> str:
@@ -225,7 +221,7 @@ def hold_out(rows: Rows, fraction: float, seed: int) -> None:
         return
     places = list(dict.fromkeys(where for where, _ in rows.train))
     if len(places) < 2:
-        raise Refused([f"--eval_fraction {fraction:g}: of one row nothing can be held out. Type --eval_fraction 0"])
+        raise Refused(f"--eval_fraction {fraction:g}: needs at least 2 rows. Type --eval_fraction 0")
     random.Random(seed).shuffle(places)
     held = set(places[: count_held(len(places), fraction)])
     rows.held_out += [row for row in rows.train if row[0] in held]

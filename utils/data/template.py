@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def render(tokenizer: "PreTrainedTokenizerBase", values: dict) -> tuple[str, list[str], bool]:
-    """(prompt, [answer, ...], reshaped): texts, each answer with exactly one end of turn behind it.
+    """(prompt, [answer, ...], reshaped): texts; each answer ends with exactly one end of turn.
 
     For a row with only a prompt, the answer is "".
     """
@@ -46,7 +46,7 @@ def adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
 
 
 def end_turn(tokenizer: "PreTrainedTokenizerBase", text: str) -> str:
-    """`text` with exactly one end of turn at its end: a trailing newline is cut, a missing end of turn added."""
+    """`text` with one end of turn at its end: a newline after it is removed, a missing one is added."""
     eos = tokenizer.eos_token
     stripped = text.rstrip()
     return stripped if stripped.endswith(eos) else text + eos
@@ -77,12 +77,6 @@ def tokenize_pair(
     alone, *whole = (tokenize(tokenizer, text) for text in (prompt, prompt + chosen, prompt + rejected))
     start = min(shared_length(alone, ids) for ids in whole)
     return alone[:start], whole[0][start:], whole[1][start:]
-
-
-def split_tokens(alone: list[int], whole: list[int]) -> dict[str, list[int]]:
-    """{prompt_ids, completion_ids}. alone: ids of the prompt; whole: ids of prompt and answer."""
-    start = shared_length(alone, whole)
-    return {"prompt_ids": whole[:start], "completion_ids": whole[start:]}
 
 
 def label_turns(
@@ -128,33 +122,25 @@ def fit_tokenizer(tokenizer: "PreTrainedTokenizerBase", chat: bool) -> list[str]
     notes = []
     if chat and not tokenizer.chat_template:
         raise Refused(
-            [
-                "the data are chats, and this model's tokenizer has no chat template. Take the instruct model, "
-                "save a chat_template.jinja in its folder, or write the data as plain text"
-            ]
+            "the data are chats, and this model's tokenizer has no chat template. Use the instruct model, "
+            "save a chat_template.jinja in its folder, or write the data as plain text"
         )
     if chat:
         try:
             end = end_of_turn(tokenizer)
         except Exception as error:  # noqa: BLE001  a broken template raises any class
             raise Refused(
-                [
-                    f"this model's chat template cannot write a question and its answer ({say_error(error)}). "
-                    "Mend chat_template.jinja in the model's folder"
-                ]
+                f"this model's chat template fails on a question and its answer ({say_error(error)}). "
+                "Fix chat_template.jinja in the model's folder"
             ) from None
         if end and end != tokenizer.eos_token:
-            notes.append(
-                f"the chat template ends a turn with {end}: set as eos_token in place of {tokenizer.eos_token}"
-            )
+            notes.append(f"eos_token set to {end}, which ends a turn in the chat template (was {tokenizer.eos_token})")
             tokenizer.eos_token = end
     if tokenizer.eos_token is None:
-        raise Refused(
-            ["this model's tokenizer has no eos_token, so no answer could end. Set one in tokenizer_config.json"]
-        )
+        raise Refused("this model's tokenizer has no eos_token, which ends an answer. Set it in tokenizer_config.json")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-        notes.append(f"the tokenizer has no pad token: {tokenizer.pad_token} pads")
+        notes.append(f"pad_token set to {tokenizer.pad_token}: the tokenizer has none")
     tokenizer.padding_side = "right"  # a reward model scores the last token that is not padding
     return notes
 

@@ -1,4 +1,4 @@
-"""What the files of a model or adapter say, read without loading the model."""
+"""The files of a model or adapter, read without loading the model."""
 
 import functools
 import json
@@ -33,8 +33,7 @@ class Tensor(NamedTuple):
 class ModelFolder:
     """A model or LoRA adapter, in a folder or on the Hub. Each file is read at most once, when first needed.
 
-    Of a Hub id the JSON files are fetched; its weights and vocabulary count as empty.
-    Raises Refused where a JSON file is broken.
+    For a Hub id only JSON files are fetched; weights and vocabulary are empty. Raises Refused for a broken JSON file.
     """
 
     def __init__(self, path: str, revision: str | None = None) -> None:
@@ -44,7 +43,7 @@ class ModelFolder:
 
     @staticmethod
     def at(path: str | Path | None, revision: str | None = None) -> "ModelFolder":
-        """The folder or Hub id; the same object as long as its files are unchanged. None is refused with the flags."""
+        """The folder or Hub id; the same object while its files are unchanged. The flags' checks refuse None."""
         name = str(path)
         entries = list(os.scandir(name)) if Path(name).is_dir() else []
         return known(name, revision, frozenset(map(entry_stamp, entries)))
@@ -52,7 +51,7 @@ class ModelFolder:
     # ── config and tokenizer ─────────────────────────────────────────────────────────────────────────────────────────
 
     def read(self, name: str) -> dict | None:
-        """A JSON file; None where the folder has none, or the Hub cannot be reached."""
+        """A JSON file; None if it does not exist or the Hub cannot be reached."""
         if name not in self.json:
             file = self.folder / name if self.folder.exists() else self.fetch(name)
             self.json[name] = read_object(file) if file and file.exists() else None
@@ -68,18 +67,18 @@ class ModelFolder:
 
     @property
     def adapter(self) -> dict | None:
-        """adapter_config.json; None for a whole model, and for a Hub id."""
+        """adapter_config.json; None for a full model and for a Hub id."""
         return self.read("adapter_config.json") if self.folder.exists() else None
 
     @property
     def base(self) -> "ModelFolder":
-        """The model below an adapter; the model itself where it is whole."""
+        """The base model of an adapter; a full model is its own base."""
         named = self.adapter and self.adapter.get("base_model_name_or_path")
         return ModelFolder.at(named, self.adapter.get("revision")) if self.adapter and named else self
 
     @property
     def config(self) -> dict:
-        """config.json, of an adapter its base's; {} where it cannot be read."""
+        """config.json of the base; {} if it cannot be read."""
         shape = shapes.find_shape(self.base.path)
         return shape.to_dict() if shape else self.base.read("config.json") or {}
 
@@ -89,7 +88,7 @@ class ModelFolder:
 
     @property
     def described(self) -> dict | None:
-        """adapter_config.json or config.json. None for a Hub id, and for a file that `check` refuses."""
+        """adapter_config.json or config.json; None for a Hub id or a file that `check` refuses."""
         try:
             return (self.adapter or self.read("config.json")) if self.folder.exists() else None
         except Refused:
@@ -103,12 +102,12 @@ class ModelFolder:
 
     @property
     def positions(self) -> int | None:
-        """Tokens that the model can hold, by its config; None where the config does not say."""
+        """Maximum context in tokens; None if the config does not state it."""
         return self.config.get("max_position_embeddings") or self.text_config.get("max_position_embeddings")
 
     @property
     def vocabulary_rows(self) -> int | None:
-        """Rows of the embedding, by the config; None where the config does not say."""
+        """Rows of the embedding; None if the config does not state them."""
         return self.config.get("vocab_size") or self.text_config.get("vocab_size")
 
     @property
@@ -117,7 +116,7 @@ class ModelFolder:
 
     @functools.cached_property
     def vocabulary(self) -> dict[str, int]:
-        """{token: id} of tokenizer.json; {} where there is none."""
+        """{token: id} of tokenizer.json; {} without that file."""
         file = self.folder / "tokenizer.json"
         if not file.exists():
             return {}
@@ -131,7 +130,7 @@ class ModelFolder:
 
     @functools.cached_property
     def weights(self) -> dict[Path, dict[str, Tensor] | None]:
-        """{safetensors file: its header}; None for a file that is not whole."""
+        """{safetensors file: its header}; None for a truncated file."""
         return {file: read_header(file) for file in sorted(self.folder.glob("*.safetensors"))}
 
     @property
@@ -140,11 +139,11 @@ class ModelFolder:
 
     @property
     def numbers(self) -> int:
-        """Parameters of the model; of an adapter, of its base."""
+        """Parameters of the base model."""
         return count_elements(self.base.tensors)
 
     def describe_weights(self) -> str:
-        """ "0.27 GB bfloat16 safetensors in 1 file", of an adapter's base and the adapter; "" for a Hub id."""
+        """ "0.27 GB bfloat16 safetensors in 1 file", for the base and for the adapter; "" for a Hub id."""
         said = []
         for part in [self.base, self] if self.adapter else [self]:
             if not part.tensors:
@@ -154,10 +153,8 @@ class ModelFolder:
                 held[tensor.dtype] = held.get(tensor.dtype, 0) + math.prod(tensor.shape)
             kind = max(held, key=lambda dtype: held[dtype])
             size, files = sum(file.stat().st_size for file in part.weights), len(part.weights)
-            of = "the adapter " if part.adapter else ""
-            said.append(
-                f"{of}{gigabytes(size)} {DTYPES.get(kind, kind)} safetensors in {files} file{'s' * (files > 1)}"
-            )
+            of, dtype = "the adapter " if part.adapter else "", DTYPES.get(kind, kind)
+            said.append(f"{of}{gigabytes(size)} {dtype} safetensors in {files} file{'s' * (files > 1)}")
         return ", ".join(said)
 
     def starting_weights(self, train_mode: str) -> Path | None:
@@ -172,7 +169,7 @@ class ModelFolder:
     # ── checks ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def check(self, flag: str) -> list[str]:
-        """Problems of the folder but for its weights (check_weights); none for a Hub id. flag: what named it."""
+        """Problems of the folder except its weights (check_weights); none for a Hub id. flag: the flag of the path."""
         if not self.folder.exists():
             near = near_path(self.path)
             if not looks_local(self.path) and (not near or on_hub(self.path)):
@@ -184,9 +181,8 @@ class ModelFolder:
             return [f"{flag} {self.path}: no config.json (nor adapter_config.json) in it, so not a model folder"]
         problems = []
         if not names.intersection(TOKENIZERS):
-            problems.append(
-                f"{self.path}: no tokenizer (tokenizer.json or tokenizer.model) in it. Copy it from the original model"
-            )
+            copy = "Copy it from the original model"
+            problems.append(f"{self.path}: no tokenizer (tokenizer.json or tokenizer.model) in it. {copy}")
         if not any(name.endswith(".safetensors") for name in names):
             pickled = sorted(name for name in names if re.search(r"\.bin$|\.pt", name) and name != "training_args.bin")
             found = f"only pickled weights ({pickled[0]}), which can run code when read" if pickled else "no weights"
@@ -205,7 +201,7 @@ class ModelFolder:
         return problems + [problem for part in parts.values() for problem in part.check_weights()]
 
     def check_weights(self) -> Iterator[str]:
-        """Problems of the safetensors files: cut files, and shards that are missing."""
+        """Problems of the safetensors files: truncated files and missing shards."""
         for file, header in self.weights.items():
             if header is None:
                 size = file.stat().st_size if file.exists() else 0
@@ -218,24 +214,20 @@ class ModelFolder:
                 continue
             for shard in shards:
                 if not (self.folder / shard).exists():
-                    yield f"{index}: names {shard}, which is not there. {AGAIN}"
+                    yield f"{index}: names {shard}, which does not exist. {AGAIN}"
 
     def check_adapter(self, name: str, method: "Method") -> Iterator[str]:
-        """Problems of an adapter that `method`, called `name`, would go on training."""
+        """Problems of training this adapter further with `method`, called `name`."""
         described = self.adapter or {}
         base = described.get("base_model_name_or_path")
         if not base or (looks_local(base) or Path(base).exists()) and not (Path(base) / "config.json").exists():
-            yield (
-                f"{self.path}: its base model {base or '(unnamed)'} is not there. Set base_model_name_or_path in "
-                "its adapter_config.json"
-            )
+            way_out = "Set base_model_name_or_path in its adapter_config.json"
+            yield f"{self.path}: its base model {base or '(unnamed)'} does not exist. {way_out}"
         if (kind := described.get("peft_type", "LORA")) != "LORA":
-            yield f"{self.path}: an adapter of the kind {kind}. Only LoRA adapters are read"
+            yield f"{self.path}: an adapter of type {kind}. Only LoRA adapters are supported"
         if method.task == "SEQ_CLS" and not self.is_reward_model:
-            yield (
-                f"{self.path}: a language model's adapter, and {name} would need a second one on top. "
-                f"Merge it first: python -m utils.merge_lora {self.path} MERGED"
-            )
+            way_out = f"Merge it first: python -m utils.merge_lora {self.path} MERGED"
+            yield f"{self.path}: a language model's adapter, and {name} needs a new one on top. {way_out}"
 
 
 @functools.lru_cache(maxsize=64)
@@ -244,10 +236,10 @@ def known(path: str, revision: str | None, stamps: frozenset) -> ModelFolder:
 
 
 def entry_stamp(entry: os.DirEntry) -> tuple:
-    """Changes when the file does."""
+    """A value that changes with the file."""
     try:
         found = entry.stat()
-    except OSError:  # a link to nothing
+    except OSError:  # a broken link
         return (entry.name,)
     return entry.name, found.st_ino, found.st_size, found.st_mtime_ns
 
@@ -257,19 +249,19 @@ def read_object(file: Path) -> dict:
     try:
         found = read_json_file(file)
     except ValueError:
-        raise Refused([f"{file}: not valid JSON. Copy it from the original model"]) from None
+        raise Refused(f"{file}: not valid JSON. Copy it from the original model") from None
     if not isinstance(found, dict):
-        raise Refused([f"{file}: not a JSON object. Copy it from the original model"])
+        raise Refused(f"{file}: not a JSON object. Copy it from the original model")
     return found
 
 
 def read_json_file(file: Path) -> Any:
-    """A file's JSON; None where there is no such file."""
+    """A file's JSON; None if the file does not exist."""
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
 def read_header(file: str | Path) -> dict[str, Tensor] | None:
-    """{name: Tensor} of a safetensors file, without its data; None where the file is not whole."""
+    """{name: Tensor} of a safetensors file, without its data; None for a truncated file."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -281,21 +273,21 @@ def read_header(file: str | Path) -> dict[str, Tensor] | None:
 
 
 def on_hub(path: str) -> bool:
-    """True if the Hub, or its local cache, has a model of that name, which may also be a folder's name misspelt."""
+    """True if the Hub or its local cache has a model of this name; it could also be a misspelt folder."""
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
         cached = [try_to_load_from_cache(path, file) for file in ("config.json", "adapter_config.json")]
         return any(isinstance(file, str) for file in cached) or bool(HfApi().model_info(path, timeout=5))
-    except (*HfHubHTTPError.__bases__, OSError, ValueError):  # type: ignore[misc]  # not found; not reached, by any HTTP library; no id
+    except (*HfHubHTTPError.__bases__, OSError, ValueError):  # type: ignore[misc]  # not found, not reachable, or not an id
         return False
 
 
 def first_difference(ours: dict[str, int], theirs: dict[str, int]) -> str | None:
-    """The first id that stands for different tokens in the policy's vocabulary ({token: id}) and another; or None.
+    """The first id with different tokens in the policy's vocabulary `ours` ({token: id}) and in `theirs`, or None.
 
-    Tokens in only one of the two do not count: a tokenizer gains some when it is saved again.
+    Tokens in only one of the two are ignored: saving a tokenizer can add tokens.
     """
     mine, others = ({number: token for token, number in tokens.items()} for tokens in (ours, theirs))
     for number in sorted(mine.keys() & others.keys()):

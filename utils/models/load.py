@@ -36,8 +36,8 @@ def load_tokenizer(
 def not_loaded(flag: str, path: str | Path, reason: str) -> Refused:
     """The refusal of a model that transformers could not load."""
     if not Path(path).exists():
-        reason += ". There is no such folder here either: name one, or a Hub id that can be reached or is in the cache"
-    return Refused([f"{flag} {path}: {reason}"])
+        reason += ". Not a local folder either: type a folder, or a Hub id that is reachable or cached"
+    return Refused(f"{flag} {path}: {reason}")
 
 
 def load_policy(
@@ -74,8 +74,8 @@ def load_other_models(
 def shard_layers(model: "PreTrainedModel", precision: "MixedPrecisionPolicy") -> None:
     """Shard a frozen model by layer under FSDP2: TRL would make one shard of it, gathered as a whole.
 
-    The shards are those of the policy, in the same precision: other rounding would make another model.
-    TRL's own shard then holds the rest: the head, and a tied embedding.
+    The shards and their precision match the policy's, because other rounding would change the outputs.
+    TRL's own shard then has the rest: the head, and a tied embedding.
     Source: trl 1.16.0, models/utils.py, prepare_fsdp; accelerate 1.15.0, utils/fsdp_utils.py, fsdp2_prepare_model.
     """
     from torch.distributed.fsdp import fully_shard
@@ -155,11 +155,11 @@ def load_model(
     if four_bit:
         keep_trainable(model)
     if getattr(model, "_hf_peft_config_loaded", False):
-        raise Refused([f"{flag} {path}: an adapter on the Hub. Download it and name its folder"])
+        raise Refused(f"{flag} {path}: an adapter on the Hub. Download it and name its folder")
     if task == "SEQ_CLS" and not hasattr(model, "score"):
-        raise Refused([f"{flag} {path}: a {model.config.model_type} has no score head. Take a decoder model"])
+        raise Refused(f"{flag} {path}: a {model.config.model_type} has no score head. Use a decoder model")
     if task == "SEQ_CLS":
-        model.score.float()  # trained in full: bfloat16 would round small updates away
+        model.score.float()  # all of it is trained: bfloat16 would lose small updates
         cast_before_score(model)
     if folder.adapter:
         from peft import PeftModel
@@ -172,7 +172,7 @@ def load_model(
 
 @contextlib.contextmanager
 def unsharded() -> Iterator[None]:
-    """Load a model unsharded under ZeRO-3: for a model that is used before the engine exists."""
+    """Context in which models load unsharded under ZeRO-3, for use before the engine exists."""
     from transformers.integrations import deepspeed
 
     config = deepspeed.deepspeed_config()
@@ -247,7 +247,7 @@ def fit_config(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -
 
 
 def cast_before_score(model: "PreTrainedModel") -> None:
-    """Cast the input of the score head to the head's dtype, which differs from that of a 4-bit base."""
+    """Cast the input of the score head to the head's dtype, which differs from the dtype of a 4-bit base."""
     model.score.register_forward_pre_hook(lambda head, inputs: (inputs[0].to(head.weight.dtype), *inputs[1:]))
 
 

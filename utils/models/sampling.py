@@ -1,10 +1,9 @@
-"""Answers of a model to many prompts: in batches sorted by length, kept on disk, never sampled twice.
+"""Answers of a model to many prompts: sampled in batches sorted by length, once, and stored on disk.
 
 A folder holds the answers of one model with one Sampling, as lines {"prompt": key, "ids": [token, ...]}. Each process
 of each run appends whole batches to its own file: a kill loses at most one batch, and concurrent runs do not conflict.
 """
 
-import difflib
 import hashlib
 import json
 import os
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from utils.models.folders import ModelFolder
 from utils.runtime import environment
+from utils.runtime.errors import guess_name
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +40,7 @@ NO_SETTINGS = ("do_sample", "use_cache", "max_length", "max_new_tokens", "transf
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling settings; temperature 0 takes the likeliest token."""
+    """Sampling settings; temperature 0: greedy decoding."""
 
     max_new_tokens: int
     temperature: float = 1.0
@@ -50,7 +50,7 @@ class Sampling:
 
 
 def check_settings(config: "TrainingArguments") -> Iterator[str]:
-    """Problems of the flags that the trained model's answers are sampled by."""
+    """Problems of the flags for sampling from the trained model."""
     given = config.generation_kwargs or {}
     if not isinstance(given, dict):
         yield f'--generation_kwargs {given}: not a JSON object. Type it as \'{{"stop_strings": ["###"]}}\''
@@ -66,13 +66,12 @@ def check_generation_kwargs(given: dict) -> Iterator[str]:
     known = [key for key in vars(GenerationConfig()) if not key.startswith("_") and key not in (*FLAGS, *OTHERWISE)]
     for key in given:
         if key in FLAGS:
-            yield f"--generation_kwargs: {key} has a flag of its own. Type --{FLAGS[key] or key} {given[key]}"
+            yield f"--generation_kwargs: {key} has its own flag. Type --{FLAGS[key] or key} {given[key]}"
         elif key in OTHERWISE:
-            yield f"--generation_kwargs: {key} is not for rollouts, of one sampled answer to each prompt. Leave it out"
+            yield f"--generation_kwargs: {key} does not apply to rollouts (one sampled answer per prompt). Remove it"
         elif key not in known:
-            near = difflib.get_close_matches(key, [*known, *FLAGS], 1)
-            guess = f"Did you mean {near[0]}?" if near else "GenerationConfig of transformers lists them"
-            yield f"--generation_kwargs: no setting {key}. {guess}"
+            guess = guess_name(key, [*known, *FLAGS]) or ". GenerationConfig of transformers lists them"
+            yield f"--generation_kwargs: no setting {key}{guess}"
     strings = given.get("stop_strings", "-")
     strings = [strings] if isinstance(strings, str) else strings
     if not isinstance(strings, list) or not strings or not all(isinstance(one, str) and one for one in strings):
@@ -144,7 +143,7 @@ def read_answers(folder: str | Path) -> dict[str, list[int]]:
 
 
 def missing_prompts(folder: str | Path, prompts: list[list[int]]) -> list[list[int]]:
-    """Distinct prompts without an answer, longest first: a lack of memory shows at once."""
+    """Distinct prompts without an answer, longest first, so that memory runs out at the start or never."""
     known = read_answers(folder)
     wanted = {prompt_key(ids): ids for ids in prompts}
     return sorted((ids for key, ids in wanted.items() if key not in known), key=lambda ids: (-len(ids), ids))
@@ -189,8 +188,8 @@ def sample(
 ) -> list[list[int]]:
     """One answer to each prompt, as token ids; an answer ends with its end of turn, or is truncated.
 
-    seeds: one for each prompt (None: derived from its tokens). The draws depend only on it: an answer is the same in
-    any batch and process, up to the rounding of the logits.
+    seeds: one per prompt (None: derived from its tokens). The random numbers depend on it alone, so an answer is the
+    same in any batch and process, up to rounding of the logits.
     """
     import torch
     from transformers import GenerationConfig
@@ -221,9 +220,9 @@ def seed_of(*what: object) -> int:
 
 
 def choose_seeded(sampling: Sampling, seeds: list[int], width: int, device: "torch.device") -> "LogitsProcessorList":
-    """The logits processors that warp as transformers does, then draw each row's token with its own random numbers.
+    """Logits processors: transformers' warpers, then a draw of each row's token with the row's own random numbers.
 
-    One uniform number for each token: the token at which the cumulative probability exceeds it is chosen.
+    A token is drawn with one uniform number: the first token whose cumulative probability exceeds it.
     """
     import torch
     from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper

@@ -1,4 +1,4 @@
-"""The sizes of well-known models, to plan for a model that is not here: --plan --model_name_or_path qwen2-7b
+"""Configs of well-known models, for plans without their files: --plan --model_name_or_path qwen2-7b
 
 Source: config.json of Qwen2.5-0.5B, 1.5B, 3B, 7B, 14B, 32B, Llama-3.1-8B, 70B and Llama-2-7B as released.
 """
@@ -44,7 +44,7 @@ def find_shape(name: str | Path) -> "PretrainedConfig | None":
 
 
 def make_tokenizer() -> "PreTrainedTokenizerFast":
-    """A tokenizer with one word, for texts of any number of tokens."""
+    """A tokenizer with one word, to make texts with any number of tokens."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

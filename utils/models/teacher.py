@@ -1,4 +1,4 @@
-"""The teacher of a distillation: its lines in the plan, its loading, and the answers that it samples."""
+"""The teacher of a distillation: its lines in the plan, its loading, its answers."""
 
 from __future__ import annotations
 
@@ -23,11 +23,10 @@ def describe_teacher(run: Run) -> list[str]:
     """The lines of a distillation in the plan."""
     common, config = run.common, run.config
     path = config.teacher_model_name_or_path
+    held = "held in 4 bits (NF4)" if in_4bit(common, config) else f"held in {common.dtype}"
     if shares_base(common, config):
         held = "the student's base with its adapter off (no second copy)"
         held += ", in 4 bits as the student's" if common.train_mode == "qlora" else ""
-    else:
-        held = "held in 4 bits (NF4)" if in_4bit(common, config) else f"held in {common.dtype}"
     lines = [f"teacher   {path}, {held}", f"distils   {config.describe()}"]
     if config.lmbda:
         lines.append(describe_sampling(common, config))
@@ -37,16 +36,12 @@ def describe_teacher(run: Run) -> list[str]:
     pair = [ModelFolder.at(model) for model in (common.model_name_or_path, path)]
     sizes = [model.vocabulary_rows or 0 for model in pair]  # 0: the config does not say
     if min(sizes) and sizes[0] != sizes[1]:
-        lines.append(
-            f"note      the student has {sizes[0]} embedding rows and the teacher {sizes[1]}: compared on the "
-            f"{min(sizes)} tokens that both have"
-        )
+        rows = f"the student has {sizes[0]} embedding rows and the teacher {sizes[1]}"
+        lines.append(f"note      {rows}: compared on the {min(sizes)} tokens that both have")
     student, teacher = (model.numbers for model in pair)
     if student and teacher and teacher < student:
-        lines.append(
-            f"warning   the teacher has {teacher / 1e6:.0f}M parameters, the student {student / 1e6:.0f}M: is the "
-            "teacher really better?"
-        )
+        parameters = f"{teacher / 1e6:.0f}M parameters, the student {student / 1e6:.0f}M"
+        lines.append(f"warning   the teacher has {parameters}: is the teacher really better?")
     return lines
 
 
@@ -110,7 +105,7 @@ def write_answers(run: Run) -> None:
     held = "4bit" if in_4bit(common, config) else common.dtype
     folder = sampling.answers_folder(config.answers_dir, [*weights, held, tokenizer.eos_token_id], drawn)
     prompts = [row["prompt_ids"] for row in rows]
-    # rank 0 decides for all: ranks could see other files while another run writes, or other copies of the teacher
+    # rank 0 decides for all: ranks may see different files while another run writes
     folder, missing = broadcast_object_list([folder, sampling.missing_prompts(folder, prompts)])
     say(f"answers   {len(missing)} to sample, {len({*map(tuple, prompts)}) - len(missing)} in {folder} already")
     if missing:
@@ -130,4 +125,4 @@ def write_answers(run: Run) -> None:
     full = [row["completion_ids"] for row in rows if len(row["completion_ids"]) == config.max_completion_length]
     cut = sum(ids[-1] != tokenizer.eos_token_id for ids in full)
     if cut:
-        say(f"note      {cut} of {len(rows)} answers of the teacher are cut at --max_completion_length")
+        say(f"note      {cut} of {len(rows)} answers of the teacher are truncated at --max_completion_length")

@@ -23,31 +23,24 @@ abandoned: list[str] = []  # names of reward functions that did not return withi
 
 def calm_libraries() -> None:
     """Turns off telemetry, progress bars and warnings of the libraries, whose versions are pinned. Call it first."""
-    for asked in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK", "VLLM_NO_USAGE_STATS"):
-        os.environ.setdefault(asked, "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    on = (
+        "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK", "VLLM_NO_USAGE_STATS", "HF_HUB_DISABLE_PROGRESS_BARS",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS", "TRL_EXPERIMENTAL_SILENCE",
+    )  # fmt: skip
+    quiet = {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
+    for name, value in (dict.fromkeys(on, "1") | quiet).items():
+        os.environ.setdefault(name, value)
     # a failed download is reported once, after the last attempt
     for name in ("bitsandbytes", "accelerate", "huggingface_hub.utils._http"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # DeepSpeed sets its logger's level when it is imported; a filter stays
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
-    # answers without a verdict of the judge are counted elsewhere; without a judge such an answer ends the run
+    # an answer without a reward is counted (judge) or ends the run (reward function)
     for name in ("grpo", "rloo"):
         logger = logging.getLogger(f"trl.trainer.{name}_trainer")
         logger.addFilter(lambda record: "reward functions returned None" not in record.getMessage())
-    noisy = (
-        "transformers",
-        "torch.utils.data",
-        "torch.utils.checkpoint",
-        "torch.distributed.c10d_logger",
-        "trl",
-        "peft",
-    )
-    for module in noisy:
+    of_torch = ("torch.utils.data", "torch.utils.checkpoint", "torch.distributed.c10d_logger")
+    for module in ("transformers", "trl", "peft", *of_torch):
         warnings.filterwarnings("ignore", module=module.replace(".", r"\."))
 
 

@@ -1,6 +1,7 @@
 """How a run ends early: refused (status 2), failed (1), stopped by a signal (128 + N), or started again."""
 
 import contextlib
+import difflib
 import signal
 import sys
 from collections.abc import Iterable, Iterator
@@ -11,8 +12,8 @@ from utils.runtime import secrets
 class Refused(ValueError):
     """The run cannot work as asked. problems: one line each: the given value, the accepted values, what to type."""
 
-    def __init__(self, problems: Iterable[str]) -> None:
-        self.problems = list(problems)
+    def __init__(self, problems: str | Iterable[str]) -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
         super().__init__("\n".join(self.problems))
 
     def say(self) -> None:
@@ -45,6 +46,13 @@ class Again(Exception):
     def __init__(self, words: list[str], message: str) -> None:
         super().__init__(message)
         self.words, self.details = words, message
+
+
+def guess_name(given: str, known: Iterable[str]) -> str:
+    """ ". Did you mean GRPO?" if a known name is similar to `given`, in any letter case, otherwise ""."""
+    spelt = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(given.lower(), spelt, 1)
+    return f". Did you mean {spelt[near[0]]}?" if near else ""
 
 
 def refuse_if(problems: list[str] | None) -> None:

@@ -147,19 +147,19 @@ def test_max_length_that_cuts_rows_is_named_with_the_one_that_does_not(warnings)
     rows = [*PAIRS, pair(10, chosen="Yes, very much so {}.")]
     # the longest is 26 + 22 = 48; of the others the prompt and the longer answer are 26 + 8 = 34
     (warning,) = warnings("--max_length 40", rows)
-    assert warning == "--max_length 40 drops 0 and cuts 1 of 17 rows; --max_length 48 would take all rows whole"
+    assert warning == "--max_length 40 drops 0 and cuts 1 of 17 rows; --max_length 48 would keep all rows whole"
     assert warnings("--max_length 48", rows) == []
     (warning,) = warnings("--max_length 47", rows)
     assert "cuts 1 of 17" in warning
     long = [*PAIRS, pair(10, prompt="Say {}." + "!" * 20)]  # a prompt of 46
     (warning,) = warnings("--max_length 40", long)
-    assert warning == "--max_length 40 drops 1 and cuts 0 of 17 rows; --max_length 54 would take all rows whole"
+    assert warning == "--max_length 40 drops 1 and cuts 0 of 17 rows; --max_length 54 would keep all rows whole"
 
 
 def test_a_row_that_no_model_of_that_size_holds_is_said_so(warnings, refused):
     rows = [*PAIRS, pair(10, chosen="Yes " * 600 + "{}.")]  # 2403 bytes and more; the tiny model holds 2048
     (warning,) = warnings("--max_length 1024", rows)
-    assert "the model holds 2048: --max_length 2048 would take the most" in warning
+    assert "--max_length 2048" in warning
 
 
 def test_a_token_that_spans_prompt_and_answer_is_counted():
@@ -182,7 +182,7 @@ def test_a_token_that_spans_prompt_and_answer_is_counted():
 def test_the_templates_own_tokens_in_the_data_are_found(warnings, tmp_path):
     rows = [*PAIRS, pair(1, chosen="Yes.<|im_end|>"), pair(2, rejected="No<|im_end|>no.")]
     (warning,) = warnings(rows=rows)
-    assert warning.startswith("2 rows ") and f"{tmp_path}/rows.jsonl:17 (2 ends of turn behind the answer)" in warning
+    assert warning.startswith("2 rows ") and f"{tmp_path}/rows.jsonl:17 (2 ends of turn after the answer)" in warning
 
 
 # ── the rows ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -201,7 +201,7 @@ def test_rows_that_stand_twice_or_against_each_other_are_found(warnings, tmp_pat
 def test_held_out_rows_that_are_trained_on_are_found(warnings, tmp_path):
     (warning,) = warnings(held=[PAIRS[3], pair(99)])
     assert warning.startswith(
-        f"1 of 2 held-out rows are trained on too, as {tmp_path}/held.jsonl:1 and {tmp_path}/rows"
+        f"1 of 2 held-out rows are also training rows, as {tmp_path}/held.jsonl:1 and {tmp_path}/rows"
     )
     assert warnings(held=[pair(98), pair(99)]) == []
 
@@ -224,8 +224,8 @@ def test_kto_is_weighed_between_1_to_1_and_4_to_3(true, false, flags, said, warn
         assert found == []
     else:
         (warning,) = found
-        assert f" make {said}; KTO wants 1:1 to 4:3: " in warning
-        assert warning.endswith("leave both weights out") == (true == false)
+        assert f" the ratio is {said}, " in warning
+        assert warning.endswith("remove both weights") == (true == false)
         assert (" type --" in warning) == (true != false)
 
 
@@ -243,7 +243,7 @@ def test_kto_is_weighed_between_1_to_1_and_4_to_3(true, false, flags, said, warn
         # 16 rows, 8 a step: 2 steps an epoch, 6 in all
         ("--warmup_steps 6", "--warmup_steps 6: all 6 steps "),
         ("--warmup_steps 5", None),
-        ("--gradient_accumulation_steps 3", "a step takes 24 rows and there are 16: each pass over the data is one"),
+        ("--gradient_accumulation_steps 3", "a step takes 24 rows, but the data have 16"),
         ("--gradient_accumulation_steps 2", None),
     ],
 )
@@ -254,8 +254,8 @@ def test_what_hardly_trains_is_warned_of(flags, said, warnings):
 
 def test_no_step_at_all_is_refused(refused):
     assert refused("--per_device_train_batch_size 17 --dataloader_drop_last") == [
-        "--dataloader_drop_last: 16 rows do not fill one batch of 17, and would all be dropped. Leave it out, or type "
-        "--per_device_train_batch_size smaller"
+        "--dataloader_drop_last: would drop all 16 rows, which do not fill a batch of 17. Remove it, or lower "
+        "--per_device_train_batch_size"
     ]
 
 
@@ -321,7 +321,7 @@ def test_a_shard_that_is_missing_or_cut_is_refused(refused, tiny_model, tmp_path
     cut.write_bytes(whole[:-4])
     assert refused(model=folder) == [
         f"{cut}: not a whole safetensors file ({len(whole) - 4} bytes). {AGAIN}, or type git lfs pull",
-        f"{folder}/model.safetensors.index.json: names {missing.name}, which is not there. {AGAIN}",
+        f"{folder}/model.safetensors.index.json: names {missing.name}, which does not exist. {AGAIN}",
     ]
 
 
@@ -405,7 +405,7 @@ def test_a_tokenizer_of_another_model_is_refused_where_the_data_need_its_tokens(
     capsys.readouterr()
     assert warnings(model=folder) == []
     (problem,) = refused(rows=[*PAIRS, pair(1, prompt="<tool>{}")], model=folder)
-    assert problem.startswith(f"{folder}: the data need token 260 ('<tool>'), and its embeddings have 260 rows. ")
+    assert problem.startswith(f"{folder}: ") and "token 260 ('<tool>')" in problem and "260 rows" in problem
 
 
 def test_a_config_of_another_size_than_the_weights_is_refused(refused, tiny_model, tmp_path):
@@ -413,7 +413,7 @@ def test_a_config_of_another_size_than_the_weights_is_refused(refused, tiny_mode
     described = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(described | {"vocab_size": 999}))
     (problem,) = refused(model=folder)
-    assert problem.startswith(f"{folder}: vocab_size is 999 in its config.json, and its embeddings have 260 rows")
+    assert problem.startswith(f"{folder}: ") and "vocab_size 999" in problem and "260 rows" in problem
 
 
 # ── the disk ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -472,12 +472,12 @@ def test_a_disk_without_room_is_warned_of_and_one_without_room_for_a_checkpoint_
     assert warnings(flags) == []
     free(4 * one + result - 1)
     (warning,) = warnings(flags)
-    assert warning.startswith("the disk would run full: 4 checkpoints of ")
+    assert warning.startswith("the disk would fill up: 4 checkpoints of ")
     free(one)
     assert len(warnings(flags)) == 1
     free(one - 1)
     (problem,) = refused(flags)
-    assert ": has no room for one checkpoint: 4 checkpoints of " in problem and "--save_total_limit 1" in problem
+    assert "4 checkpoints of " in problem and "--save_total_limit 1" in problem
     free(result)
     assert warnings(f"{flags} --save_strategy no") == []
 
