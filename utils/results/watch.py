@@ -1,4 +1,4 @@
-"""Warnings while a run trains: each problem that the log shows is said once, with the flag that helps."""
+"""Warnings during training: each problem in the log is reported once, with the flag that helps."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ if TYPE_CHECKING:
 ROUNDED_HALF, ROUNDED = 1e-2, 1e-3  # bfloat16 and float16, float32
 NO_KL = 1e-2  # nats per token: the dropout of an adapter that is trained further makes 0.002, which is harmless
 
-BLOWN_UP = 10  # a loss of this many times its first, plus 1 for a first near 0: beyond the noise of the rows
-RISEN = 3  # the same in the median of SOME lines, plus 0.5
-STEEP = 30  # a gradient norm of this many times the median before, in the first EARLY lines: up to 7 is healthy
+BLOWN_UP = 10  # loss as a multiple of the first loss (plus 1, for a first loss near 0): more than noise
+RISEN = 3  # the same for the median of SOME lines, plus 0.5
+STEEP = 30  # gradient norm as a multiple of the earlier median, in the first EARLY lines: up to 7 is healthy
 EARLY = 10
-SPIKE = 100  # the same later: among learned pairs, one pair that is not has a gradient tens of times larger
-BEYOND = 10  # and this many times --max_grad_norm: after the tiny gradients of equal rewards, any other looks steep
-FAR = 1.0  # KL: an answer's token is e times as likely as under the reference; 0.01 to 0.3 is usual
-FALLEN = 2.0  # chosen and rejected cost this many times their first nats: some fall is usual
-SURE = 20.0  # a margin at which a pair's loss is 2e-9
-SAME = 1e-6  # the spread of rewards that are equal, rounded in float32
-NO_CHOICE = 0.02, 0.1  # entropy: nats a token (one word in 300 is in doubt), and that share of the first line's
-EMPTY = 2.0  # tokens: an answer of one is its end alone
-GROWN, CUT = 2.0, 0.5  # answers this many times as long as at first, and this share of them cut, fewer before
-FEW, SOME = 3, 5  # lines that must agree, so that one odd rollout gives no warning
-MANY = 20  # lines to compare if the rows and their lengths differ
+SPIKE = 100  # the same after EARLY lines: a pair not yet learned has a gradient tens of times larger
+BEYOND = 10  # also above this multiple of --max_grad_norm: equal rewards make the earlier median tiny
+FAR = 1.0  # KL in nats per token: each token is e times as likely as under the reference; 0.01 to 0.3 is usual
+FALLEN = 2.0  # negative log-likelihood of chosen and rejected as a multiple of the first: some rise is usual
+SURE = 20.0  # margin with a sigmoid loss of 2e-9 per pair
+SAME = 1e-6  # standard deviation of equal rewards after rounding in float32
+NO_CHOICE = 0.02, 0.1  # entropy: nats per token, and share of the first entropy
+EMPTY = 2.0  # tokens: an answer of one token is only the end of turn
+GROWN, CUT = 2.0, 0.5  # answer length as a multiple of the first, and share of truncated answers
+FEW, SOME = 3, 5  # lines that must agree: a single odd rollout gives no warning
+MANY = 20  # lines to compare when the rows differ in length
 
 SUMMED = ("ipo", "sigmoid_norm")  # losses per token, but the logged margins are per answer
 
 
-# ── where a run begins ───────────────────────────────────────────────────────────────────────────────────────────────
+# ── values at step 0 ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def dpo_loss(config: TrainingArguments) -> float | None:
@@ -67,7 +67,7 @@ def as_list(value: str | list[str] | None) -> list[str]:
 
 
 class Watch:
-    """Follows the log of a run. warnings: [{"step", "text"}], all that were said.
+    """Reads the log of a run. warnings: [{"step", "text"}], every warning given so far.
 
     from_reference: False if training starts from other weights than the reference's.
     """
@@ -88,7 +88,7 @@ class Watch:
             for key, value in logs.items():
                 if isinstance(value, int | float) and math.isfinite(value):
                     self.values.setdefault(key, []).append(value)
-            lost = next(self.find_lost(), None)  # nothing is said after it, as it follows from it
+            lost = next(self.find_lost(), None)  # later problems follow from it
             found += [("lost", lost)] if lost else self.find_odd()
         new = [text for name, text in found if name not in self.said]
         self.said |= {name for name, _ in found}
@@ -120,11 +120,11 @@ class Watch:
                 wrong.append(f"{key} is {found:.3g} and should be {begins:.3g}")
         if not wrong:
             return
-        cause = "training does not start from the reference that is named above"
+        cause = "training and reference use different weights; the summary above names both"
         if training and not self.config.disable_dropout:
             cause = "dropout is on. Type --disable_dropout True"
         elif self.config.precompute_ref_log_probs:
-            cause = "what was precomputed is another model's. Leave --precompute_ref_log_probs out"
+            cause = "another model precomputed the log-probabilities. Remove --precompute_ref_log_probs"
         yield "begin", f"policy and reference differ before the first update ({', '.join(wrong)}): likely {cause}"
 
     def rounding(self, key: str, begins: float, logs: dict[str, float]) -> float:
@@ -136,7 +136,7 @@ class Watch:
             return math.inf if "aux_loss" in logs else abs(begins) * (self.rounded + 2 * rewards)
         return self.config.beta * self.rounded * abs(logs.get(key.replace("rewards", "logps"), 0))
 
-    # ── while it trains ──────────────────────────────────────────────────────────────────────────────────────────────
+    # ── during training ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def find_lost(self) -> Iterator[str]:
         """Warnings after which the run cannot recover."""
@@ -144,47 +144,47 @@ class Watch:
         first, late = median(earlier[:FEW] or [loss]), [*earlier[FEW:], loss][-SOME:]
         risen = len(late) == SOME and median(late) > RISEN * abs(first) + 0.5
         if not self.method.sample_reward and (risen or loss > BLOWN_UP * abs(first) + 1):
-            yield f"the loss is {loss:.3g}, it began at {first:.3g}: {self.too_high}"
+            yield f"the loss rose from {first:.3g} to {loss:.3g}: {self.too_high}"
         usual, norm, early = self.gradient()
         if early and norm > STEEP * usual:
-            yield f"the gradient norm is {norm:.3g}, it was {usual:.3g}: {self.too_high}"
+            yield f"the gradient norm rose from {usual:.3g} to {norm:.3g}: {self.too_high}"
         chosen, rejected = self.cost("chosen"), self.cost("rejected")
         if min(chosen, rejected) > FALLEN:
             times = f"log-probabilities {chosen:.1f} and {rejected:.1f} times those at the start"
             yield f"chosen and rejected answers both became far less likely ({times}): {self.too_high}"
         if not self.method.sample_reward:
             return
-        lower = f"A lower value than {self.rate} or a higher one than --beta {self.config.beta:g}"
+        lower = f"a lower value than {self.rate} or a higher value than --beta {self.config.beta:g}"
         if self.newest("kl") > FAR:
-            yield f"the policy runs away from the reference (KL {self.newest('kl'):.2g} a token). {lower} holds it"
+            yield f"the policy is far from the reference (KL {self.newest('kl'):.2g} nats per token). Type {lower}"
         first, now = self.values.get("entropy", [0])[0], self.newest("entropy")
         if now < NO_CHOICE[0] and now < NO_CHOICE[1] * first:
-            fell = f"entropy {now:.2g} a token, {first:.2g} at first"
-            yield f"the policy hardly varies its answers any more ({fell}). {lower}, or a higher --temperature, helps"
+            fell = f"entropy {now:.2g} nats per token, {first:.2g} at the start"
+            yield f"the policy samples nearly the same answers ({fell}). Type {lower}, or a higher --temperature"
 
     def find_odd(self) -> Iterator[tuple[str, str]]:
         """(name, text) of problems from which the run may recover."""
         usual, norm, early = self.gradient()
         if not early and norm > SPIKE * usual:
-            advice = f"If that comes again, look at the rows, or type a lower value than {self.rate}"
-            yield "spike", f"the gradient norm is {norm:.3g}, mostly it is {usual:.3g}. {advice}"
+            advice = f"If it happens again, check the rows or type a lower value than {self.rate}"
+            yield "spike", f"the gradient norm is {norm:.3g}, its median {usual:.3g}. {advice}"
         kinds = as_list(self.config.loss_type)
         measures = self.method.begins or self.method.task == "SEQ_CLS" or kinds == ["simpo"]  # or depend on lengths
         margin = self.newest(dict(self.method.metrics).get("margin", ""), SOME)
         if measures and not set(kinds) & set(SUMMED) and margin > SURE:
-            advice = f"Fewer --num_train_epochs or a lower value than {self.rate} would do"
-            yield "margin", f"the margin is {margin:.3g}: no loss is left to learn from, the policy drifts. {advice}"
+            advice = f"Type fewer --num_train_epochs or a lower value than {self.rate}"
+            yield "margin", f"the margin is {margin:.3g}: the loss is almost 0 and the policy may drift. {advice}"
         lengths, cuts = (self.values.get(f"completions/{key}", [0]) for key in ("mean_length", "clipped_ratio"))
         raised = "Raise --max_completion_length" + " or add --missing_eos_penalty 1" * bool(self.method.sample_reward)
         if len(cuts) >= SOME and min(cuts[-SOME:]) == 1:
-            yield "unended", f"no answer ends by itself: all are cut. {raised}"
+            yield "unended", f"all answers are truncated. {raised}"
         if not self.method.sample_reward:
             return
         (length, longer), (cut, more) = ((median(lines[:FEW]), median(lines[-FEW:])) for lines in (lengths, cuts))
         if longer > GROWN * length and cut < CUT <= more:
-            yield "longer", f"answers grew from {length:.0f} to {longer:.0f} tokens, {more:.0%} are cut. {raised}"
+            yield "longer", f"answers grew from {length:.0f} to {longer:.0f} tokens, {more:.0%} truncated. {raised}"
         if self.newest("completions/mean_length") < EMPTY:
-            yield "empty", "answers became empty. Look at completions.jsonl: the reward favours saying nothing"
+            yield "empty", "answers are empty: the reward favours empty answers. Look at completions.jsonl"
         spread, equal = (self.values.get(key, [])[-FEW:] for key in ("reward_std", "frac_reward_zero_std"))
         groups = len(equal) == FEW and min(equal) == 1 and self.config.num_generations > 1  # each within itself
         if groups or len(spread) == FEW and max(spread) <= SAME * max(1, abs(self.newest("reward"))):
@@ -193,7 +193,7 @@ class Watch:
             yield "equal", f"{said}a reward that differs, a higher --temperature or more --num_generations would help"
 
     def gradient(self) -> tuple[float, float, bool]:
-        """(median of the earlier gradient norms, the newest if clipping removes most of it else 0, is it early)."""
+        """(median of the earlier norms, newest norm or 0 if clipping keeps most of it, True in EARLY lines)."""
         *earlier, norm = self.values["grad_norm"] if self.values.get("grad_norm") else [0]
         usual = median(earlier) if earlier else 0
         clipped = usual and norm > BEYOND * (self.config.max_grad_norm or 1)
