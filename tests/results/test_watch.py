@@ -300,7 +300,7 @@ SICK = {
         [{"reward": 1.0, "reward_std": 0.5, "frac_reward_zero_std": 1.0}] * 3,
         "all answers to a prompt got the same reward",
     ),
-    "no end": ("GRPO", {}, [], [{"completions/clipped_ratio": 1.0}] * 5, "--max_completion_length"),
+    "no end": ("GRPO", {}, [], [{"completions/clipped_ratio": 1.0}] * 5, "all answers are truncated"),
     "growth": (
         "GRPO",
         {},
