@@ -43,6 +43,10 @@ class GKDConfig(trl.DistillationConfig, MethodConfig):
             self.greater_is_better = False  # transformers assumes True for every metric but the loss
         super().__post_init__()
 
+    def samples_answers(self) -> bool:
+        """True if some steps train on the student's own answers."""
+        return self.lmbda > 0
+
     def learns_from_data(self) -> bool:
         """True if some steps train on the answers in the data."""
         return self.lmbda < 1 and not self.seq_kd

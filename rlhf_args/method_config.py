@@ -30,6 +30,10 @@ class MethodConfig:
     model_init_kwargs: dict | None = None
     notes: list[str] = []  # lines that a run prints at its start
 
+    def samples_answers(self) -> bool:
+        """True if the trained model answers prompts in some steps, and learns from its own answers."""
+        return False
+
     def learns_from_data(self) -> bool:
         """True if some steps train on the answers in the data."""
         return True

@@ -83,6 +83,9 @@ class OnlineConfig(JudgeConfig, Base):
         met = "LOCAL_RANK" in os.environ and hasattr(self, "distributed_state")
         return super().world_size if met else environment.processes_asked()
 
+    def samples_answers(self) -> bool:
+        return True
+
     def split_rollout(self) -> None:
         if self.num_mini_batches is None:
             return

@@ -60,6 +60,13 @@ def test_a_named_shape_has_as_many_numbers_as_its_model(name):
     assert set(NUMBERS) == set(shapes.SHAPES)
 
 
+@pytest.mark.parametrize("method", ["RLOO", "GRPO", "PPO"])
+def test_the_plan_of_an_online_method_has_its_rollout(method, deep):
+    flags = f"--rlhf_type {method} --reward_funcs data/rewards.py:brevity --max_completion_length 8"
+    planner = Planner(["--model_name_or_path", str(deep), "--plan", *flags.split()])
+    assert "rollout" in planner.estimate(planner.case).phases
+
+
 @pytest.mark.parametrize(
     "flags",
     ["--train_mode full", "--rlhf_type KTO --train_mode qlora", "--rlhf_type SimPO --gradient_checkpointing False"],

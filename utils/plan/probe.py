@@ -66,7 +66,7 @@ def prepare_probe(run: Run) -> Whole | None:
             cycle, share = math.ceil(1 / min(lmbda, 1 - lmbda)) if mixed else 1, None
             probed += 0 if mixed else config.max_completion_length
             needed *= cycle
-    if method.sample_reward or lmbda:
+    if config.samples_answers():
         least = "min_tokens" if config.use_vllm else "min_new_tokens"
         config.generation_kwargs = (config.generation_kwargs or {}) | {least: config.max_completion_length}
     steps = config.max_steps if config.max_steps > 0 else math.ceil(steps)

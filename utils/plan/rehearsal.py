@@ -56,7 +56,7 @@ def rehearse(run: Run, models: Models, lengths: tuple[int, int], sharded: bool, 
     inputs = {} if samples else next(iter(trainer.get_train_dataloader()))
     with quietly(), without_data(ledger), as_on_gpu() if on_gpu else contextlib.nullcontext():
         make_first_step(trainer, optimizer, ledger)
-        if samples and config.lmbda > 0:
+        if config.samples_answers():
             roll_out(trainer, judge, ledger, lengths)
         calls = make_second_step(trainer, optimizer, ledger, trainer.rehearsed(*lengths) if samples else inputs)
     foreseen = calls == 1 and all(phase != "rollout" for phase, _ in ledger.peaks)

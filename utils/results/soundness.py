@@ -32,7 +32,7 @@ def check_files(folder: Path) -> tuple[list[str], int, int]:
     problems += check_index(folder, held)
     if model.described and (folder / "adapter_config.json").exists():
         if not model.config:
-            problems.append(f"its base model {model.base.path} is not there")
+            problems.append(f"its base model {model.base.path} does not exist")
         if held and not moved:
             problems.append("every lora_B is zero, or there is none: the adapter does nothing")
     return problems, sum(map(len, held.values())), size
